@@ -1,0 +1,40 @@
+"""Safety Token Regularization: cross-entropy fused with a penalty on safety-token drift.
+
+`import str_kernels` loads torch and nothing heavier; `attach` brings transformers when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
+from .functional import safety_cross_entropy, safety_linear_cross_entropy
+from .modules import SafetyCrossEntropyLoss, SafetyLinearCrossEntropyLoss
+from .projection import project
+from .safety_tokens import SafetyTokens
+
+if TYPE_CHECKING:
+    from .integrations.attach import attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IGNORE_INDEX",
+    "SafetyCrossEntropyLoss",
+    "SafetyLinearCrossEntropyLoss",
+    "SafetyLoss",
+    "SafetyPenalty",
+    "SafetyTokens",
+    "attach",
+    "project",
+    "safety_cross_entropy",
+    "safety_linear_cross_entropy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attach":
+        from .integrations.attach import attach
+
+        return attach
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

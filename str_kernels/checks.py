@@ -1,0 +1,162 @@
+"""Every check on what a caller hands in, and every message.
+
+A message reads "`<argument>` must <rule>; got <value>". Shapes, dtypes and devices are always
+checked. Values (labels in range, ids distinct) are checked on a CPU only: on a GPU reading them
+would make every step wait for the device.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .contracts import Backend, Reduction
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tensor:
+    """Check that `value` is a tensor of `shape`, in which a letter matches any size."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}")
+    sizes = tuple(value.shape)
+    fits = len(sizes) == len(shape) and all(
+        isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"`{name}` must have shape ({wanted}); got {sizes}")
+    return value
+
+
+def check_float(name: str, value: Tensor, like: torch.dtype | None = None) -> None:
+    """Check that `value` is float32, bfloat16, float16 or float64, and of dtype `like` if given."""
+    if value.dtype not in _FLOATS:
+        raise TypeError(
+            f"`{name}` must be float32, bfloat16, float16 or float64; got {value.dtype}"
+        )
+    if like is not None and value.dtype != like:
+        raise TypeError(f"`{name}` must have the dtype of the logits, {like}; got {value.dtype}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """Check that `value` lives where the logits or hidden states do."""
+    if value.device != device:
+        raise ValueError(f"`{name}` must be on device {device}; got {value.device}")
+
+
+def check_int64(name: str, value: Tensor) -> None:
+    """Check for int64, the dtype of every index here."""
+    if value.dtype != torch.int64:
+        raise TypeError(f"`{name}` must be int64; got {value.dtype}")
+
+
+def check_rows(
+    target: object,
+    safety_ids: Tensor | None,
+    ref: Tensor | None,
+    like: Tensor,  # (N, ...) logits or hidden states
+) -> None:
+    """Check target (N,), safety_ids (K,) and ref_safety_logits (N, K) or (K,) against each other."""
+    rows = like.shape[0]
+    target = check_tensor("target", target, (rows,))
+    check_int64("target", target)
+    check_device("target", target, like.device)
+    if (safety_ids is None) != (ref is None):
+        raise ValueError(
+            "`ref_safety_logits` must be given together with `safety_ids`; got "
+            f"safety_ids={_brief(safety_ids)}, ref_safety_logits={_brief(ref)}"
+        )
+    if safety_ids is None or ref is None:
+        return
+    check_tensor("safety_ids", safety_ids, ("K",))
+    check_int64("safety_ids", safety_ids)
+    check_device("safety_ids", safety_ids, like.device)
+    ids = safety_ids.shape[0]
+    if not isinstance(ref, Tensor) or tuple(ref.shape) not in ((rows, ids), (ids,)):
+        raise ValueError(
+            f"`ref_safety_logits` must have shape ({rows}, {ids}) or ({ids},); got {_brief(ref)}"
+        )
+    check_float("ref_safety_logits", ref)
+    check_device("ref_safety_logits", ref, like.device)
+
+
+def check_row_weight(name: str, value: Tensor | None, like: Tensor) -> None:
+    """Check a per-row weight: (N,), floating point, on the device of the rows."""
+    if value is None:
+        return
+    value = check_tensor(name, value, (like.shape[0],))
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating-point tensor; got {value.dtype}")
+    check_device(name, value, like.device)
+
+
+def check_count(name: str, value: object, device: torch.device) -> None:
+    """Check a divisor: a number >= 0, or a 0-d tensor on the device or on the CPU."""
+    if value is None:
+        return
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"`{name}` must be a number or a 0-d tensor; got {_brief(value)}")
+        if value.device.type not in ("cpu", device.type):
+            raise ValueError(f"`{name}` must be on device {device} or cpu; got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number or a 0-d tensor; got {type(value).__name__}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"`{name}` must be finite and >= 0; got {value}")
+
+
+def check_options(
+    *, reduction: str, logit_scale: float, softcap: float | None, ignore_index: int
+) -> None:
+    """Check the options that are plain numbers and names."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"`reduction` must be 'mean' or 'sum'; got {reduction!r}")
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"`{name}` must be finite and > 0; got {value}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"`ignore_index` must be an int; got {type(ignore_index).__name__}")
+
+
+def check_backend(backend: str) -> None:
+    """Check that the name is one of the backends."""
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise ValueError(f"`backend` must be one of {names}; got {backend!r}")
+
+
+def check_values(target: Tensor, safety_ids: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Check labels and ids by value, on a CPU and outside a trace; elsewhere do nothing."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"`target` must be in [0, {vocab_size}) or {ignore_index} (ignore_index); "
+            f"got {int(target[row])} in row {row}"
+        )
+    check_id_values("safety_ids", safety_ids.tolist(), vocab_size)
+
+
+def check_id_values(name: str, ids: list[int], vocab_size: int | None) -> None:
+    """Check that ids are distinct, not negative and, where V is known, inside the vocabulary."""
+    for value in ids:
+        if value < 0 or (vocab_size is not None and value >= vocab_size):
+            limit = "V" if vocab_size is None else vocab_size
+            raise ValueError(f"`{name}` must be in [0, {limit}); got {value}")
+    if len(set(ids)) != len(ids):
+        twice = sorted({value for value in ids if ids.count(value) > 1})
+        raise ValueError(f"`{name}` must be distinct; got {twice[:5]} more than once")
+
+
+def _brief(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,79 @@
+"""The safety logits as a product of their own, in full precision.
+
+Student and reference both go through `project`, on the same rows in the same blocks: equal hidden
+states then give bitwise equal safety logits, and the penalty is exactly 0.0 before the first step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .contracts import accumulation_dtype
+
+_ROWS_PER_BLOCK = 1024  # bounds the float32 copy of the hidden states; fixed, see the module's note
+
+
+def project(
+    hidden: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    safety_ids: Tensor,  # (K,)
+    linear_bias: Tensor | None = None,  # (V,)
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # (N, K)
+    """Compute the logits of the safety ids alone, without the rest of the vocabulary.
+
+        z_S = cap(logit_scale * (hidden W[S]^T + b[S])),   cap(x) = softcap tanh(x / softcap)
+
+    Differentiable in `hidden`, `linear_weight` and `linear_bias`.
+
+    Args:
+        hidden: (N, D) floating point, the state that the head multiplies.
+        linear_weight: (V, D), the head.
+        safety_ids: (K,) int64, each in [0, V).
+        linear_bias: (V,) or None.
+        logit_scale: factor on the head's output.
+        softcap: cap in logits, or None for none.
+
+    Returns:
+        (N, K) float32 (float64 for float64 inputs), logits.
+
+    Notes:
+        Products are made in float32 whatever the inputs' dtype: a bfloat16 logit of 20 has steps
+        of 0.125, more than the drift that the penalty has to see. Under autocast the operands are
+        first rounded to autocast's dtype, as the head itself would do.
+    """
+    hidden, linear_weight, linear_bias = cast_for_autocast(hidden, linear_weight, linear_bias)
+    dtype = accumulation_dtype(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = linear_weight.index_select(0, safety_ids).to(dtype)
+        bias = None if linear_bias is None else linear_bias.index_select(0, safety_ids).to(dtype)
+        blocks = [
+            torch.nn.functional.linear(block.to(dtype), head, bias)
+            for block in hidden.split(_ROWS_PER_BLOCK)
+        ]
+        return scale_and_cap(torch.cat(blocks), logit_scale, softcap)
+
+
+def scale_and_cap(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Apply z = t tanh(c u / t) to raw head outputs u; no cap when softcap is None or 0."""
+    scaled = raw * logit_scale if logit_scale != 1.0 else raw
+    return torch.tanh(scaled / softcap) * softcap if softcap else scaled
+
+
+def cast_for_autocast(
+    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Round the operands to autocast's dtype where autocast is on; else leave them as they are.
+
+    Inside a custom op autocast would round an operand behind our back, so it is off there and the
+    rounding happens here, in view of autograd.
+    """
+    device_type = hidden.device.type
+    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
+        return hidden, linear_weight, linear_bias
+    dtype = torch.get_autocast_dtype(device_type)
+    bias = None if linear_bias is None else linear_bias.to(dtype)
+    return hidden.to(dtype), linear_weight.to(dtype), bias
