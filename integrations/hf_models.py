@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..projection import scale_and_cap
 
@@ -116,7 +117,8 @@ def probe_head(model: nn.Module, forward: Any = None) -> Head:
         with torch.no_grad(), evaluation_mode(model):
             output = (forward or model.forward)(input_ids=ids, return_dict=True)
             logits = getattr(output, "logits", None)
-            raw = None if "hidden" not in seen else head(seen["hidden"]).float()
+            hidden = seen.get("hidden")
+            raw = None if hidden is None else linear(hidden, head.weight, head.bias).float()
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(
             f"`model` must run on input_ids alone to be attached to; {name} raised "
@@ -164,7 +166,7 @@ def find_linear_head(model: nn.Module) -> nn.Linear:
 
 def _spread(hidden: Tensor, head: nn.Linear) -> Tensor:
     """Blow the hidden state up until its largest raw logit is _PROBE_LOGIT."""
-    raw = nn.functional.linear(hidden, head.weight).float()
+    raw = linear(hidden, head.weight).float()
     return hidden * (_PROBE_LOGIT / raw.abs().max().clamp(min=1e-6)).to(hidden.dtype)
 
 

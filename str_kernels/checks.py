@@ -59,7 +59,7 @@ def check_rows(
     ref: Tensor | None,
     like: Tensor,  # (N, ...) logits or hidden states
 ) -> None:
-    """Check target (N,), safety_ids (K,) and ref_safety_logits (N, K) or (K,) against each other."""
+    """Check target (N,), safety_ids (K,) and ref_safety_logits against each other."""
     rows = like.shape[0]
     target = check_tensor("target", target, (rows,))
     check_int64("target", target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The target that means "this row has no cross-entropy", as in `torch.nn.functional.cross_entropy`."""
+"""The target that means "this row has no cross-entropy", as in torch's own cross_entropy."""
 
 PenaltyKind = Literal["mse"]
 """How a distance between safety logits is measured; docs/loss.md gives each one's formula."""

@@ -2,7 +2,7 @@
 
 One program per row. First pass: online maximum and sum (Milakov and Gimelshein, arXiv:1805.02867),
 the target's logit and the safety logits. Second pass: the gradient, written over the row; the
-target's column is computed whole inside it, the safety columns after it, each in float32 and rounded
+target's column is computed whole inside it, the safety columns after it, in float32 and rounded
 once. Traffic per row: 2 reads and 1 write of V logits with a gradient, 1 read without.
 """
 

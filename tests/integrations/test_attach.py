@@ -24,7 +24,9 @@ def gradients(model):
 
 def assert_close(loss, expected, got, wanted):
     # The bounds: 1e-5 on the loss, 1e-4 of the largest gradient entry, in float32.
-    assert abs(float(loss.detach()) - float(expected.detach())) <= 1e-5 * abs(float(expected))
+    assert abs(float(loss.detach()) - float(expected.detach())) <= 1e-5 * abs(
+        float(expected.detach())
+    )
     assert got.keys() == wanted.keys() and got
     for name, grad in wanted.items():
         largest = float(grad.abs().max())

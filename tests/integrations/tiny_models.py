@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -15,7 +16,6 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM as Auto
 
 VOCAB = 131  # not a multiple of 16, so that the workspace rows are padded
 _SMALL = {
