@@ -1,0 +1,64 @@
+"""Greedy answers to many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .chat_data import render_prompts
+from .hf_models import evaluation_mode
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer each prompt as one chat turn, greedily.
+
+    Prompts are batched by length, so that little is padded; the answers come back in order.
+
+    Args:
+        model: a causal LM; its training mode is put back.
+        tokenizer: with a chat template.
+        prompts: the questions.
+        max_new_tokens: answers are cut there, tokens.
+        batch_size: prompts at a time.
+        progress: called with the number of prompts just answered.
+
+    Returns:
+        The answers without special tokens, one per prompt.
+    """
+    texts = render_prompts(tokenizer, prompts)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    answers = [""] * len(texts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[i] for i in part],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(model.device)
+        with torch.inference_mode(), evaluation_mode(model):
+            generated = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = generated[:, batch["input_ids"].shape[1] :]
+        for i, answer in zip(
+            part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            answers[i] = answer
+        if progress is not None:
+            progress(len(part))
+    return answers
