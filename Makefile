@@ -1,0 +1,59 @@
+# `make` lists the targets. All but `gpu` run in .venv, which is made when it is missing, by PYTHON.
+
+READY = PYTHON='$(PYTHON)' .ci/venv
+RUN := .venv/bin/python
+GPU_PYTHON = $(or $(PYTHON),python3)
+TYPES := .venv/types
+
+.PHONY: help demo test check lint types gpu clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+
+demo: ## fine-tune a real model with and without the penalty (ARGS: options of str-kernels demo)
+	@$(READY) demo
+	.venv/bin/str-kernels demo $(ARGS)
+
+test: ## run all tests on every core, one torch thread a worker (ARGS: options of pytest)
+	@$(READY) dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+check: lint types ## ruff and mypy, as CI runs them
+
+lint:
+	@$(READY) dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# mypy names a file by its path, and integrations/ is imported as str_kernels.integrations: a folder
+# of links shows it the package as it is installed.
+types:
+	@$(READY) dev
+	@mkdir -p $(TYPES)/str_kernels
+	@ln -sfn $(CURDIR)/str_kernels/* $(CURDIR)/integrations $(TYPES)/str_kernels
+	@find -L $(TYPES) -type l -delete # links whose file is gone
+	cd $(TYPES) && $(CURDIR)/$(RUN) -m mypy -p str_kernels \
+	  --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# Only the files with such tests are collected: the others import what this Python may not have. Its
+# warnings are not ours to turn into errors.
+gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it is, nothing installed
+	@$(GPU_PYTHON) -c "$$NEEDS_GPU"
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W default -m gpu \
+	  $(or $(shell grep -l 'mark\.gpu' tests/*.py),$(error no test is marked gpu))
+	PYTHONPATH=. $(GPU_PYTHON) -m bench speed
+
+define NEEDS_GPU
+import sys
+try:
+    import pytest, torch, triton
+except ImportError as missing:
+    sys.exit(f"make gpu: {sys.executable} has no {missing.name}; name another: make gpu PYTHON=python3")
+if not torch.cuda.is_available():
+    sys.exit(f"make gpu: torch {torch.__version__} sees no GPU")
+endef
+export NEEDS_GPU
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv .venv.old .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
