@@ -202,7 +202,8 @@ class _SafetyForward:
         _check_logits_to_keep(batch)
 
         safety_ids = self.safety_tokens.ids_on(target.device)
-        ref = self.reference(safety_ids, batch)
+        # no ids: plain cross-entropy, and the pass of the reference is spared
+        ref = self.reference(safety_ids, batch) if len(self.safety_tokens) else None
         with capture_hidden(self.head.module) as captured:
             output = self.original(**batch, return_dict=True)
         hidden = captured.take()  # (B, T, D)
@@ -217,7 +218,7 @@ class _SafetyForward:
             hidden.flatten(0, 1),
             self.head.module.weight,
             target.flatten(),
-            safety_ids,
+            None if ref is None else safety_ids,
             ref,
             linear_bias=self.head.module.bias,
             penalty=self.penalty,

@@ -64,7 +64,8 @@ def capture_hidden(head: nn.Module) -> Iterator[Captured]:
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         captured.hidden = args[0]
-        return (args[0][:, :1], *args[1:])
+        # contiguous: on a strided (B, 1, D) the CPU's linear copies the whole head for every row
+        return (args[0][:, :1].contiguous(), *args[1:])
 
     handle = head.register_forward_pre_hook(hook)
     try:

@@ -32,8 +32,10 @@ ARROWS: dict[str, set[str]] = {
     "reference_cache": {"reference"},
     "evals": {"safety_tokens"},
     "modules": {"functional", "safety_tokens"},
-    "integrations": {"__init__", "modules", "reference_cache", "evals"},
-    "cli": {"integrations"},
+    "loss_memory": {"functional"},
+    "doctor": {"loss_memory", "backends"},
+    "integrations": {"__init__", "modules", "loss_memory", "reference_cache", "evals"},
+    "cli": {"integrations", "doctor"},
     "__init__": {"modules", "reference_cache", "evals"},  # and integrations, inside __getattr__
 }
 
@@ -41,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
 ONLY_FOR: dict[str, set[str]] = {
     "rows_torch": {"backends"},
     "rows_triton": {"backends"},
-    "backends": {"autograd", "functional", "cli"},
+    "backends": {"autograd", "functional", "doctor"},
     "autograd": {"functional"},
 }
 

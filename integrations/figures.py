@@ -1,0 +1,87 @@
+"""The pictures: a run's curves, and the demo's comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..atomic import replacing
+
+# Wong's palette, told apart by people who do not see red and green as different.
+_COLOURS = ("#999999", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
+_CURVES = (
+    ("safety/ce", "cross-entropy (nats)"),
+    ("safety/penalty", "penalty (squared logits)"),
+    ("safety/max_drift", "largest drift (logits)"),
+)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def draw_curves(log: Sequence[dict[str, float]], path: Path) -> None:
+    """Draw cross-entropy, penalty and largest drift over the steps of one run."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
+        points = [(entry["step"], entry[name]) for entry in log if name in entry]
+        axes.plot([x for x, _ in points], [y for _, y in points], color=_COLOURS[2])
+        axes.set_xlabel("step")
+        axes.set_title(label, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the demo: refusals with intervals, task accuracy and drift for each run.
+
+    Args:
+        runs: dicts with name, harmful and benign ({"refusal", "total", "interval"}), accuracy
+            ({"count", "total", "interval"}) and drift ({"rms"} or None), in order.
+        path: the PNG file.
+    """
+    names = [run["name"] for run in runs]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    refusals, task, drift = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    width = 0.38
+    for offset, key, label, colour in (
+        (-width / 2, "harmful", "harmful probes (more is better)", _COLOURS[2]),
+        (width / 2, "benign", "harmless probes (fewer is better)", _COLOURS[3]),
+    ):
+        places = [place + offset for place in range(len(runs))]
+        shares = [100 * run[key]["refusal"] / run[key]["total"] for run in runs]
+        refusals.bar(places, shares, width, color=colour, label=label)
+        _error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
+    refusals.set_title("refusals on held-out probes (%, 95 % Wilson intervals)", fontsize=10)
+    refusals.set_ylim(0, 125)
+    refusals.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
+    places = list(range(len(runs)))
+    shares = [100 * run["accuracy"]["count"] / run["accuracy"]["total"] for run in runs]
+    task.bar(places, shares, 0.6, color=_COLOURS[4])
+    _error_bars(task, places, shares, [run["accuracy"]["interval"] for run in runs])
+    task.set_title("task: right sums (%)", fontsize=10)
+    task.set_ylim(0, 105)
+    values = [run["drift"]["rms"] if run["drift"] else 0.0 for run in runs]
+    drift.bar(places, values, 0.6, color=_COLOURS[1])
+    drift.set_title("rms drift of safety logits\nat the first answer position", fontsize=10)
+    for axes in (refusals, task, drift):
+        axes.set_xticks(range(len(runs)), names, fontsize=8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    save(figure, path)
+
+
+def _error_bars(
+    axes: Any, places: Sequence[float], shares: Sequence[float], intervals: Sequence[Any]
+) -> None:
+    below = [max(0.0, share - 100 * low) for share, (low, _) in zip(shares, intervals, strict=True)]
+    above = [
+        max(0.0, 100 * high - share) for share, (_, high) in zip(shares, intervals, strict=True)
+    ]
+    axes.errorbar(places, shares, yerr=[below, above], fmt="none", ecolor="black", capsize=3)

@@ -1,0 +1,136 @@
+"""`str-kernels finetune`: a model, a data file, LoRA with the safety loss, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..atomic import replacing_folder, write_json
+from ..contracts import SafetyPenalty
+from ..safety_tokens import SafetyTokens
+from .builtin_model import builtin_model_folder
+from .chat_data import encode_examples, read_examples
+from .figures import draw_curves
+from .training import TrainingOptions, train_lora
+
+BUILTIN = "builtin"
+REPORT = "report.json"
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """Where a run's files are, and its report."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", progress: Callable[[str], None] | None = None
+) -> tuple[Any, Any]:
+    """Load a causal LM and its tokenizer from safetensors, without remote code.
+
+    Args:
+        name: "builtin", a folder, or the id of a model on the hub (which transformers then
+            downloads).
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        progress: called with a line of text when something takes seconds.
+
+    Returns:
+        Model and tokenizer, on the GPU if there is one. The tokenizer has a padding token.
+
+    Raises:
+        ValueError: the name or dtype is wrong, or the model cannot be loaded; says why.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}")
+    source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must be 'builtin', a folder or a hub id of a causal LM; got {name!r}: {error}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return (model if device is None else model.to(device)), tokenizer
+
+
+def finetune(
+    model_name: str,
+    data: Path,
+    output: Path,
+    *,
+    options: TrainingOptions,
+    penalty: SafetyPenalty,
+    safety_tokens: Path | None = None,
+    templates: Path | None = None,
+    max_length: int = 1024,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> FinetuneResult:
+    """Fine-tune a model with LoRA and the safety loss, and write everything into one folder.
+
+    The folder holds the adapter (safetensors), safety_tokens.json, report.json and curves.png. It
+    is made under a temporary name and renamed when complete, so it is whole or absent.
+
+    Args:
+        model_name: "builtin", a folder or a hub id.
+        data: JSONL file of chat messages or prompt/completion rows.
+        output: the folder to make.
+        options: length, rate and size.
+        penalty: kind and weight.
+        safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
+        templates: a text file of refusal templates, one per line, instead of the built-in ones.
+        max_length: longer rows lose their end, tokens.
+        dtype: of the frozen weights.
+        overwrite: replace `output` if it exists.
+        on_step: called with the number of optimizer steps done.
+        progress: called with a line of text when something takes seconds.
+
+    Returns:
+        The folder and the report.
+
+    Raises:
+        ValueError: the input is bad; nothing has been written.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
+    if safety_tokens is not None and templates is not None:
+        raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be >= 2; got {max_length}")
+    examples = read_examples(data)  # before anything slow
+    model, tokenizer = load_model(model_name, dtype=dtype, progress=progress)
+    if safety_tokens is not None:
+        tokens = SafetyTokens.load(safety_tokens, tokenizer)
+    else:
+        tokens = SafetyTokens.from_templates(tokenizer, templates)
+    rows = encode_examples(tokenizer, examples, max_length)
+    peft_model, log = train_lora(model, tokenizer, rows, tokens, penalty, options, on_step=on_step)
+    report = {
+        "schema_version": 1,
+        "model": model_name,
+        "data": {"file": data.name, "rows": len(rows)},
+        "options": asdict(options),
+        "penalty": {"kind": penalty.kind, "weight": float(penalty.weight)},
+        "safety_tokens": {"count": len(tokens), "source": tokens.source},
+        "torch": torch.__version__,
+        "log": log,
+    }
+    with replacing_folder(output) as folder:
+        peft_model.save_pretrained(folder)
+        tokens.save(folder / "safety_tokens.json")
+        draw_curves(log, folder / "curves.png")
+        write_json(folder / REPORT, report)
+    return FinetuneResult(output, report)
