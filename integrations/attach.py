@@ -16,7 +16,7 @@ from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..functional import safety_linear_cross_entropy
 from ..safety_tokens import SafetyTokens
 from .hf_models import Head, capture_hidden, probe_head
-from .peft_adapters import check_adapters, is_peft_model
+from .peft_adapters import base_of, check_adapters, is_peft_model
 from .references import AdaptersOff, FrozenModel
 
 Positions = Literal["response", "all"] | int
@@ -85,14 +85,14 @@ def attach(
         penalty = dataclasses.replace(penalty, id_weights=safety_tokens.id_weights)
     _check_positions(positions)
     check_backend(backend)
-    inner = model.get_base_model() if is_peft_model(model) else model
+    inner = base_of(model)
     if isinstance(vars(inner).get("forward"), _SafetyForward):
         raise ValueError("`model` must not be attached twice; call remove() on the first handle")
     head = probe_head(inner)
     _check_vocabulary("model", head, safety_tokens)
     reference: AdaptersOff | FrozenModel
     if ref_model is not None:
-        ref_inner = ref_model.get_base_model() if is_peft_model(ref_model) else ref_model
+        ref_inner = base_of(ref_model)
         if ref_inner is inner:
             raise ValueError("`ref_model` must be another model than `model`; got the same one")
         ref_head = probe_head(ref_inner)
@@ -197,7 +197,7 @@ class _SafetyForward:
         num_items = batch.get("num_items_in_batch")
         for name in _LOSS_ARGUMENTS:
             batch.pop(name, None)
-        target = shift_labels if shift_labels is not None else _shift(labels)
+        target = _shift(labels) if shift_labels is None else shift_labels
         as_tuple = batch.pop("return_dict", None) is False
         _check_logits_to_keep(batch)
 
@@ -255,7 +255,7 @@ class _SafetyForward:
         return (kept & (count - before <= self.positions)).flatten().float()
 
 
-def _shift(labels: Tensor) -> Tensor:  # (B, T)
+def _shift(labels: Any) -> Tensor:  # (B, T)
     """Position t predicts label t + 1; the last one predicts nothing."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
@@ -266,7 +266,7 @@ def _auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
     coefficient = getattr(model, "router_aux_loss_coef", None)
     if not isinstance(auxiliary, Tensor) or coefficient is None:
         return 0.0
-    return auxiliary * coefficient
+    return auxiliary * float(coefficient)
 
 
 def _check_vocabulary(name: str, head: Head, safety_tokens: SafetyTokens) -> None:

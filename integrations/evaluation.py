@@ -72,7 +72,8 @@ def _pairs(
 
         def last(inputs: dict[str, Tensor] = inputs, rows: int = rows) -> Tensor:
             logits = reference_logits(inner, inner.forward, head, ids, inputs)
-            return logits.unflatten(0, (rows, -1))[:, -1]
+            positions: Tensor = logits.unflatten(0, (rows, -1))  # (B, T, K)
+            return positions[:, -1]
 
         now = last()
         with adapters_off(model):
@@ -80,4 +81,5 @@ def _pairs(
 
 
 def _position_ids(attention_mask: Tensor) -> Tensor:
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    position_ids: Tensor = attention_mask.cumsum(dim=1).sub(1).clamp(min=0)
+    return position_ids

@@ -132,16 +132,16 @@ def probe_head(model: nn.Module, forward: Any = None) -> Head:
         raise ValueError(
             f"`model` must make its logits by its output embeddings; {name} made {got}. {_INSTEAD}"
         )
-    errors = []
+    misses = []
     for scale, cap in _candidates(config):
         expected = scale_and_cap(raw, scale, cap)
-        error = float((expected - logits.float()).abs().max() / expected.abs().max())
-        errors.append(f"scale {scale:g} cap {cap}: {error:.1e}")
-        if error <= _tolerance(logits.dtype):
+        miss = float((expected - logits.float()).abs().max() / expected.abs().max())
+        misses.append(f"scale {scale:g} cap {cap}: {miss:.1e}")
+        if miss <= _tolerance(logits.dtype):
             return Head(head, scale, cap)
     raise ValueError(
         f"`model` must make its logits by scale and cap of its head's output; those of {name} are "
-        f"not reproduced ({'; '.join(errors)}). {_INSTEAD}"
+        f"not reproduced ({'; '.join(misses)}). {_INSTEAD}"
     )
 
 

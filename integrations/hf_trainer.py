@@ -44,7 +44,7 @@ class SafetyTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._attach_options = {
+        self._attach_options: dict[str, Any] = {
             "safety_tokens": safety_tokens,
             "penalty": penalty,
             "ref_model": ref_model,

@@ -22,6 +22,12 @@ def is_peft_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def base_of(model: Any) -> nn.Module:
+    """Return the model that a PeftModel wraps, and any other model as it is."""
+    base: nn.Module = model.get_base_model() if is_peft_model(model) else model
+    return base
+
+
 def check_adapters(model: Any) -> None:
     """Refuse adapters whose removal does not give back the aligned model.
 

@@ -85,15 +85,15 @@ def measure_loss_memory(
     Raises:
         RuntimeError: a child failed; the message has its last line.
     """
-    entries = []
+    entries: list[LossMemory] = []
     for count in (tokens, 4 * tokens):
         if entries and available_bytes() < _FREE_BYTES_FOR_LONG:
             first = entries[0]
             entries.append(LossMemory(count, 4 * first.by_hand, 4 * first.ours, False))
             continue
         shape = {"tokens": count, "width": width, "vocab": vocab, "ids": ids}
-        peaks = [peak_in_child(name, **shape) for name in ("by_hand", "ours")]
-        entries.append(LossMemory(count, *peaks, measured=True))
+        by_hand, ours = (peak_in_child(name, **shape) for name in ("by_hand", "ours"))
+        entries.append(LossMemory(count, by_hand, ours, measured=True))
     return entries
 
 

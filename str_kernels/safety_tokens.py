@@ -45,7 +45,7 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class SafetyTokens:
     """A set of distinct vocabulary ids whose logits the penalty holds.
 
@@ -68,26 +68,45 @@ class SafetyTokens:
     """
 
     ids: Tensor
-    id_weights: Tensor | None = None
-    pieces: tuple[str, ...] | None = None
-    source: str = "given"
-    vocab_size: int | None = None
-    tokenizer_hash: str | None = None
-    _on_device: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+    id_weights: Tensor | None
+    pieces: tuple[str, ...] | None
+    source: str
+    vocab_size: int | None
+    tokenizer_hash: str | None
+    _on_device: dict[torch.device, Tensor] = field(repr=False)
 
-    def __post_init__(self) -> None:
-        ids = _as_ids(self.ids)
-        check_id_values("ids", ids.tolist(), self.vocab_size)
-        object.__setattr__(self, "ids", ids)
-        if self.id_weights is not None:
-            weights = torch.as_tensor(self.id_weights, dtype=torch.float32)
-            if tuple(weights.shape) != (len(self),):
+    def __init__(
+        self,
+        ids: Tensor | Sequence[int],
+        id_weights: Tensor | Sequence[float] | None = None,
+        pieces: Sequence[str] | None = None,
+        source: str = "given",
+        vocab_size: int | None = None,
+        tokenizer_hash: str | None = None,
+    ) -> None:
+        listed = _as_ids(ids)
+        count = listed.shape[0]
+        check_id_values("ids", listed.tolist(), vocab_size)
+        weights = None
+        if id_weights is not None:
+            weights = torch.as_tensor(id_weights, dtype=torch.float32)
+            if tuple(weights.shape) != (count,):
                 raise ValueError(
-                    f"`id_weights` must have shape ({len(self)},); got {tuple(weights.shape)}"
+                    f"`id_weights` must have shape ({count},); got {tuple(weights.shape)}"
                 )
-            object.__setattr__(self, "id_weights", weights)
-        if self.pieces is not None and len(self.pieces) != len(self):
-            raise ValueError(f"`pieces` must have {len(self)} entries; got {len(self.pieces)}")
+        if pieces is not None and len(pieces) != count:
+            raise ValueError(f"`pieces` must have {count} entries; got {len(pieces)}")
+        values: dict[str, object] = {
+            "ids": listed,
+            "id_weights": weights,
+            "pieces": None if pieces is None else tuple(pieces),
+            "source": source,
+            "vocab_size": vocab_size,
+            "tokenizer_hash": tokenizer_hash,
+            "_on_device": {},
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def __len__(self) -> int:
         """Return K."""
@@ -209,8 +228,6 @@ class SafetyTokens:
                 raise ValueError(
                     f"schema_version is {version}, this release reads {SCHEMA_VERSION}"
                 )
-            if fields.get("pieces") is not None:
-                fields["pieces"] = tuple(fields["pieces"])
             tokens = cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
