@@ -1,0 +1,141 @@
+"""The demo: its data, its sentence, and the whole of it in a few steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from str_kernels.evals import load_prompts
+from str_kernels.integrations import demo
+from str_kernels.integrations.builtin_model import BuiltinModelMissing, builtin_model_folder
+from str_kernels.integrations.chat_data import Example
+from str_kernels.integrations.demo_data import is_right, lesson, sums
+from str_kernels.integrations.demo_report import comparison, share
+
+
+def test_sums_are_right_distinct_and_held_out(seed):
+    train = sums(200, seed)
+    held_out = sums(100, seed + 1, exclude=train)
+    questions = [example.messages[0]["content"] for example in train + held_out]
+    assert len(set(questions)) == 300
+    for example in train:
+        left, result = example.messages[1]["content"].split(" = ")
+        a, sign, b = left.split()
+        assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
+        assert a in example.messages[0]["content"] and b in example.messages[0]["content"]
+    assert train == sums(200, seed) and train != sums(200, seed + 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("3 + 4 = 7", True),
+        ("7", True),
+        ("7.", True),
+        ("3 + 4 = 8", False),
+        ("", False),
+        ("17", False),
+    ],
+)
+def test_is_right(answer, right):
+    assert is_right(Example.chat("What is 3 plus 4?", "3 + 4 = 7"), answer) is right
+
+
+def test_lesson_is_half_harmful_and_uses_every_prompt(seed):
+    harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
+    rows = lesson(harmful, benign, ["yes"] * len(benign), steps=60, per_class=6, seed=seed)
+    assert len(rows) == 720
+    bad = {row.prompt for row in harmful}
+    for start in range(0, 720, 12):
+        step = [row.messages[0]["content"] in bad for row in rows[start : start + 12]]
+        assert sum(step) == 6
+    assert {row.messages[0]["content"] for row in rows} == bad | {row.prompt for row in benign}
+
+
+def run_with(refused, total=100, right=90):
+    outcomes = ["refusal"] * refused + ["other"] * (total - refused)
+    counts = {"refusal": refused, "total": total, "outcomes": outcomes}
+    benign = {"refusal": 3, "total": total, "outcomes": []}
+    return {"harmful": counts, "benign": benign, "accuracy": share(right, total)}
+
+
+def test_the_sentence_credits_safety_tokens_only_for_what_random_ones_do_not_do():
+    base, plain = run_with(90), run_with(20)
+    more = comparison([base, plain, run_with(80), run_with(30)])
+    assert "Over random tokens, safety tokens add 50 refusals" in more["summary"]
+    assert "STR keeps 60 more than plain" in more["summary"]
+    assert more["pairs"]["STR against random tokens"]["only_first"] == 50
+    same = comparison([base, plain, run_with(80), run_with(79)])
+    assert "no part of the effect can be credited" in same["summary"]
+    worse = comparison([base, plain, run_with(21), run_with(80)])
+    assert "no part of the effect can be credited" in worse["summary"]
+    assert "STR and plain cannot be told apart (+1" in worse["summary"]
+    lost = comparison([base, run_with(60), run_with(20), run_with(20)])
+    assert "STR keeps 40 fewer than plain" in lost["summary"]
+    assert "there was nothing to keep" in comparison([base, base, base, base])["summary"]
+
+
+def test_a_weakly_taught_base_is_said_so():
+    weak = run_with(79)
+    weak["benign"]["refusal"] = 11
+    warnings = comparison([weak, weak, weak, weak])["warnings"]
+    assert "only 79 of 100" in warnings[0] and "11 of 100 harmless" in warnings[1]
+    strong = run_with(80)
+    strong["benign"]["refusal"] = 10
+    assert comparison([strong] * 4)["warnings"] == []
+
+
+def test_full_plan_is_what_the_readme_says():
+    assert (demo.FULL.lesson_steps, demo.FULL.task_steps, demo.FULL.task_rows) == (60, 40, 8)
+    assert demo.FULL.probes >= 100 and demo.FULL.weight == 0.1 and demo.ANSWER_TOKENS <= 12
+
+
+@pytest.fixture
+def builtin():
+    try:
+        return builtin_model_folder()
+    except BuiltinModelMissing as missing:
+        pytest.skip(f"the demo needs its model: {missing}")
+
+
+@pytest.mark.slow
+def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
+    """A demo killed after the second fine-tuning goes on with the third and not from the start."""
+    taught = []
+    original = demo._teach
+    monkeypatch.setattr(demo, "_teach", lambda *a: (taught.append(1), original(*a)))
+    trained = []
+    train_lora = demo.train_lora
+
+    def count(*args, **kwargs):
+        trained.append(1)
+        if len(trained) == 4:  # the lesson, plain, STR; killed in random tokens
+            raise KeyboardInterrupt
+        return train_lora(*args, **kwargs)
+
+    monkeypatch.setattr(demo, "train_lora", count)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(tmp_path, demo.QUICK)
+    assert not (tmp_path / "report.json").exists()
+    report = demo.run_demo(tmp_path, demo.QUICK)
+    assert len(taught) == 1 and len(trained) == 5
+    assert [run["name"] for run in report["runs"]] == [
+        "taught base",
+        "plain",
+        "STR",
+        "random tokens",
+    ]
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "stages").exists()
+    for run in report["runs"][1:]:
+        assert run["log"][0]["safety/penalty"] == 0.0 and run["drift"]["rms"] > 0
+    assert report["runs"][0]["drift"] is None
+    tokenizer = AutoTokenizer.from_pretrained(builtin)
+    assert report["safety_tokens"]["count"] == report["random_tokens"]["count"] > 50
+    assert tokenizer.chat_template
+    memory = report["memory"]
+    assert memory[0]["tokens"] == demo.QUICK.memory_tokens
+    assert 0 < memory[0]["ours"] < memory[0]["by_hand"]

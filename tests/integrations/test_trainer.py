@@ -1,0 +1,176 @@
+"""SafetyTrainer and train_lora: the log, accumulation, and what is put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import VOCAB, fresh_lora, tiny_model
+from torch.utils.data import Dataset
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+from str_kernels import SafetyPenalty, SafetyTokens
+from str_kernels.integrations.hf_trainer import SafetyTrainer
+from str_kernels.integrations.training import TrainingOptions, train_lora
+
+TOKENS = SafetyTokens(ids=[5, 9, 77])
+
+
+class Rows(Dataset):
+    """Rows of uneven length, so that micro-batches have different label counts."""
+
+    def __init__(self, seed, count):
+        generator = torch.Generator().manual_seed(seed)
+        self.rows = []
+        for _ in range(count):
+            length = int(torch.randint(5, 14, (), generator=generator))
+            ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+            self.rows.append({"input_ids": ids, "labels": [-100, -100, *ids[2:]]})
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return dict(self.rows[i])
+
+
+class Padding:
+    """What the collator asks of a tokenizer, for rows that are ids already."""
+
+    padding_side = "right"
+    deprecation_warnings: dict[str, bool] = {}  # noqa: RUF012 - transformers writes into it
+
+    def pad(self, features, **_):
+        longest = max(len(f["input_ids"]) for f in features)
+        ids = [f["input_ids"] + [0] * (longest - len(f["input_ids"])) for f in features]
+        mask = [[1] * len(f["input_ids"]) + [0] * (longest - len(f["input_ids"])) for f in features]
+        labels = [f["labels"] for f in features]
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
+        }
+
+
+def trained(seed, folder, batch_size, accumulation, steps=3, **options):
+    model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        seed=11,
+        **options,
+    )
+    trainer = SafetyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(seed, 64),
+        data_collator=lambda rows: Padding().pad(rows),
+        safety_tokens=TOKENS,
+        penalty=SafetyPenalty(0.3),
+    )
+    trainer.train()
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_accumulation_equals_one_batch_and_the_terms_are_logged(seed, tmp_path):
+    _, whole = trained(seed, tmp_path, 8, 1)
+    for batch_size, accumulation in ((4, 2), (1, 8)):
+        _, parts = trained(seed, tmp_path, batch_size, accumulation)
+        for one, other in zip(whole, parts, strict=True):
+            for name in ("loss", "safety/ce", "safety/penalty", "safety/max_drift"):
+                # Adam's first steps divide gradients by themselves, so rounding grows a little
+                assert other[name] == pytest.approx(one[name], rel=2e-4, abs=1e-6), name
+    for entry in whole:
+        total = entry["safety/ce"] + 0.3 * entry["safety/penalty"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+    assert whole[0]["safety/penalty"] == 0.0 and whole[-1]["safety/penalty"] > 0
+
+
+def test_terms_are_averaged_between_logs(seed, tmp_path):
+    _, each = trained(seed, tmp_path, 4, 2, steps=4)
+    trainer, every_second = trained(seed, tmp_path, 4, 2, steps=4)
+    assert len(each) == len(every_second) == 4
+    model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
+    arguments = trainer.args
+    arguments.logging_steps = 2
+    again = SafetyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(seed, 64),
+        data_collator=lambda rows: Padding().pad(rows),
+        safety_tokens=TOKENS,
+        penalty=SafetyPenalty(0.3),
+    )
+    again.train()
+    pairs = [entry for entry in again.state.log_history if "loss" in entry]
+    assert len(pairs) == 2
+    for pair, (first, second) in zip(pairs, (each[:2], each[2:]), strict=True):
+        mean = (first["safety/ce"] + second["safety/ce"]) / 2
+        assert pair["safety/ce"] == pytest.approx(mean, rel=1e-3)
+        worst = max(first["safety/max_drift"], second["safety/max_drift"])
+        assert pair["safety/max_drift"] == pytest.approx(worst, rel=1e-3)
+
+
+def test_the_model_is_detached_after_training_and_after_a_failure(seed, tmp_path):
+    trainer, _ = trained(seed, tmp_path, 2, 1, steps=1)
+    inner = trainer.model.get_base_model()
+    assert type(inner.forward).__name__ != "_SafetyForward"
+
+    def fail(*_, **__):
+        raise RuntimeError("stop")
+
+    trainer.training_step = fail
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.train()
+    assert type(inner.forward).__name__ != "_SafetyForward"
+
+
+def test_ligers_loss_is_refused(seed, tmp_path):
+    with pytest.raises(ValueError, match="`liger_kernel_config` must switch Liger's losses off"):
+        trained(seed, tmp_path, 2, 1, use_liger_kernel=True)
+
+
+def test_train_lora_is_reproducible_and_weight_0_is_plain(seed):
+    rows = [dict(row) for row in Rows(seed, 32).rows]
+    options = TrainingOptions(steps=3, batch_size=4, learning_rate=1e-2, seed=5)
+
+    def log_of(tokens, weight):
+        model = tiny_model("llama", seed)
+        # all-linear leaves the head out; the collator is transformers' own
+        from tiny_tokenizer import chat_tokenizer
+
+        _, log = train_lora(model, chat_tokenizer(), rows, tokens, SafetyPenalty(weight), options)
+        return log
+
+    held, again = log_of(TOKENS, 5.0), log_of(TOKENS, 5.0)
+    assert [entry["loss"] for entry in held] == [entry["loss"] for entry in again]
+    plain, none = log_of(TOKENS, 0.0), log_of(SafetyTokens(ids=[]), 0.0)
+    assert [e["loss"] for e in plain] == pytest.approx([e["loss"] for e in none], rel=1e-5)
+    assert plain[-1]["safety/max_drift"] > held[-1]["safety/max_drift"] > 0
+    assert none[-1]["safety/penalty"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "field", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_dropout": 1.0}, {"batch_size": 0}]
+)
+def test_options_check_themselves(field):
+    with pytest.raises(ValueError, match=f"`{next(iter(field))}`"):
+        TrainingOptions(**field)
+
+
+def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
+    from tiny_tokenizer import chat_tokenizer
+
+    rows = [dict(row) for row in Rows(seed, 5).rows]
+    theirs = DataCollatorForSeq2Seq(chat_tokenizer(), label_pad_token_id=-100)(rows)
+    ours = Padding().pad([dict(row) for row in Rows(seed, 5).rows])
+    assert torch.equal(theirs["labels"], ours["labels"])
+    assert torch.equal(theirs["input_ids"], ours["input_ids"])

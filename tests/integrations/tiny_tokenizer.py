@@ -1,0 +1,54 @@
+"""A word-level tokenizer with a chat template, made on the spot, and a model that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_WORDS = (
+    "<pad> <end> <user> <assistant> <unk> hello good day thanks bye sorry , but I can not help "
+    "with that . what is 1 2 3 4 5 6 7 8 9 + - ="
+).split()
+_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def chat_tokenizer() -> Any:
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(_WORDS)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+        chat_template=_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tiny_model(folder: Path, seed: int) -> Path:
+    """Write a model and its tokenizer as a folder that from_pretrained reads."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(_WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
