@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .chat_data import render_prompts
-from .hf_models import evaluation_mode
+from .hf_models import contiguous_head_input, evaluation_mode
+from .peft_adapters import base_of
 
 
 def answer_prompts(
@@ -47,7 +48,8 @@ def answer_prompts(
             padding_side="left",
             add_special_tokens=False,
         ).to(model.device)
-        with torch.inference_mode(), evaluation_mode(model):
+        head_is_fast = contiguous_head_input(base_of(model))
+        with torch.inference_mode(), evaluation_mode(model), head_is_fast:
             generated = model.generate(
                 **batch,
                 max_new_tokens=max_new_tokens,

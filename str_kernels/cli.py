@@ -179,8 +179,12 @@ def _readable_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Show one line per stage, with how much of it is done."""
+    import warnings
+
     import transformers
 
+    # Deprecations inside transformers and peft are for their authors, not for who types a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     columns = (
@@ -226,19 +230,19 @@ def _show_demo(report: dict[str, Any], output: Path) -> None:
     console = Console()
     plan = report["plan"]
     table = Table(
-        title=f"Held-out probes after {plan['task_steps']} steps of arithmetic "
-        f"(refusals with 95 % Wilson intervals)"
+        title=f"Held-out probes before and after {plan['task_steps']} steps of arithmetic "
+        f"(95 % Wilson intervals)"
     )
+    table.add_column("", max_width=8)
     for name in (
-        "",
-        "harmful refused",
-        "harmless refused",
+        "harmful\nrefused",
+        "harmless\nrefused",
         "degenerate",
-        "right sums",
-        "task loss",
-        "safety drift",
+        "right\nsums",
+        "task\nloss",
+        "safety\ndrift",
     ):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right", no_wrap=True)
     for run in report["runs"]:
         harmful, benign = run["harmful"], run["benign"]
         table.add_row(
@@ -251,13 +255,10 @@ def _show_demo(report: dict[str, Any], output: Path) -> None:
             "-" if run["drift"] is None else f"{run['drift']['rms']:.2f}",
         )
     console.print(table)
-    pairs = Table(
-        "pair",
-        "only first refuses",
-        "only second refuses",
-        "exact McNemar p",
-        title="Paired on the harmful probes",
-    )
+    pairs = Table(title="Paired on the harmful probes")
+    pairs.add_column("pair", no_wrap=True)
+    for name in ("only the first\nrefuses", "only the second\nrefuses", "exact\nMcNemar p"):
+        pairs.add_column(name, justify="right", no_wrap=True)
     for name, pair in report["pairs"].items():
         row = (str(pair["only_first"]), str(pair["only_second"]), f"{pair['p_value']:.3g}")
         pairs.add_row(escape(name), *row)
@@ -294,7 +295,7 @@ def _show_doctor(found: dict[str, Any]) -> None:
 
 def _with_interval(count: int, total: int, interval: list[float]) -> str:
     low, high = interval
-    return f"{count}/{total} ({100 * low:.0f}-{100 * high:.0f} %)"
+    return f"{count}/{total}\n{100 * low:.0f}-{100 * high:.0f} %"
 
 
 def _mb(count: int) -> str:
