@@ -41,7 +41,7 @@ gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it i
 	@$(GPU_PYTHON) -c "$$NEEDS_GPU"
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W default -m gpu \
 	  $(or $(shell grep -l 'mark\.gpu' tests/*.py),$(error no test is marked gpu))
-	PYTHONPATH=. $(GPU_PYTHON) -m bench speed
+	PYTHONPATH=. $(GPU_PYTHON) -m bench.gpu $(RESULTS)
 
 define NEEDS_GPU
 import sys

@@ -330,7 +330,10 @@ def _add_product(grad_weight: Tensor, grad_logits: Tensor, x: Tensor) -> None:
 
 
 def _workspace(hidden: Tensor, vocab: int, rows: int) -> Tensor:
-    return hidden.new_empty((rows, _padded(vocab)))[:, :vocab]
+    workspace = hidden.new_empty((rows, _padded(vocab)))
+    # oneDNN's 16-bit products read past the end of a row and multiply by 0: NaN must not be there.
+    workspace[:, vocab:].zero_()
+    return workspace[:, :vocab]
 
 
 def _padded(vocab: int) -> int:
