@@ -79,16 +79,18 @@ def row_step_torch(
 
     if grad is not None and ce_scale is not None and penalty_scale is not None:
         # These columns hold more than softmax: each is computed whole, then rounded once.
-        # Adding to the rounded softmax would lose most bits where p_y is near 1.
+        # Adding to the rounded softmax would lose most bits where p_y is near 1. (By index_put_:
+        # scatter_ on a CPU allocates twice the size of `grad`.)
+        row = torch.arange(rows, device=grad.device)
         on_y = _where_nonzero(ce_scale, torch.exp(z_y - terms.lse) - 1.0) * _slope(z_y, options)
-        grad.scatter_(1, column, on_y.to(grad.dtype).unsqueeze(1))
+        grad[row, column.squeeze(1)] = on_y.to(grad.dtype)
         if ids:
             is_target = (safety_ids == target.unsqueeze(1)).to(dtype)
             p_s = torch.exp(safety_logits - terms.lse.unsqueeze(1))
             on_ids = _where_nonzero(ce_scale.unsqueeze(1), p_s - is_target)
             on_ids += _where_nonzero(penalty_scale.unsqueeze(1), id_weights * drift * (2 / ids))
             on_ids *= _slope(safety_logits, options)
-            grad.scatter_(1, safety_ids.expand(rows, ids), on_ids.to(grad.dtype))
+            grad[row.unsqueeze(1), safety_ids] = on_ids.to(grad.dtype)
     return terms
 
 
