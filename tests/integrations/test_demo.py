@@ -43,15 +43,17 @@ def test_is_right(answer, right):
     assert is_right(Example.chat("What is 3 plus 4?", "3 + 4 = 7"), answer) is right
 
 
-def test_lesson_is_half_harmful_and_uses_every_prompt(seed):
+def test_lesson_is_half_harmful_and_goes_round_the_prompts(seed):
     harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
-    rows = lesson(harmful, benign, ["yes"] * len(benign), steps=60, per_class=6, seed=seed)
-    assert len(rows) == 720
+    rows = lesson(harmful, benign, ["yes"] * len(benign), steps=70, per_class=6, seed=seed)
+    assert len(rows) == 840
     bad = {row.prompt for row in harmful}
-    for start in range(0, 720, 12):
-        step = [row.messages[0]["content"] in bad for row in rows[start : start + 12]]
-        assert sum(step) == 6
-    assert {row.messages[0]["content"] for row in rows} == bad | {row.prompt for row in benign}
+    asked = [row.messages[0]["content"] for row in rows]
+    for start in range(0, 840, 12):
+        assert sum(question in bad for question in asked[start : start + 12]) == 6
+    # 420 draws of each class: every prompt comes once before any comes twice
+    assert set(asked) == bad | {row.prompt for row in benign}
+    assert max(asked.count(question) for question in set(asked)) == 2
 
 
 def run_with(refused, total=100, right=90):
