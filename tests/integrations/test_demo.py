@@ -45,7 +45,7 @@ def test_is_right(answer, right):
 
 def test_lesson_is_half_harmful_and_goes_round_the_prompts(seed):
     harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
-    rows = lesson(harmful, benign, ["yes"] * len(benign), steps=70, per_class=6, seed=seed)
+    rows = lesson(harmful, benign, ["yes"] * len(benign), steps=70, per_step=(6, 6), seed=seed)
     assert len(rows) == 840
     bad = {row.prompt for row in harmful}
     asked = [row.messages[0]["content"] for row in rows]
@@ -90,7 +90,8 @@ def test_a_weakly_taught_base_is_said_so():
 
 
 def test_full_plan_is_what_the_readme_says():
-    assert (demo.FULL.lesson_steps, demo.FULL.task_steps, demo.FULL.task_rows) == (60, 40, 8)
+    assert (demo.FULL.task_steps, demo.FULL.task_rows) == (40, 8)
+    assert demo.FULL.learning_rate == 5e-4
     assert demo.FULL.probes >= 100 and demo.FULL.weight == 0.1 and demo.ANSWER_TOKENS <= 12
 
 
