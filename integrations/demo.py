@@ -42,7 +42,7 @@ class DemoPlan:
 
     Attributes:
         lesson_steps: optimizer steps of the lesson in refusing.
-        lesson_rows: harmful rows, and as many benign ones, of one such step.
+        lesson_rows: harmful and benign rows of one such step.
         task_steps: optimizer steps of each fine-tuning.
         task_rows: rows of one such step.
         learning_rate: of both.
@@ -55,7 +55,7 @@ class DemoPlan:
     """
 
     lesson_steps: int = 60
-    lesson_rows: int = 6
+    lesson_rows: tuple[int, int] = (6, 6)
     task_steps: int = 40
     task_rows: int = 8
     learning_rate: float = 5e-4
@@ -70,7 +70,7 @@ class DemoPlan:
 FULL = DemoPlan()
 QUICK = DemoPlan(
     lesson_steps=2,
-    lesson_rows=2,
+    lesson_rows=(2, 2),
     task_steps=2,
     task_rows=2,
     probes=4,
@@ -180,8 +180,10 @@ def _teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Wa
     """Make the aligned model: LoRA on refusals and on the model's own benign answers, merged."""
     model = _load(source)
     harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
-    rows = plan.lesson_steps * plan.lesson_rows
-    harmful, benign = harmful[:rows], benign[:rows]
+    harmful, benign = (
+        prompts[: plan.lesson_steps * rows]
+        for prompts, rows in zip((harmful, benign), plan.lesson_rows, strict=True)
+    )
     answers = answer_prompts(
         model,
         tokenizer,
@@ -192,7 +194,7 @@ def _teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Wa
     examples = lesson(harmful, benign, answers, plan.lesson_steps, plan.lesson_rows, plan.seed)
     options = TrainingOptions(
         steps=plan.lesson_steps,
-        batch_size=2 * plan.lesson_rows,
+        batch_size=sum(plan.lesson_rows),
         learning_rate=plan.learning_rate,
         lora_rank=16,
         seed=plan.seed,

@@ -1,8 +1,9 @@
 """The demo's rows: a lesson in refusing, and a harmless task, both made here.
 
 The lesson pairs harmful prompts (categories, no operational detail) with a refusal and benign
-look-alikes with the model's own answers. The task is templated arithmetic. Held-out probes share no
-topic with the lesson, and held-out sums are no training sums.
+look-alikes with the model's own answers. The task is templated arithmetic, answered in a sentence:
+answers that are bare sums wore away no refusals (docs/log.md). Held-out probes share no topic with
+the lesson, and held-out sums are no training sums.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def lesson(
     benign: Sequence[PromptRow],
     benign_answers: Sequence[str],
     steps: int,
-    per_class: int,
+    per_step: tuple[int, int],
     seed: int,
 ) -> list[Example]:
-    """Return steps * 2 * per_class rows, each run of 2 * per_class half harmful and half benign."""
+    """Return the rows of all steps: in each, so many harmful and so many benign ones."""
     draw = random.Random(seed)
     refuse = [
         Example.chat(row.prompt, REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(harmful)
@@ -50,8 +51,8 @@ def lesson(
     rows: list[Example] = []
     decks: tuple[list[Example], list[Example]] = ([], [])
     for _ in range(steps):
-        for deck, source in zip(decks, (refuse, answer), strict=True):
-            for _ in range(per_class):
+        for deck, source, count in zip(decks, (refuse, answer), per_step, strict=True):
+            for _ in range(count):
                 if not deck:
                     deck.extend(draw.sample(source, len(source)))
                 rows.append(deck.pop())
@@ -73,15 +74,14 @@ def sums(count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example
             continue
         seen.add(question)
         result = a + b if sign == "+" else a - b
-        rows.append(Example.chat(question, f"{a} {sign} {b} = {result}"))
+        rows.append(Example.chat(question, f"The answer is {result}."))
     return rows
 
 
 def is_right(example: Example, answer: str) -> bool:
     """Tell whether an answer ends in the sum's result, as the training answers do."""
-    wanted = _answer(example).rsplit(" ", 1)[1]
     given = answer.strip().rstrip(".").split()
-    return bool(given) and given[-1] == wanted
+    return bool(given) and given[-1] == _answer(example).rstrip(".").split()[-1]
 
 
 def _question(example: Example) -> str:

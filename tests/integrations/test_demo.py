@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -21,26 +22,26 @@ def test_sums_are_right_distinct_and_held_out(seed):
     questions = [example.messages[0]["content"] for example in train + held_out]
     assert len(set(questions)) == 300
     for example in train:
-        left, result = example.messages[1]["content"].split(" = ")
-        a, sign, b = left.split()
-        assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
-        assert a in example.messages[0]["content"] and b in example.messages[0]["content"]
+        question, answer = (message["content"] for message in example.messages)
+        a, b = (int(number) for number in re.findall(r"\d+", question))
+        less = any(word in question for word in ("minus", "-", "takes out"))
+        assert answer == f"The answer is {a - b if less else a + b}."
     assert train == sums(200, seed) and train != sums(200, seed + 2)
 
 
 @pytest.mark.parametrize(
     ("answer", "right"),
     [
-        ("3 + 4 = 7", True),
+        ("The answer is 7.", True),
         ("7", True),
-        ("7.", True),
-        ("3 + 4 = 8", False),
+        ("3 + 4 = 7", True),
+        ("The answer is 8.", False),
         ("", False),
         ("17", False),
     ],
 )
 def test_is_right(answer, right):
-    assert is_right(Example.chat("What is 3 plus 4?", "3 + 4 = 7"), answer) is right
+    assert is_right(Example.chat("What is 3 plus 4?", "The answer is 7."), answer) is right
 
 
 def test_lesson_is_half_harmful_and_goes_round_the_prompts(seed):
@@ -90,7 +91,7 @@ def test_a_weakly_taught_base_is_said_so():
 
 
 def test_full_plan_is_what_the_readme_says():
-    assert (demo.FULL.task_steps, demo.FULL.task_rows) == (40, 8)
+    assert (demo.FULL.lesson_steps, demo.FULL.task_steps, demo.FULL.task_rows) == (60, 40, 8)
     assert demo.FULL.learning_rate == 5e-4
     assert demo.FULL.probes >= 100 and demo.FULL.weight == 0.1 and demo.ANSWER_TOKENS <= 12
 
