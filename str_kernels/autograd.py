@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import row_step_of
+from .checks import check_values
 from .contracts import LossArgs, RowTerms, SafetyLoss, accumulation_dtype
 from .eager import max_over, weighted
 from .projection import project
@@ -34,8 +35,8 @@ _LINEAR_SCHEMA = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LOGITS_SCHEMA = f"(Tensor logits, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-_GRAD_SCHEMA = f"(Tensor logits, {_ARGS}, Tensor lse, Tensor grad_loss) -> Tensor"
-_GRAD_INPLACE_SCHEMA = f"(Tensor(a!) logits, {_ARGS}, Tensor lse, Tensor grad_loss) -> ()"
+_GRAD_SCHEMA = f"(Tensor logits, {_ARGS}, Tensor norm, Tensor grad_loss) -> Tensor"
+_GRAD_INPLACE_SCHEMA = f"(Tensor(a!) logits, {_ARGS}, Tensor norm, Tensor grad_loss) -> ()"
 
 
 def linear_cross_entropy(
@@ -84,6 +85,8 @@ def _linear_op(
 ) -> tuple[Tensor, ...]:
     args = LossArgs(*rest[:_N_ARGS])
     chunk_rows, need_hidden, need_weight, need_bias = rest[_N_ARGS:]
+    check_values(args.target, args.safety_ids, linear_weight.shape[0], args.ignore_index)
+    takes_part = args.takes_part().unsqueeze(1)
     with torch.autocast(hidden.device.type, enabled=False):
         safety_logits = project(
             hidden,
@@ -105,7 +108,8 @@ def _linear_op(
         terms = []
         for start in range(0, hidden.shape[0], chunk_rows):
             part = slice(start, min(start + chunk_rows, hidden.shape[0]))
-            x = hidden[part]
+            # The head's gradient sums over rows: inf or NaN of a masked one must not reach it.
+            x = torch.where(takes_part[part], hidden[part], 0.0)
             logits = workspace[: x.shape[0]]
             if linear_bias is None:
                 torch.mm(x, linear_weight.t(), out=logits)
@@ -173,20 +177,21 @@ _linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 def _logits_forward(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     args = LossArgs(*rest)
+    check_values(args.target, args.safety_ids, logits.shape[1], args.ignore_index)
     terms = row_step_of(args.backend)(
         logits, args.target, args.safety_ids, None, args.ref, args.id_weights, args.options
     )
-    return (*_reduce(terms, args), terms.lse)
+    return (*_reduce(terms, args), terms.norm)
 
 
 def _logits_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     args = LossArgs(*rest)
     scalars = (torch.empty_like(args.penalty_weight) for _ in range(4))
-    return (*scalars, torch.empty_like(args.row_ce))
+    return (*scalars, args.row_ce.new_empty((2, args.row_ce.shape[0])))
 
 
 def _write_logits_grad(
-    logits: Tensor, args: LossArgs, lse: Tensor, grad_loss: Tensor, grad: Tensor
+    logits: Tensor, args: LossArgs, norm: Tensor, grad_loss: Tensor, grad: Tensor
 ) -> None:
     row_step_of(args.backend)(
         logits,
@@ -196,7 +201,7 @@ def _write_logits_grad(
         args.ref,
         args.id_weights,
         args.options,
-        lse=lse,
+        norm=norm,
         ce_scale=args.row_ce * (args.inv_items * grad_loss),
         penalty_scale=args.row_safety * (args.penalty_weight * args.inv_safety_items * grad_loss),
         grad=grad,
@@ -205,9 +210,9 @@ def _write_logits_grad(
 
 @torch.library.custom_op("str_kernels::cross_entropy_grad", mutates_args=(), schema=_GRAD_SCHEMA)
 def _logits_grad_op(logits: Tensor, *rest: Any) -> Tensor:
-    *args, lse, grad_loss = rest
+    *args, norm, grad_loss = rest
     grad = torch.empty_like(logits)
-    _write_logits_grad(logits, LossArgs(*args), lse, grad_loss, grad)
+    _write_logits_grad(logits, LossArgs(*args), norm, grad_loss, grad)
     return grad
 
 
@@ -220,8 +225,8 @@ def _logits_grad_fake(logits: Tensor, *rest: Any) -> Tensor:
     "str_kernels::cross_entropy_grad_", mutates_args=("logits",), schema=_GRAD_INPLACE_SCHEMA
 )
 def _logits_grad_inplace_op(logits: Tensor, *rest: Any) -> None:
-    *args, lse, grad_loss = rest
-    _write_logits_grad(logits, LossArgs(*args), lse, grad_loss, logits)
+    *args, norm, grad_loss = rest
+    _write_logits_grad(logits, LossArgs(*args), norm, grad_loss, logits)
 
 
 @_logits_grad_inplace_op.register_fake
@@ -230,35 +235,35 @@ def _logits_grad_inplace_fake(logits: Tensor, *rest: Any) -> None:
 
 
 def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, ce, penalty, max_drift, lse = output
-    ctx.mark_non_differentiable(ce, penalty, max_drift, lse)
+    _, ce, penalty, max_drift, norm = output
+    ctx.mark_non_differentiable(ce, penalty, max_drift, norm)
     ctx.set_materialize_grads(False)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors, lse)
+    ctx.save_for_backward(*tensors, norm)
     ctx.numbers = inputs[len(tensors) :]  # LossArgs lists its tensors first
 
 
 @once_differentiable
 def _logits_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    logits, *tensors, lse = ctx.saved_tensors
+    logits, *tensors, norm = ctx.saved_tensors
     args = (*tensors, *ctx.numbers)
     nothing = (None,) * len(args)
     if grad_loss is None:
         return (None, *nothing)
-    return (_logits_grad_op(logits, *args, lse, grad_loss), *nothing)
+    return (_logits_grad_op(logits, *args, norm, grad_loss), *nothing)
 
 
 @once_differentiable
 def _logits_inplace_backward(
     ctx: Any, grad_loss: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    logits, *tensors, lse = ctx.saved_tensors
+    logits, *tensors, norm = ctx.saved_tensors
     args = (*tensors, *ctx.numbers)
     nothing = (None,) * len(args)
     if grad_loss is None:
         return (None, *nothing)
-    _logits_grad_inplace_op(logits, *args, lse, grad_loss)
-    return (logits, *nothing)
+    _logits_grad_inplace_op(logits, *args, norm, grad_loss)
+    return (logits.detach(), *nothing)  # the gradient has no history of its own
 
 
 def _make_logits_op(name: str, backward: Any) -> Any:
@@ -296,7 +301,7 @@ def _gradient_factor(args: LossArgs) -> Tensor:
 def _concatenate(terms: list[RowTerms], like: Tensor) -> RowTerms:
     if not terms:
         return RowTerms(*(like.new_zeros(0) for _ in RowTerms._fields))
-    return RowTerms(*(torch.cat(column) for column in zip(*terms, strict=True)))
+    return RowTerms(*(torch.cat(column, dim=-1) for column in zip(*terms, strict=True)))
 
 
 def _empty_grads(

@@ -60,6 +60,7 @@ def row_step_of(backend: str) -> RowStep:
     return row_step_triton
 
 
+@torch.compiler.assume_constant_result  # dynamo cannot trace into triton's own settings
 def _interpreting() -> bool:
     import triton
 

@@ -149,6 +149,10 @@ class LossArgs(NamedTuple):
         """Return the part that is the same for every row."""
         return RowOptions(self.ignore_index, self.logit_scale, self.softcap)
 
+    def takes_part(self) -> Tensor:  # (N,) bool
+        """Return which rows have a cross-entropy or a penalty."""
+        return (self.row_ce != 0) | (self.row_safety != 0)
+
 
 class RowTerms(NamedTuple):
     """What a row step found, one number per row, in the accumulation dtype.
@@ -160,15 +164,16 @@ class RowTerms(NamedTuple):
     ce: Tensor  # (n,)
     penalty: Tensor  # (n,)
     drift: Tensor  # (n,) max_k |z_S_k - r_k|
-    lse: Tensor  # (n,)
+    norm: Tensor  # (2, n) m = max z and log sum exp(z - m); their sum is lse
 
 
 class RowStep(Protocol):
     """One pass over rows of logits: their terms, and on request their gradient.
 
     `logits` are raw head outputs u, before scale and cap. `safety_logits` and `ref` are after
-    both; without `safety_logits` the step gathers them from `logits`. With `lse` the terms are not
-    computed (backward of the logits path). With `grad` the row gradient
+    both; without `safety_logits` the step gathers them from `logits`. With `norm` the terms are not
+    computed (backward of the logits path); it is kept in two parts because an lse of 20 in float32
+    is off by 1e-6, and p_y - 1 with it. With `grad` the row gradient
 
         du_v = c (1 - (z_v / t)^2) * (ce_scale (p_v - [v = y]) + penalty_scale dphi/dz_v)
 
@@ -186,7 +191,7 @@ class RowStep(Protocol):
         id_weights: Tensor,  # (K,)
         options: RowOptions,
         *,
-        lse: Tensor | None = None,  # (n,)
+        norm: Tensor | None = None,  # (2, n)
         ce_scale: Tensor | None = None,  # (n,)
         penalty_scale: Tensor | None = None,  # (n,)
         grad: Tensor | None = None,  # (n, V)

@@ -21,6 +21,7 @@ def eager_linear_cross_entropy(
     args: LossArgs,
 ) -> SafetyLoss:
     """Make all logits with the head's own product, the safety logits with `project`."""
+    hidden = torch.where(args.takes_part().unsqueeze(1), hidden, torch.zeros_like(hidden))
     safety_logits = project(
         hidden,
         linear_weight,

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_values
 from .contracts import RowOptions, RowTerms
 
 # One row is one program, and a block is what the program holds in registers at a time: 16 elements
@@ -34,7 +33,7 @@ def row_step_triton(
     id_weights: Tensor,  # (K,)
     options: RowOptions,
     *,
-    lse: Tensor | None = None,  # (n,)
+    norm: Tensor | None = None,  # (2, n)
     ce_scale: Tensor | None = None,  # (n,)
     penalty_scale: Tensor | None = None,  # (n,)
     grad: Tensor | None = None,  # (n, V)
@@ -42,33 +41,43 @@ def row_step_triton(
     """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
     rows, vocab = logits.shape
     ids = safety_ids.shape[0]
-    check_values(target, safety_ids, vocab, options.ignore_index)
+    out = grad
+    if grad is not None and grad.stride(1) != 1:
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    if ids and safety_logits is None and grad is not None and grad.data_ptr() == logits.data_ptr():
-        # The kernel reads the safety logits after it wrote the row; here that is the same memory.
-        safety_logits = _gather_safety_logits(logits, safety_ids, options)
-    ce, penalty, drift, new_lse = logits.new_empty((4, rows), dtype=torch.float32)
+    raw = None
+    if ids and out is not None and out.data_ptr() == logits.data_ptr():
+        # The kernel needs these columns after it wrote the row, which here is the same memory.
+        raw = logits.index_select(1, safety_ids)
+    ce, penalty, drift = logits.new_empty((3, rows), dtype=torch.float32)
+    terms_wanted = norm is None
+    if norm is None:
+        norm = logits.new_empty((2, rows), dtype=torch.float32)
+    if ref.shape[1] and ref.stride(1) != 1:
+        ref = ref.contiguous()
     if rows:
         block_v, block_k, num_warps = block_sizes(vocab, ids)
         _row_step_kernel[(rows,)](
             logits,
             target.contiguous(),
             safety_ids.contiguous(),
+            raw,
             safety_logits,
             ref,
             id_weights.contiguous(),
-            new_lse if lse is None else lse,
+            norm,
             ce,
             penalty,
             drift,
             ce_scale,
             penalty_scale,
-            grad,
+            out,
             logits.stride(0),
             0 if safety_logits is None else safety_logits.stride(0),
             ref.stride(0),
-            0 if grad is None else grad.stride(0),
+            0 if out is None else out.stride(0),
+            rows,
             vocab,
             ids,
             1.0 / max(ids, 1),
@@ -76,19 +85,22 @@ def row_step_triton(
             options.logit_scale,
             options.softcap,
             HAS_SAFETY=ids > 0,
+            HAS_RAW=raw is not None,
             HAS_SAFETY_LOGITS=safety_logits is not None,
             HAS_SOFTCAP=options.softcap != 0.0,
-            HAS_LSE=lse is not None,
-            HAS_GRAD=grad is not None,
+            HAS_NORM=not terms_wanted,
+            HAS_GRAD=out is not None,
             BLOCK_V=block_v,
             BLOCK_K=block_k,
             num_warps=num_warps,
             # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
             enable_fp_fusion=True,
         )
-    if lse is not None:
-        return RowTerms(ce[:0], penalty[:0], drift[:0], lse)
-    return RowTerms(ce, penalty, drift, new_lse)
+    if grad is not None and out is not None and out is not grad:
+        grad.copy_(out)
+    if not terms_wanted:
+        return RowTerms(ce[:0], penalty[:0], drift[:0], norm)
+    return RowTerms(ce, penalty, drift, norm)
 
 
 def block_sizes(vocab: int, ids: int) -> tuple[int, int, int]:
@@ -97,11 +109,6 @@ def block_sizes(vocab: int, ids: int) -> tuple[int, int, int]:
     block_k = min(_MAX_BLOCK_K, max(16, triton.next_power_of_2(ids)))
     num_warps = min(_MAX_WARPS, max(4, block_v // (32 * _ELEMENTS_PER_THREAD)))
     return block_v, block_k, num_warps
-
-
-def _gather_safety_logits(logits: Tensor, safety_ids: Tensor, options: RowOptions) -> Tensor:
-    z = logits.index_select(1, safety_ids).float() * options.logit_scale
-    return torch.tanh(z / options.softcap) * options.softcap if options.softcap else z
 
 
 @triton.jit
@@ -136,10 +143,11 @@ def _row_step_kernel(
     Logits,  # (n, V)
     Target,  # (n,)
     SafetyIds,  # (K,)
+    Raw,  # (n, K) the safety ids' columns of Logits, or None where Grad is not Logits
     SafetyLogits,  # (n, K) or None
     Ref,  # (n, K)
     IdWeights,  # (K,)
-    Lse,  # (n,)
+    Norm,  # (2, n) m and log d
     Ce,  # (n,)
     Penalty,  # (n,)
     Drift,  # (n,)
@@ -150,6 +158,7 @@ def _row_step_kernel(
     stride_safety_n,
     stride_ref_n,
     stride_grad_n,
+    N,
     V,
     K,
     inv_k,
@@ -157,9 +166,10 @@ def _row_step_kernel(
     logit_scale,
     softcap,
     HAS_SAFETY: tl.constexpr,
+    HAS_RAW: tl.constexpr,
     HAS_SAFETY_LOGITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_LSE: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -173,8 +183,9 @@ def _row_step_kernel(
     kept = y != ignore_index
     inside = (y >= 0) & (y < V)
 
-    if HAS_LSE:
-        lse = tl.load(Lse + pid_n)
+    if HAS_NORM:
+        m = tl.load(Norm + pid_n)
+        log_d = tl.load(Norm + N + pid_n)
     else:
         # Read before the pass and not after it: the pass's reductions are what keeps a faster warp
         # from overwriting this column (Grad may be Logits) before a slower one has read it.
@@ -193,14 +204,15 @@ def _row_step_kernel(
             d = d * tl.exp(m - safe) + tl.sum(tl.exp(z - safe), 0)
             m = m_new
         log_d = tl.log(d)
-        lse = m + log_d
         z_y = _scale_and_cap(u_y, logit_scale, softcap, HAS_SOFTCAP)
         ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): the small numbers, not the large ones
         ce = tl.where(inside, ce, float("nan"))
         tl.store(Ce + pid_n, tl.where(kept, ce, 0.0))
-        tl.store(Lse + pid_n, lse)
+        tl.store(Norm + pid_n, m)
+        tl.store(Norm + N + pid_n, log_d)
         penalty = 0.0
         drift = 0.0
+        n_nan = 0
         if HAS_SAFETY:
             for start in range(0, K, BLOCK_K):
                 offs_k = start + tl.arange(0, BLOCK_K)
@@ -215,9 +227,12 @@ def _row_step_kernel(
                 a = tl.load(IdWeights + offs_k, mask=mask_k, other=0.0)
                 gap = tl.where(mask_k, z_s - r, 0.0)
                 penalty += tl.sum(a * gap * gap, 0)
-                drift = tl.maximum(drift, tl.max(tl.abs(gap), 0))
+                worst = tl.max(tl.abs(gap), 0)
+                # a maximum skips NaN, and would report a broken row as a healthy one
+                drift = tl.maximum(drift, worst)
+                n_nan += tl.sum((gap != gap).to(tl.int32), 0)
         tl.store(Penalty + pid_n, penalty * inv_k)
-        tl.store(Drift + pid_n, drift)
+        tl.store(Drift + pid_n, tl.where(n_nan > 0, float("nan"), drift))
 
     if HAS_GRAD:
         Grad += pid_n * stride_grad_n
@@ -229,7 +244,7 @@ def _row_step_kernel(
             mask_v = offs_v < V
             u = tl.load(Logits + offs_v, mask=mask_v, other=float("-inf"))
             z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
-            p = tl.exp(z - lse)
+            p = tl.exp((z - m) - log_d)
             dz = tl.where(offs_v == y, p - 1.0, p) * ce_scale
             du = dz * _slope(z, logit_scale, softcap, HAS_SOFTCAP)
             du = tl.where(has_ce, du, 0.0)  # not a product: inf and NaN of a masked row stay out
@@ -243,17 +258,23 @@ def _row_step_kernel(
                 mask_k = offs_k < K
                 s = tl.load(SafetyIds + offs_k, mask=mask_k, other=0)
                 mask_s = mask_k & (s >= 0) & (s < V)
-                if HAS_SAFETY_LOGITS:
-                    z_s = tl.load(SafetyLogits + offs_k, mask=mask_k, other=0.0)
+                # Two values of one logit: the row's own, of which m and d are made, for the
+                # softmax, and the finer one for the penalty. Mixed, they spoil p_y - 1 at y in S.
+                if HAS_RAW:
+                    u_s = tl.load(Raw + pid_n * K + offs_k, mask=mask_k, other=0.0)
                 else:
                     u_s = tl.load(Logits + s, mask=mask_s, other=0.0)
-                    z_s = _scale_and_cap(u_s, logit_scale, softcap, HAS_SOFTCAP)
+                z_u = _scale_and_cap(u_s, logit_scale, softcap, HAS_SOFTCAP)
+                z_s = z_u
+                if HAS_SAFETY_LOGITS:
+                    z_s = tl.load(SafetyLogits + offs_k, mask=mask_k, other=0.0)
                 r = tl.load(Ref + offs_k, mask=mask_k, other=0.0)
                 a = tl.load(IdWeights + offs_k, mask=mask_k, other=0.0)
-                p_s = tl.exp(z_s - lse)
+                p_s = tl.exp((z_u - m) - log_d)
                 dz = tl.where(s == y, p_s - 1.0, p_s) * ce_scale
-                dz = tl.where(has_ce, dz, 0.0)
+                du = dz * _slope(z_u, logit_scale, softcap, HAS_SOFTCAP)
+                du = tl.where(has_ce, du, 0.0)
                 pull = penalty_scale * (2.0 * inv_k) * a * (z_s - r)
-                dz += tl.where(penalty_scale != 0.0, pull, 0.0)
-                du = dz * _slope(z_s, logit_scale, softcap, HAS_SOFTCAP)
+                pull *= _slope(z_s, logit_scale, softcap, HAS_SOFTCAP)
+                du += tl.where(penalty_scale != 0.0, pull, 0.0)
                 tl.store(Grad + s, du.to(Grad.dtype.element_ty), mask=mask_s)

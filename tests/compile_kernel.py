@@ -73,10 +73,10 @@ def recorded_launch(module: Any, variant: dict[str, Any]) -> tuple[Any, tuple[An
     if variant["path"] == "linear":
         module.row_step_triton(*of_all, grad=logits, **grads)
     else:
-        lse = module.row_step_triton(*of_all).lse
+        norm = module.row_step_triton(*of_all).norm
         if variant["path"] == "backward":
             grad = torch.empty_like(logits)
-            module.row_step_triton(*of_all, lse=lse, grad=grad, **grads)
+            module.row_step_triton(*of_all, norm=norm, grad=grad, **grads)
     module._row_step_kernel = kernel
     args, kwargs = launches[-1]
     return kernel, args, kwargs

@@ -40,9 +40,9 @@ MUTANTS = [
     ),
     (
         "rows_triton",
-        "the last column",
+        "the last nine columns",  # one alone may be a safety id, which is written again
         "element_ty), mask=mask_v)",
-        "element_ty), mask=offs_v<V-1)",
+        "element_ty), mask=offs_v<V-9)",
     ),
     ("rows_triton", "the second block of ids", "offs_k = start + tl.arange", "offs_k = tl.arange"),
     (
@@ -54,7 +54,7 @@ MUTANTS = [
     ("rows_torch", "the S-lane of y", "p_s - is_target", "p_s"),
     ("rows_torch", "1/K in the gradient", "(2 / ids)", "2"),
     ("rows_torch", "the shift by the maximum", "log_total - (z_y - top)", "log_total - z_y"),
-    ("rows_torch", "0.1 % of the sum", "total.log()", "(total * 1.001).log()"),
+    ("rows_torch", "0.1 % of the sum", "torch.log(total,", "torch.log(total * 1.001,"),
     ("rows_torch", "1/K in the value", ".sum(dim=1) / max(ids, 1)", ".sum(dim=1)"),
     (
         "rows_torch",

@@ -60,9 +60,9 @@ def row_case(rng, device, **options) -> Case:
 
 def gradient_of_two_passes(step: RowStep, case: Case, dtype: torch.dtype) -> torch.Tensor:
     given = arguments(case, dtype)
-    lse = step(**given).lse
+    norm = step(**given).norm
     grad = torch.full_like(given["logits"], torch.nan)
-    step(**given, lse=lse, grad=grad, **scales(case, dtype))
+    step(**given, norm=norm, grad=grad, **scales(case, dtype))
     return grad
 
 
@@ -94,12 +94,12 @@ def test_the_ways_to_the_gradient_agree(step, transform, dtype, how, rng, device
     case = row_case(rng, device, transform=transform, dtype=dtype)
     given = arguments(case, dtype)
     given["logits"] = given["logits"].clone()
-    lse = step(**given).lse if "two" in how else None
+    norm = step(**given).norm if "two" in how else None
     grad = given["logits"]
     if "place" not in how:
         grad = torch.full_like(grad, torch.nan)
     untouched = given["logits"].clone()
-    step(**given, lse=lse, grad=grad, **scales(case, dtype))
+    step(**given, norm=norm, grad=grad, **scales(case, dtype))
     if "place" not in how:
         assert torch.equal(given["logits"], untouched)
     truth = gradient_of_two_passes(row_step_torch, case, torch.float64)

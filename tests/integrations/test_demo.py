@@ -52,9 +52,10 @@ def test_lesson_is_half_harmful_and_goes_round_the_prompts(seed):
     asked = [row.messages[0]["content"] for row in rows]
     for start in range(0, 840, 12):
         assert sum(question in bad for question in asked[start : start + 12]) == 6
-    # 420 draws of each class: every prompt comes once before any comes twice
-    assert set(asked) == bad | {row.prompt for row in benign}
-    assert max(asked.count(question) for question in set(asked)) == 2
+    # every prompt comes n times before any comes n + 1 times
+    for prompts in (harmful, benign):
+        counts = [asked.count(row.prompt) for row in prompts]
+        assert max(counts) - min(counts) <= 1 and sum(counts) == 420
 
 
 def run_with(refused, total=100, right=90):
