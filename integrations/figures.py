@@ -46,7 +46,7 @@ def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
             ({"count", "total", "interval"}) and drift ({"rms"} or None), in order.
         path: the PNG file.
     """
-    names = [run["name"] for run in runs]
+    names = [run["name"].replace(" ", "\n") for run in runs]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     refusals, task, drift = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     width = 0.38
@@ -59,7 +59,8 @@ def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
         refusals.bar(places, shares, width, color=colour, label=label)
         _error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
     refusals.set_title("refusals on held-out probes (%, 95 % Wilson intervals)", fontsize=10)
-    refusals.set_ylim(0, 125)
+    refusals.set_ylim(0, 115)  # room for the legend
+    refusals.set_yticks(range(0, 101, 20))
     refusals.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
     places = list(range(len(runs)))
     shares = [100 * run["accuracy"]["count"] / run["accuracy"]["total"] for run in runs]

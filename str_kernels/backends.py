@@ -60,7 +60,8 @@ def row_step_of(backend: str) -> RowStep:
     return row_step_triton
 
 
-@torch.compiler.assume_constant_result  # dynamo cannot trace into triton's own settings
+# Dynamo cannot trace into triton's own settings. (The decorator has no annotations.)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _interpreting() -> bool:
     import triton
 
