@@ -78,11 +78,7 @@ def attach(
     """
     if not isinstance(safety_tokens, SafetyTokens):
         raise TypeError(f"`safety_tokens` must be SafetyTokens; got {type(safety_tokens).__name__}")
-    penalty = SafetyPenalty() if penalty is None else penalty
-    if not isinstance(penalty, SafetyPenalty):
-        raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(penalty).__name__}")
-    if penalty.id_weights is None:
-        penalty = dataclasses.replace(penalty, id_weights=safety_tokens.id_weights)
+    penalty = safety_tokens.weigh(penalty)
     _check_positions(positions)
     check_backend(backend)
     inner = base_of(model)

@@ -7,11 +7,12 @@ happens inside a row is the row step's business. docs/loss.md has the mathematic
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import row_step_of
 from .checks import check_values
@@ -37,6 +38,37 @@ _LINEAR_SCHEMA = (
 _LOGITS_SCHEMA = f"(Tensor logits, {_ARGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 _GRAD_SCHEMA = f"(Tensor logits, {_ARGS}, Tensor norm, Tensor grad_loss) -> Tensor"
 _GRAD_INPLACE_SCHEMA = f"(Tensor(a!) logits, {_ARGS}, Tensor norm, Tensor grad_loss) -> ()"
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("the safety loss has no second derivative, except with backend='eager'")
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative raise.
+
+    torch's own decorator lets one that starts from a gradient without history pass as a constant,
+    which is a wrong gradient.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # it is on only under create_graph=True
+            return tuple(found)
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if grad is None else _Once.apply(grad, anchor) for grad in found)
+
+    return run
 
 
 def linear_cross_entropy(
@@ -158,7 +190,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.n_inputs = len(inputs)
 
 
-@once_differentiable
+@_once_differentiable
 def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     *grads, factor = ctx.saved_tensors
     nothing = (None,) * (ctx.n_inputs - 3)
@@ -243,7 +275,7 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.numbers = inputs[len(tensors) :]  # LossArgs lists its tensors first
 
 
-@once_differentiable
+@_once_differentiable
 def _logits_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     logits, *tensors, norm = ctx.saved_tensors
     args = (*tensors, *ctx.numbers)
@@ -253,7 +285,7 @@ def _logits_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
     return (_logits_grad_op(logits, *args, norm, grad_loss), *nothing)
 
 
-@once_differentiable
+@_once_differentiable
 def _logits_inplace_backward(
     ctx: Any, grad_loss: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -60,9 +61,6 @@ def row_step_of(backend: str) -> RowStep:
     return row_step_triton
 
 
-# Dynamo cannot trace into triton's own settings. (The decorator has no annotations.)
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _interpreting() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    # Read as triton reads it: dynamo cannot trace into triton's own settings.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

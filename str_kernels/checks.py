@@ -109,6 +109,16 @@ def check_count(name: str, value: object, device: torch.device) -> None:
         raise ValueError(f"`{name}` must be finite and >= 0; got {value}")
 
 
+def check_chunk_bytes(chunk_bytes: object) -> None:
+    """Check a memory budget: None or an int > 0."""
+    if chunk_bytes is None:
+        return
+    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+        raise TypeError(f"`chunk_bytes` must be an int or None; got {type(chunk_bytes).__name__}")
+    if chunk_bytes <= 0:
+        raise ValueError(f"`chunk_bytes` must be > 0; got {chunk_bytes}")
+
+
 def check_options(
     *, reduction: str, logit_scale: float, softcap: float | None, ignore_index: int
 ) -> None:

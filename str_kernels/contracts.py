@@ -62,7 +62,7 @@ class SafetyPenalty:
             raise ValueError(f"`kind` must be one of {kinds}; got {self.kind!r}")
         _check_weight(self.weight)
         if self.id_weights is not None:
-            _check_id_weights(self.id_weights)
+            check_id_weights(self.id_weights)
 
 
 def _check_weight(weight: float | Tensor) -> None:
@@ -78,7 +78,8 @@ def _check_weight(weight: float | Tensor) -> None:
         raise ValueError(f"`weight` must be finite and >= 0; got {weight}")
 
 
-def _check_id_weights(id_weights: Tensor) -> None:
+def check_id_weights(id_weights: Tensor) -> None:
+    """Check per-id factors: (K,), floating point, finite and >= 0."""
     if not isinstance(id_weights, Tensor) or not id_weights.is_floating_point():
         got = getattr(id_weights, "dtype", type(id_weights).__name__)
         raise TypeError(f"`id_weights` must be a floating-point tensor; got {got}")

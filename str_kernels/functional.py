@@ -8,6 +8,7 @@ from torch import Tensor
 from . import autograd
 from .backends import choose_backend
 from .checks import (
+    check_chunk_bytes,
     check_count,
     check_device,
     check_float,
@@ -205,8 +206,7 @@ def safety_linear_cross_entropy(
         check_tensor("linear_bias", linear_bias, (linear_weight.shape[0],))
         check_float("linear_bias", linear_bias)
         check_device("linear_bias", linear_bias, hidden.device)
-    if chunk_bytes is not None and (isinstance(chunk_bytes, bool) or not chunk_bytes > 0):
-        raise ValueError(f"`chunk_bytes` must be > 0; got {chunk_bytes}")
+    check_chunk_bytes(chunk_bytes)
     hidden, linear_weight, linear_bias = cast_for_autocast(hidden, linear_weight, linear_bias)
     check_float("linear_weight", linear_weight, like=hidden.dtype)
     if linear_bias is not None:

@@ -18,7 +18,7 @@ class _SafetyModule(nn.Module):
         self, safety_tokens: SafetyTokens, penalty: SafetyPenalty | None = None, **options: Any
     ) -> None:
         super().__init__()
-        self.penalty = SafetyPenalty() if penalty is None else penalty
+        self.penalty = safety_tokens.weigh(penalty)
         self.options = options
         # not persistent: the ids belong to safety_tokens.json, and a checkpoint must not carry them
         self.register_buffer("safety_ids", safety_tokens.ids, persistent=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .atomic import write_json
 from .checks import check_id_values
+from .contracts import SafetyPenalty, check_id_weights
 
 SCHEMA_VERSION = 1
 _TEMPLATES_FILE = "refusal_templates.txt"
@@ -89,7 +90,7 @@ class SafetyTokens:
         check_id_values("ids", listed.tolist(), vocab_size)
         weights = None
         if id_weights is not None:
-            weights = torch.as_tensor(id_weights, dtype=torch.float32)
+            weights = _as_weights(id_weights)
             if tuple(weights.shape) != (count,):
                 raise ValueError(
                     f"`id_weights` must have shape ({count},); got {tuple(weights.shape)}"
@@ -253,6 +254,19 @@ class SafetyTokens:
             },
         )
 
+    def weigh(self, penalty: SafetyPenalty | None) -> SafetyPenalty:
+        """Return the penalty with these tokens' weights, unless it has its own.
+
+        Args:
+            penalty: kind and weight; the defaults of SafetyPenalty when None.
+        """
+        penalty = SafetyPenalty() if penalty is None else penalty
+        if not isinstance(penalty, SafetyPenalty):
+            raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(penalty).__name__}")
+        if penalty.id_weights is not None:
+            return penalty
+        return replace(penalty, id_weights=self.id_weights)
+
     def verify(self, tokenizer: Tokenizer) -> None:
         """Check that the ids mean in `tokenizer` what they meant where they were made.
 
@@ -311,10 +325,21 @@ def _as_ids(ids: object) -> Tensor:
         for value in listed:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`ids` must be integers; got {value!r}")
+            if value >= 2**63:
+                raise ValueError(f"`ids` must be below 2^63; got {value}")
         values = torch.tensor(listed, dtype=torch.int64)
     if values.dim() != 1:
         raise ValueError(f"`ids` must have shape (K,); got {tuple(values.shape)}")
     return values
+
+
+def _as_weights(id_weights: Tensor | Sequence[float]) -> Tensor:
+    try:
+        weights = torch.as_tensor(id_weights, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`id_weights` must be numbers; got {id_weights!r}") from error
+    check_id_weights(weights)
+    return weights.detach().cpu()
 
 
 def _lines(text: str) -> list[str]:
