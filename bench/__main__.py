@@ -43,6 +43,7 @@ def speed(
     rows = measure(HEADS[head], tokens, ids, getattr(torch, dtype), train_head, pairs, device)
     rows = [{"head": head, **row} for row in rows]
     if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
         write_json(save, rows)
     if as_json:
         json.dump(rows, sys.stdout, indent=2)
@@ -55,19 +56,19 @@ def speed(
     )
     for name in (
         "provider",
-        "median ms",
-        "quartiles ms",
-        "against eager",
-        "extra memory MB",
-        "gradient error",
+        "median\nms",
+        "quartiles\nms",
+        "against\neager",
+        "extra\nMB",
+        "gradient\nerror",
     ):
-        table.add_column(name, justify="left" if name == "provider" else "right")
+        table.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
     for row in rows:
         memory = row["extra_memory_bytes"]
         table.add_row(
             row["provider"],
-            f"{row['median_ms']:.1f}",
-            f"{row['quartiles_ms'][0]:.1f}-{row['quartiles_ms'][1]:.1f}",
+            f"{row['median_ms']:.0f}",
+            f"{row['quartiles_ms'][0]:.0f}-{row['quartiles_ms'][1]:.0f}",
             f"{row['against_eager']:.2f} x",
             "" if memory is None else f"{memory / 1e6:,.0f}",
             "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}",

@@ -66,7 +66,8 @@ def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():  # it is on only under create_graph=True
             return tuple(found)
         anchor = torch.zeros((), requires_grad=True)
-        return tuple(None if grad is None else _Once.apply(grad, anchor) for grad in found)
+        mark: Callable[..., Tensor] = _Once.apply
+        return tuple(None if grad is None else mark(grad, anchor) for grad in found)
 
     return run
 
@@ -198,7 +199,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
         return (None, None, None, *nothing)
     scale = factor * grad_loss
     scaled = (
-        (grad * scale).to(dtype) if need else None
+        _scaled(grad, scale).to(dtype) if need else None
         for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
     )
     return (*scaled, *nothing)
@@ -324,10 +325,14 @@ def _masked_sum(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def _gradient_factor(args: LossArgs) -> Tensor:
-    wanted = torch.where(
-        args.inv_items > 0, args.inv_items, args.penalty_weight * args.inv_safety_items
-    )
+    # The larger of the two scales, so that neither part of the stored gradient can overflow.
+    wanted = torch.maximum(args.inv_items, args.penalty_weight * args.inv_safety_items)
     return torch.where(wanted > 0, torch.exp2(torch.floor(torch.log2(wanted))), 1.0)
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """Multiply; a GPU rounds a 0-d scale to float16 first, in which 65,536 is inf."""
+    return (grad if grad.device.type == "cpu" else grad.to(scale.dtype)) * scale
 
 
 def _concatenate(terms: list[RowTerms], like: Tensor) -> RowTerms:

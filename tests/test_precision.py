@@ -240,3 +240,14 @@ def test_grad_scaler(backend, rng, device) -> None:
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 65536.0  # no inf was found
+
+
+@pytest.mark.parametrize("counts", [(1e6, 1.0), (1.0, 1e6), (0.0, 1.0), (1e6, 0.0)])
+def test_float16_holds_when_the_two_counts_are_far_apart(counts, rng, device) -> None:
+    """A million tokens in the step and one anchor row: neither sum may push the other to inf."""
+    case = make_case(rng, device, path="linear", dtype=torch.float16, ids=3)
+    case = case.with_options(num_items=counts[0], num_safety_items=counts[1])
+    result = case.run("torch")
+    assert all(grad.isfinite().all() for grad in result.grads.values())
+    hidden = case.changed(frozen=frozenset({"linear_weight"}))
+    assert_matches_truth(hidden, hidden.run("torch"), "torch")

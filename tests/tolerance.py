@@ -146,7 +146,12 @@ def unavoidable(dtype: torch.dtype, size: float, sizes: Sizes) -> float:
     wide = torch.promote_types(dtype, torch.float32)
     roundings = 1.0 if sizes.logit is None else 2.0
     inside = max(sizes.length**0.5, 2.0 + (sizes.logit or 0.0)) if sizes.length > 1 else 1.0
-    return max(roundings * unit(dtype) * size, unit(wide) * max(inside * size, sizes.addend))
+    step = torch.finfo(dtype)
+    subnormal = step.smallest_normal * step.eps / 2  # half of float16's last step below 6e-5
+    return (
+        max(roundings * unit(dtype) * size, unit(wide) * max(inside * size, sizes.addend))
+        + subnormal
+    )
 
 
 def sizes_of(case: Case, name: str) -> Sizes:
@@ -255,10 +260,10 @@ def row_errors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c, w = row_weights(case)
     found = []
     exact = row_terms(case.in_dtype(torch.float64))
-    # What roundings that eager may have been spared make of a row: two of d >= 1, a sum, in log d,
-    # and one of z_S and r in (z_S - r)^2.
+    # What roundings that eager may have been spared make of a row: four of d >= 1, a sum, in
+    # log d, and one of z_S and r in (z_S - r)^2.
     rounding = unit(torch.promote_types(case.dtype, torch.float32))
-    spared = (torch.full_like(exact[0], 2 * rounding), rounding * 2 * exact[2] * exact[3])
+    spared = (torch.full_like(exact[0], 4 * rounding), rounding * 2 * exact[2] * exact[3])
     for weight, same, truth, least in zip(
         (c, w), row_terms(case)[:2], exact[:2], spared, strict=True
     ):
