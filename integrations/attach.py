@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..checks import check_backend
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from ..functional import safety_linear_cross_entropy
+from ..functional import safety_linear_cross_entropy, safety_log_probs
+from ..penalties import ON_LOG_PROBS
+from ..projection import project
 from ..safety_tokens import SafetyTokens
 from .hf_models import Head, capture_hidden, probe_head
 from .peft_adapters import base_of, check_adapters, is_peft_model
@@ -199,7 +201,7 @@ class _SafetyForward:
 
         safety_ids = self.safety_tokens.ids_on(target.device)
         # no ids: plain cross-entropy, and the pass of the reference is spared
-        ref = self.reference(safety_ids, batch) if len(self.safety_tokens) else None
+        ref = self._reference(safety_ids, batch) if len(self.safety_tokens) else None
         with capture_hidden(self.head.module) as captured:
             output = self.original(**batch, return_dict=True)
         hidden = captured.take()  # (B, T, D)
@@ -226,13 +228,22 @@ class _SafetyForward:
             chunk_bytes=self.chunk_bytes,
             backend=self.backend,
         )
-        self.last = SafetyLoss(*(term.detach() for term in terms))
+        self.last = terms.detach()
         # Made anew, since a field that was None would otherwise come last in a tuple. The logits
         # are of one position only: better absent than mistaken for the batch's.
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         loss = terms.loss + _auxiliary_loss(self.inner, output)
         output = type(output)(**{**fields, "loss": loss, "logits": None})
         return output.to_tuple() if as_tuple else output
+
+    def _reference(self, safety_ids: Tensor, batch: dict[str, Any]) -> Tensor:  # (B * T, K)
+        """Return what the penalty compares with: logits, or for its kind log-probabilities."""
+        if self.penalty.kind not in ON_LOG_PROBS:
+            return self.reference(safety_ids, batch, project)
+        measure = functools.partial(
+            safety_log_probs, chunk_bytes=self.chunk_bytes, backend=self.backend
+        )
+        return self.reference(safety_ids, batch, measure)
 
     def _row_weight(self, target: Tensor, attention_mask: Any) -> Tensor | None:  # (B * T,)
         """Return w: None for every label, or a mask of the positions asked for."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
 from ..evals.drift import drift_statistics
+from ..projection import project
 from ..safety_tokens import SafetyTokens
 from .chat_data import render_prompts
 from .hf_models import evaluation_mode, probe_head
@@ -71,7 +72,7 @@ def _pairs(
         rows = batch["input_ids"].shape[0]
 
         def last(inputs: dict[str, Tensor] = inputs, rows: int = rows) -> Tensor:
-            logits = reference_logits(inner, inner.forward, head, ids, inputs)
+            logits = reference_logits(inner, inner.forward, head, ids, inputs, project)
             positions: Tensor = logits.unflatten(0, (rows, -1))  # (B, T, K)
             return positions[:, -1]
 

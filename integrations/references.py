@@ -1,7 +1,7 @@
 """Where the reference's safety logits come from: adapters off, or a second model.
 
 Both run the reference in eval mode without gradient, catch the hidden state before the head, and
-project it onto the safety ids alone: the reference never makes logits of the full vocabulary.
+project it onto the safety ids alone: the reference never holds logits of the full vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..projection import project
 from .hf_models import Head, capture_hidden, evaluation_mode
 from .peft_adapters import adapters_off
+
+Measure = Callable[..., Tensor]
+"""`project` or `safety_log_probs`: from hidden states, head and ids to (N, K)."""
 
 
 def reference_logits(
@@ -24,17 +26,18 @@ def reference_logits(
     head: Head,
     safety_ids: Tensor,
     batch: dict[str, Any],
+    measure: Measure,
 ) -> Tensor:  # (B * T, K)
-    """Run `forward` without gradient in eval mode and project what reaches the head."""
+    """Run `forward` without gradient in eval mode and measure what reaches the head."""
     with torch.no_grad(), evaluation_mode(model):
         with capture_hidden(head.module) as captured:
             forward(**_without_cache(forward, batch))
         hidden = captured.take()
-        return project(
+        return measure(
             hidden.flatten(0, 1),
             head.module.weight,
             safety_ids,
-            head.module.bias,
+            linear_bias=head.module.bias,
             logit_scale=head.logit_scale,
             softcap=head.softcap,
         )
@@ -49,10 +52,10 @@ class AdaptersOff:
         self.forward = forward
         self.head = head
 
-    def __call__(self, safety_ids: Tensor, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, safety_ids: Tensor, batch: dict[str, Any], measure: Measure) -> Tensor:
         """Return the reference's (B * T, K) safety logits for a batch."""
         with adapters_off(self.peft_model):
-            return reference_logits(self.inner, self.forward, self.head, safety_ids, batch)
+            return reference_logits(self.inner, self.forward, self.head, safety_ids, batch, measure)
 
 
 class FrozenModel:
@@ -62,7 +65,7 @@ class FrozenModel:
         self.model = model
         self.head = head
 
-    def __call__(self, safety_ids: Tensor, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, safety_ids: Tensor, batch: dict[str, Any], measure: Measure) -> Tensor:
         """Return the reference's (B * T, K) safety logits for a batch, on the batch's device."""
         device = self.head.module.weight.device
         home = safety_ids.device
@@ -71,7 +74,9 @@ class FrozenModel:
             for name, value in batch.items()
         }
         ids = safety_ids.to(device)
-        return reference_logits(self.model, self.model.forward, self.head, ids, moved).to(home)
+        return reference_logits(self.model, self.model.forward, self.head, ids, moved, measure).to(
+            home
+        )
 
 
 def _without_cache(forward: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Any]:

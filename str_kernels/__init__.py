@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from .functional import safety_cross_entropy, safety_linear_cross_entropy
+from .functional import safety_cross_entropy, safety_linear_cross_entropy, safety_log_probs
 from .modules import SafetyCrossEntropyLoss, SafetyLinearCrossEntropyLoss
 from .projection import project
 from .safety_tokens import SafetyTokens
@@ -29,6 +29,7 @@ __all__ = [
     "project",
     "safety_cross_entropy",
     "safety_linear_cross_entropy",
+    "safety_log_probs",
 ]
 
 

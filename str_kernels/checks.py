@@ -12,7 +12,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .contracts import Backend, Reduction
+from .contracts import Backend, Reduction, check_number
+from .projection import Head
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -109,29 +110,79 @@ def check_count(name: str, value: object, device: torch.device) -> None:
         raise ValueError(f"`{name}` must be finite and >= 0; got {value}")
 
 
-def check_chunk_bytes(chunk_bytes: object) -> None:
-    """Check a memory budget: None or an int > 0."""
+def check_head(hidden: object, head: Head) -> None:
+    """Check hidden (N, D) and every part of the head against each other."""
+    hidden = check_tensor("hidden", hidden, ("N", "D"))
+    check_float("hidden", hidden)
+    rows, dim = hidden.shape
+    check_tensor("linear_weight", head.weight, ("V", dim))
+    parts = {"linear_weight": head.weight}
+    if head.bias is not None:
+        parts["linear_bias"] = check_tensor("linear_bias", head.bias, (head.weight.shape[0],))
+    if head.t is not None or head.b is not None:
+        t = check_tensor("low_rank[0]", head.t, (rows, "r"))
+        b = check_tensor("low_rank[1]", head.b, (head.weight.shape[0], t.shape[1]))
+        parts.update({"low_rank[0]": t, "low_rank[1]": b})
+    for name, value in parts.items():
+        check_float(name, value)
+        check_device(name, value, hidden.device)
+        if hasattr(value, "placements"):  # a DTensor: its shape is the whole, its memory a part
+            raise ValueError(
+                f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
+                "gather it first (full_tensor())"
+            )
+
+
+def check_low_rank(low_rank: object) -> tuple[Tensor, ...]:
+    """Check that a LoRA head is a pair; `check_head` looks at what is in it."""
+    if low_rank is None:
+        return ()
+    if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+        got = type(low_rank).__name__
+        raise TypeError(f"`low_rank` must be a pair (t, B) of tensors; got {got}")
+    return tuple(low_rank)
+
+
+def check_flag(name: str, value: object, *, optional: bool = False) -> None:
+    """Check a bool, or None where that means "as is best"."""
+    if not isinstance(value, bool) and not (optional and value is None):
+        wanted = "True, False or None" if optional else "True or False"
+        raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}")
+
+
+def check_chunk_bytes(chunk_bytes: object, row_bytes: int = 1) -> None:
+    """Check a memory budget: None, or an int that holds one row of logits."""
     if chunk_bytes is None:
         return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
         raise TypeError(f"`chunk_bytes` must be an int or None; got {type(chunk_bytes).__name__}")
-    if chunk_bytes <= 0:
-        raise ValueError(f"`chunk_bytes` must be > 0; got {chunk_bytes}")
+    if chunk_bytes < max(row_bytes, 1):
+        raise ValueError(
+            f"`chunk_bytes` must be at least {max(row_bytes, 1)}, one row of logits; "
+            f"got {chunk_bytes}"
+        )
 
 
 def check_options(
-    *, reduction: str, logit_scale: float, softcap: float | None, ignore_index: int
+    *,
+    reduction: str,
+    label_smoothing: float,
+    z_loss_weight: float,
+    logit_scale: float,
+    softcap: float | None,
+    metrics: bool,
+    ignore_index: int,
 ) -> None:
     """Check the options that are plain numbers and names."""
     if reduction not in get_args(Reduction):
-        raise ValueError(f"`reduction` must be 'mean' or 'sum'; got {reduction!r}")
-    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
-        if not 0 < value < float("inf"):
-            raise ValueError(f"`{name}` must be finite and > 0; got {value}")
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}")
+    check_number("z_loss_weight", z_loss_weight)
+    if check_number("label_smoothing", label_smoothing) >= 1:
+        raise ValueError(f"`label_smoothing` must be in [0, 1); got {label_smoothing}")
+    check_number("logit_scale", logit_scale, positive=True)
+    if softcap is not None:
+        check_number("softcap", softcap, positive=True)
+    check_flag("metrics", metrics)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"`ignore_index` must be an int; got {type(ignore_index).__name__}")
 

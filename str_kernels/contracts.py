@@ -12,48 +12,61 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """The target that means "this row has no cross-entropy", as in torch's own cross_entropy."""
 
-PenaltyKind = Literal["mse"]
+PenaltyKind = Literal["mse", "huber", "hinge", "centered", "logprob", "subset_kl"]
 """How a distance between safety logits is measured; docs/loss.md gives each one's formula."""
 
-Backend = Literal["auto", "triton", "torch", "eager"]
+Backend = Literal["auto", "triton", "triton_cluster", "torch", "compiled", "eager"]
 """Where a loss is computed; "auto" is triton on a GPU and torch elsewhere."""
 
-Reduction = Literal["mean", "sum"]
-"""`mean` divides by the counts, `sum` does not."""
+Reduction = Literal["mean", "sum", "none"]
+"""`mean` divides by the counts, `sum` does not, `none` leaves one number per row."""
 
 
 @dataclass(frozen=True, eq=False)
 class SafetyPenalty:
     """How far the safety logits may move, and what moving costs.
 
-    For a row with student logits z_S and reference logits r on the K safety ids, weighted by a:
+    For a row with student logits z_S and reference logits r on the K safety ids, d = z_S - r,
+    weighted by a:
 
-        mse:  penalty = 1/K * sum_k a_k (z_S_k - r_k)^2
+        mse:        penalty = 1/K sum_k a_k d_k^2                                    (STR)
+        huber:      penalty = 1/K sum_k a_k huber_delta(d_k)             one far token weighs less
+        hinge:      penalty = 1/K sum_k a_k max(0, -d_k)^2               only a falling logit costs
+        centered:   penalty = 1/K sum_k a_k (d_k - dbar)^2, dbar the a-weighted mean of d
+        logprob:    as mse with d = (z_S - logsumexp z) - r, r log-probabilities of the reference
+        subset_kl:  penalty = T^2 KL(q || s), s = softmax(z_S / T), q ~ a softmax(r / T)   (PACT)
 
     The exact distance, reduction and weight of the STR paper are not known to us: `mse` with mean
     reduction is a reconstruction, and 0.1 is a provisional weight, not the paper's.
 
     Args:
-        weight: nats per squared logit, >= 0; 0 leaves plain cross-entropy while the penalty is
-            still reported. A float, or a 0-d tensor that a schedule may change between steps.
-        kind: the distance; "mse" is the only one in this release.
-        id_weights: (K,) float >= 0, one factor a_k per safety id; all ones when None.
+        weight: nats per unit of the penalty (squared logits, nats for "subset_kl"), >= 0; 0 leaves
+            plain cross-entropy while the penalty is still reported. A float, or a 0-d tensor that a
+            schedule may change between steps.
+        kind: the distance.
+        temperature: T of "subset_kl", > 0.
+        delta: where "huber" turns from square to straight, logits, > 0.
+        id_weights: (K,) float >= 0 and not all 0, one factor a_k per safety id; ones when None.
 
     Raises:
-        TypeError: `id_weights` or a tensor `weight` is not of a floating-point dtype.
-        ValueError: `weight` or an id weight is negative or not finite, a shape is wrong, or `kind`
-            is unknown.
+        TypeError: `id_weights` or a tensor `weight` is not of a floating-point dtype, or a number
+            is not a number.
+        ValueError: `weight` or an id weight is negative or not finite, `temperature` or `delta` is
+            not > 0, a shape is wrong, or `kind` is unknown.
 
     References:
-        Bach and Tran 2026, "Guardrails in Logit Space", arXiv:2604.17210.
+        STR: Bach and Tran 2026, "Guardrails in Logit Space", arXiv:2604.17210. The subset's KL:
+        PACT, arXiv:2603.07445.
 
     Examples:
-        >>> SafetyPenalty(weight=0.5).kind
-        'mse'
+        >>> SafetyPenalty(weight=0.5, kind="logprob").kind
+        'logprob'
     """
 
     weight: float | Tensor = 0.1
     kind: PenaltyKind = "mse"
+    temperature: float = 1.0
+    delta: float = 1.0
     id_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +74,19 @@ class SafetyPenalty:
             kinds = ", ".join(get_args(PenaltyKind))
             raise ValueError(f"`kind` must be one of {kinds}; got {self.kind!r}")
         _check_weight(self.weight)
+        for name in ("temperature", "delta"):
+            check_number(name, getattr(self, name), positive=True)
         if self.id_weights is not None:
             check_id_weights(self.id_weights)
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> float:
+    """Check a finite number: > 0 if `positive`, else >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"`{name}` must be finite and {'>' if positive else '>='} 0; got {value}")
+    return float(value)
 
 
 def _check_weight(weight: float | Tensor) -> None:
@@ -74,12 +98,11 @@ def _check_weight(weight: float | Tensor) -> None:
         return  # its value is not read: that would wait for the device
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"`weight` must be a number or a 0-d tensor; got {type(weight).__name__}")
-    if not math.isfinite(weight) or weight < 0:
-        raise ValueError(f"`weight` must be finite and >= 0; got {weight}")
+    check_number("weight", weight)
 
 
 def check_id_weights(id_weights: Tensor) -> None:
-    """Check per-id factors: (K,), floating point, finite and >= 0."""
+    """Check per-id factors: (K,), floating point, finite, >= 0 and not all 0."""
     if not isinstance(id_weights, Tensor) or not id_weights.is_floating_point():
         got = getattr(id_weights, "dtype", type(id_weights).__name__)
         raise TypeError(f"`id_weights` must be a floating-point tensor; got {got}")
@@ -88,47 +111,73 @@ def check_id_weights(id_weights: Tensor) -> None:
     values = id_weights.detach().to(device="cpu", dtype=torch.float64)  # once, at construction
     if not bool((torch.isfinite(values) & (values >= 0)).all()):
         raise ValueError(f"`id_weights` must be finite and >= 0; got {values.tolist()}")
+    if values.numel() and not bool(values.any()):
+        raise ValueError(f"`id_weights` must not all be 0; got {values.tolist()}")
 
 
 class SafetyLoss(NamedTuple):
     """What a loss function returns, always: read it by name, since fields may be added.
 
-    Only `loss` carries a gradient. All are 0-d, float32 (float64 for float64 inputs).
+    Only `loss` carries a gradient. All are 0-d, or (N,) with reduction "none", and float32 (float64
+    for float64 inputs).
 
     Attributes:
-        loss: ce + weight * penalty, nats.
-        ce: sum of the kept rows' cross-entropies over num_items, nats.
-        penalty: sum of the rows' penalties over num_safety_items, squared logits for "mse".
+        loss: ce + z-loss + weight * penalty, nats.
+        ce: sum of the kept rows' (smoothed) cross-entropies over num_items, nats.
+        penalty: sum of the rows' penalties over num_safety_items, in the kind's unit.
         max_drift: the largest |z_S - r| on a row with a safety weight, logits; 0 without such rows.
+        token_accuracy: with `metrics`, the number of kept rows whose largest logit is the target's,
+            over num_items; else None.
+        entropy: with `metrics`, the kept rows' entropies of softmax(z), over num_items, nats; else
+            None.
     """
 
-    loss: Tensor  # ()
-    ce: Tensor  # ()
-    penalty: Tensor  # ()
-    max_drift: Tensor  # ()
+    loss: Tensor  # () or (N,), as all of them
+    ce: Tensor
+    penalty: Tensor
+    max_drift: Tensor
+    token_accuracy: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def detach(self) -> SafetyLoss:
+        """Return the same terms without the graph behind them, to keep or to log."""
+        return SafetyLoss._make(term if term is None else term.detach() for term in self)
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """The numbers a row step needs that are the same for every row.
+    """What a row step needs that is the same for every row.
 
     Attributes:
         ignore_index: a target with this value has no cross-entropy.
         logit_scale: factor c on the raw head output.
         softcap: t in z = t tanh(c u / t), logits; 0.0 means no cap.
+        label_smoothing: e, the share of the target spread over all tokens.
+        z_loss_weight: zeta, the weight of lse^2.
+        kind: the penalty's PenaltyKind.
+        temperature: T of "subset_kl".
+        delta: of "huber".
+        metrics: whether to find which rows are right, and their entropy.
     """
 
-    ignore_index: int
-    logit_scale: float
-    softcap: float
+    ignore_index: int = IGNORE_INDEX
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
+    kind: str = "mse"
+    temperature: float = 1.0
+    delta: float = 1.0
+    metrics: bool = False
 
 
 class LossArgs(NamedTuple):
     """Everything a loss needs beside logits or hidden states, checked and on their device.
 
     The ops' schemas are made from this list, so an argument is written here once. Weights are
-    tensors in the accumulation dtype: no number that may change between steps is a constant.
-    An inverse count is 0 where the count is 0, which makes an empty sum 0 instead of NaN.
+    tensors in the accumulation dtype: no number that changes between steps is a constant. An
+    inverse count is 0 where the count is 0, which makes an empty sum 0 instead of NaN. The numbers
+    from `ignore_index` to `metrics` are those of RowOptions.
     """
 
     target: Tensor  # (N,) int64
@@ -143,12 +192,20 @@ class LossArgs(NamedTuple):
     ignore_index: int
     logit_scale: float
     softcap: float  # 0.0: none
+    label_smoothing: float
+    z_loss_weight: float
+    kind: str
+    temperature: float
+    delta: float
+    metrics: bool
+    reduce: bool  # False: reduction "none"
     backend: str
 
     @property
     def options(self) -> RowOptions:
         """Return the part that is the same for every row."""
-        return RowOptions(self.ignore_index, self.logit_scale, self.softcap)
+        names = RowOptions.__dataclass_fields__
+        return RowOptions(**{name: getattr(self, name) for name in names})
 
     def takes_part(self) -> Tensor:  # (N,) bool
         """Return which rows have a cross-entropy or a penalty."""
@@ -158,14 +215,16 @@ class LossArgs(NamedTuple):
 class RowTerms(NamedTuple):
     """What a row step found, one number per row, in the accumulation dtype.
 
-    `ce` is 0 on an ignored row; `penalty` and `drift` are computed on every row, and it is the
-    caller who leaves out those without a safety weight.
+    `ce` is 0 on an ignored row; the others are computed on every row, and it is the caller who
+    leaves out those without a weight. A step that was given `norm` computes none of them.
     """
 
     ce: Tensor  # (n,)
     penalty: Tensor  # (n,)
     drift: Tensor  # (n,) max_k |z_S_k - r_k|
     norm: Tensor  # (2, n) m = max z and log sum exp(z - m); their sum is lse
+    right: Tensor  # (n,) 1.0 where the target is the first largest logit; empty without metrics
+    entropy: Tensor  # (n,) of softmax(z), nats; empty without metrics
 
 
 class RowStep(Protocol):
@@ -174,12 +233,14 @@ class RowStep(Protocol):
     `logits` are raw head outputs u, before scale and cap. `safety_logits` and `ref` are after
     both; without `safety_logits` the step gathers them from `logits`. With `norm` the terms are not
     computed (backward of the logits path); it is kept in two parts because an lse of 20 in float32
-    is off by 1e-6, and p_y - 1 with it. With `grad` the row gradient
+    is off by 1e-6, and p_y - 1 with it. With `grad` the row gradient of
 
-        du_v = c (1 - (z_v / t)^2) * (ce_scale (p_v - [v = y]) + penalty_scale dphi/dz_v)
+        ce_scale (ce + zeta lse^2) + penalty_scale phi
 
-    is written there; it may be `logits` itself when the caller owns them. A scale of exactly 0
-    means that the row does not take part, whatever it holds (inf and NaN do not leak).
+    with respect to u (docs/loss.md has it) is written there; it may be `logits` itself when the
+    caller owns them. A scale of exactly 0 means that the row does not take part, whatever it holds
+    (inf and NaN do not leak). With `padded` every row of `logits` and `grad` is followed, up to a
+    multiple of 16 elements, by memory of the caller's that may be read and set to 0.
     """
 
     def __call__(
@@ -196,6 +257,7 @@ class RowStep(Protocol):
         ce_scale: Tensor | None = None,  # (n,)
         penalty_scale: Tensor | None = None,  # (n,)
         grad: Tensor | None = None,  # (n, V)
+        padded: bool = False,
     ) -> RowTerms:
         """Compute the terms, the gradient, or both."""
         ...

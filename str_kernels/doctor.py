@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose_backend, missing_for_triton
+from .backends import choose_backend, missing_for
 from .functional import safety_linear_cross_entropy
 from .loss_memory import random_inputs
 
@@ -67,9 +67,9 @@ def check_backends(device: str) -> list[BackendCheck]:
     inputs = random_inputs(5, 96, 4099, 7, torch.float32, device)  # past one block, ragged
     truth = _loss_and_gradient(inputs, "eager")
     found = []
-    for backend in ("torch", "triton"):
-        missing = missing_for_triton(torch.device(device), torch.float32)
-        if backend == "triton" and missing:
+    for backend in ("torch", "compiled", "triton", "triton_cluster"):
+        missing = missing_for(backend, torch.device(device), torch.float32)
+        if missing:
             found.append(BackendCheck(backend, device, "unavailable", missing))
             continue
         error = max(

@@ -11,26 +11,20 @@ from torch import Tensor
 
 from .checks import check_values
 from .contracts import LossArgs, SafetyLoss, accumulation_dtype
-from .projection import project, scale_and_cap
+from .penalties import KINDS, ON_LOG_PROBS, subset_of
+from .projection import Head, project_head, scale_and_cap
 
 
-def eager_linear_cross_entropy(
-    hidden: Tensor,  # (N, D)
-    linear_weight: Tensor,  # (V, D)
-    linear_bias: Tensor | None,  # (V,)
-    args: LossArgs,
-) -> SafetyLoss:
+def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> SafetyLoss:
     """Make all logits with the head's own product, the safety logits with `project`."""
-    hidden = torch.where(args.takes_part().unsqueeze(1), hidden, torch.zeros_like(hidden))
-    safety_logits = project(
-        hidden,
-        linear_weight,
-        args.safety_ids,
-        linear_bias,
-        logit_scale=args.logit_scale,
-        softcap=args.softcap,
-    )
-    logits = torch.nn.functional.linear(hidden, linear_weight, linear_bias)
+    takes_part = args.takes_part().unsqueeze(1)
+    hidden = torch.where(takes_part, hidden, torch.zeros_like(hidden))
+    if head.t is not None:
+        head = head._replace(t=torch.where(takes_part, head.t, torch.zeros_like(head.t)))
+    safety_logits = project_head(hidden, head, args.safety_ids, args.logit_scale, args.softcap)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    if head.t is not None and head.b is not None:
+        logits = torch.addmm(logits, head.t, head.b.t())
     return eager_cross_entropy(logits, args, safety_logits)
 
 
@@ -44,36 +38,89 @@ def eager_cross_entropy(
     raw = logits.to(accumulation_dtype(logits.dtype))
     # A row without a loss is replaced before anything is computed from it: a product with 0, or a
     # mask on the result alone, would let its inf or NaN into the gradient.
-    has_ce = (args.row_ce != 0).unsqueeze(1)
-    has_penalty = (args.row_safety != 0).unsqueeze(1)
-    ce_logits = scale_and_cap(
-        torch.where(has_ce, raw, torch.zeros_like(raw)), args.logit_scale, args.softcap
-    )
-    kept_target = torch.where(
-        args.target == args.ignore_index, torch.zeros_like(args.target), args.target
-    )
-    top = ce_logits.detach().amax(dim=1)
-    shifted = ce_logits - top.unsqueeze(1)
+    z = scale_and_cap(_rows_where(args.row_ce != 0, raw), args.logit_scale, args.softcap)
+    target = torch.where(args.target == args.ignore_index, 0, args.target)
+    top, lse_from_top = _norm(z)
+    shifted = z - top.unsqueeze(1)
     # (lse - m) - (z_y - m): the small numbers are subtracted, not the large ones
-    per_row_ce = torch.logsumexp(shifted, dim=1) - shifted.gather(1, kept_target[:, None])[:, 0]
-    ce = (args.row_ce * per_row_ce).sum() * args.inv_items
+    rows_ce = lse_from_top - shifted.gather(1, target.unsqueeze(1)).squeeze(1)
+    if args.label_smoothing > 0:
+        smooth = lse_from_top - shifted.mean(dim=1)
+        rows_ce = (1 - args.label_smoothing) * rows_ce + args.label_smoothing * smooth
+    rows_loss = rows_ce
+    if args.z_loss_weight > 0:
+        rows_loss = rows_ce + args.z_loss_weight * (top + lse_from_top).square()
 
+    takes_penalty = args.row_safety != 0
+    raw = _rows_where(takes_penalty, raw)
     if safety_logits is None:
         raw_s = raw.index_select(1, args.safety_ids)
-        raw_s = torch.where(has_penalty, raw_s, torch.zeros_like(raw_s))
         safety_logits = scale_and_cap(raw_s, args.logit_scale, args.softcap)
-    drift = torch.where(has_penalty, safety_logits - args.ref, torch.zeros_like(safety_logits))
-    per_row_penalty = (args.id_weights * drift.square()).sum(dim=1) / max(len(args.safety_ids), 1)
-    penalty = (args.row_safety * per_row_penalty).sum() * args.inv_safety_items
-    loss = ce + weighted(args.penalty_weight, penalty)
-    return SafetyLoss(loss, ce.detach(), penalty.detach(), max_over(drift.detach().abs()))
+    lse = None
+    if args.kind in ON_LOG_PROBS:
+        held_top, held_lse = _norm(scale_and_cap(raw, args.logit_scale, args.softcap))
+        lse = held_top + held_lse
+    ref = _rows_where(takes_penalty, args.ref)
+    subset = subset_of(
+        _rows_where(takes_penalty, safety_logits), ref, args.id_weights, lse, args.options
+    )
+    rows_penalty = torch.where(takes_penalty, KINDS[args.kind].phi(subset), 0.0)
+    drift = torch.where(takes_penalty, max_over_rows(subset.drift.detach().abs()), 0.0)
+
+    right = entropy = None
+    if args.metrics:
+        with torch.no_grad():
+            right = (z.argmax(dim=1) == target).to(z.dtype)
+            entropy = torch.special.entr(z.softmax(dim=1)).sum(dim=1)
+    return reduce_rows(args, rows_ce, rows_loss, rows_penalty, drift, right, entropy)
 
 
-def weighted(weight: Tensor, penalty: Tensor) -> Tensor:
-    """Return weight * penalty, and 0 for weight 0 even where the penalty is inf or NaN."""
-    return torch.where(weight != 0, weight * penalty, torch.zeros_like(penalty))
+def reduce_rows(
+    args: LossArgs,
+    ce: Tensor,  # (N,) of rows with a CE weight; what the others hold is not used
+    ce_and_z_loss: Tensor,  # (N,)
+    penalty: Tensor,  # (N,)
+    drift: Tensor,  # (N,)
+    right: Tensor | None,  # (N,)
+    entropy: Tensor | None,  # (N,)
+) -> SafetyLoss:
+    """Weigh the rows and, unless the reduction is "none", sum them."""
+
+    def of(weight: Tensor, value: Tensor, inverse_count: Tensor) -> Tensor:
+        rows = torch.where(weight != 0, weight * value, 0.0)
+        return (rows.sum() if args.reduce else rows) * inverse_count
+
+    total = of(args.row_ce, ce_and_z_loss, args.inv_items)
+    held = of(args.row_safety, penalty, args.inv_safety_items)
+    # weight 0 is 0 even where the penalty is inf or NaN
+    loss = total + torch.where(args.penalty_weight != 0, args.penalty_weight * held, 0.0)
+    drift = torch.where(args.row_safety != 0, drift, 0.0)
+    counted = (args.row_ce != 0).to(ce.dtype)
+    return SafetyLoss(
+        loss,
+        of(args.row_ce, ce.detach(), args.inv_items),
+        held.detach(),
+        max_over(drift) if args.reduce else drift,
+        None if right is None else of(counted, right, args.inv_items),
+        None if entropy is None else of(counted, entropy, args.inv_items),
+    )
 
 
 def max_over(values: Tensor) -> Tensor:
     """Return the largest value, 0 for an empty tensor (a step without rows or without ids)."""
     return values.amax() if values.numel() else values.new_zeros(())
+
+
+def max_over_rows(values: Tensor) -> Tensor:
+    """Return the largest value of each row, 0 for rows without ids."""
+    return values.amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
+
+
+def _rows_where(taken: Tensor, values: Tensor) -> Tensor:
+    return torch.where(taken.unsqueeze(1), values, torch.zeros_like(values))
+
+
+def _norm(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m and lse - m."""
+    top = z.detach().amax(dim=1)
+    return top, torch.logsumexp(z - top.unsqueeze(1), dim=1)

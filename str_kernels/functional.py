@@ -6,28 +6,19 @@ import torch
 from torch import Tensor
 
 from . import autograd
-from .backends import choose_backend
 from .checks import (
     check_chunk_bytes,
-    check_count,
-    check_device,
+    check_flag,
     check_float,
-    check_options,
-    check_row_weight,
-    check_rows,
+    check_head,
+    check_low_rank,
     check_tensor,
 )
-from .contracts import (
-    IGNORE_INDEX,
-    LossArgs,
-    SafetyLoss,
-    SafetyPenalty,
-    accumulation_dtype,
-)
+from .chunks import row_bytes, rows_per_chunk
+from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from .eager import eager_cross_entropy, eager_linear_cross_entropy
-from .projection import cast_for_autocast
-
-_DEFAULT_PENALTY = SafetyPenalty()
+from .loss_args import DEFAULT_PENALTY, make_loss_args
+from .projection import Head, cast_for_autocast, project_head
 
 
 def safety_cross_entropy(
@@ -36,15 +27,18 @@ def safety_cross_entropy(
     safety_ids: Tensor | None = None,  # (K,)
     ref_safety_logits: Tensor | None = None,  # (N, K) or (K,)
     *,
-    penalty: SafetyPenalty = _DEFAULT_PENALTY,
+    penalty: SafetyPenalty = DEFAULT_PENALTY,
     safety_row_weight: Tensor | None = None,  # (N,)
     ce_row_weight: Tensor | None = None,  # (N,)
     num_items: float | Tensor | None = None,
     num_safety_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    metrics: bool = False,
     inplace: bool = False,
     backend: str = "auto",
 ) -> SafetyLoss:
@@ -53,9 +47,11 @@ def safety_cross_entropy(
     For row n with raw logits u, target y, reference logits r and the K safety ids S:
 
         z       = softcap tanh(logit_scale u / softcap)         (no cap: z = logit_scale u)
-        ce      = logsumexp(z) - z[y]
-        penalty = 1/K sum_k a_k (z[S_k] - r_k)^2
-        loss    = sum_n c_n ce_n / num_items + weight sum_n w_n penalty_n / num_safety_items
+        lse     = logsumexp(z)
+        ce      = (1 - e) (lse - z[y]) + e (lse - mean(z))      e = label_smoothing
+        penalty = phi(z[S], r, a)                               SafetyPenalty lists the kinds
+        loss    = sum_n c_n (ce_n + z_loss_weight lse_n^2) / num_items
+                + weight sum_n w_n penalty_n / num_safety_items
 
     Args:
         logits: (N, V) float32, bfloat16, float16 or float64. Row n predicts target[n]: shift
@@ -63,8 +59,9 @@ def safety_cross_entropy(
         target: (N,) int64, each in [0, V) or equal to ignore_index.
         safety_ids: (K,) int64, distinct, each in [0, V). None, or K = 0: plain cross-entropy.
         ref_safety_logits: (N, K), or (K,) for all rows, any float dtype, after the reference
-            model's own scale and cap; takes no gradient. Column k belongs to safety_ids[k].
-        penalty: kind, weight (nats per squared logit) and per-id weights a.
+            model's own scale and cap; takes no gradient. Column k belongs to safety_ids[k]. For
+            penalty kind "logprob" log-probabilities, as `safety_log_probs` makes them.
+        penalty: kind, weight and per-id weights a.
         safety_row_weight: (N,) float w >= 0; 1 on rows with a target and 0 on ignored ones when
             None. Independent of the targets: an ignored row may carry a penalty.
         ce_row_weight: (N,) float c; ones when None.
@@ -72,16 +69,25 @@ def safety_cross_entropy(
             the count over all accumulation steps and ranks when training with either.
         num_safety_items: divisor of the penalty; the sum of w when None.
         ignore_index: a row with this target has no cross-entropy.
-        reduction: "mean" as above; "sum" sets both divisors to 1.
+        reduction: "mean" as above; "sum" sets both divisors to 1; "none" does that too and
+            returns (N,) terms, the loss with its gradient.
+        label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1).
+        z_loss_weight: weight of lse^2, >= 0; part of `loss` and not of `ce`.
         logit_scale: factor c on the logits, > 0.
         softcap: t in logits, > 0, or None.
+        metrics: also compute token_accuracy (the first largest logit is the target's) and entropy
+            of the rows with a cross-entropy, in the same pass.
         inplace: let backward overwrite `logits` with their gradient, which saves N V elements.
             The forward never changes them; a second backward then raises.
-        backend: "triton", "torch", "eager", or "auto" (triton on a GPU, else torch).
+        backend: "auto" (triton on a GPU, else torch), "triton", "torch", "eager" (the plain
+            definition), "compiled" (torch through torch.compile: faster on a CPU, needs a C++
+            compiler and some seconds at first) or "triton_cluster" (a row is read once; Triton
+            3.8 and a GPU with thread-block clusters; not run on one yet).
 
     Returns:
-        SafetyLoss with 0-d float32 tensors (float64 for float64 logits): loss and ce in nats,
-        penalty in squared logits, max_drift in logits. Only `loss` has a gradient.
+        SafetyLoss with 0-d float32 tensors (float64 for float64 logits; (N,) with reduction
+        "none"): loss and ce in nats, penalty in the kind's unit, max_drift in logits. Only `loss`
+        has a gradient.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -95,7 +101,7 @@ def safety_cross_entropy(
 
     References:
         Loss: Bach and Tran 2026, arXiv:2604.17210 (a reconstruction, see docs/loss.md). One-pass
-        logsumexp: Milakov and Gimelshein 2018, arXiv:1805.02867.
+        logsumexp: Milakov and Gimelshein 2018, arXiv:1805.02867. z-loss: PaLM, arXiv:2204.02311.
 
     Examples:
         >>> logits = torch.zeros(2, 5, requires_grad=True)
@@ -108,7 +114,7 @@ def safety_cross_entropy(
     """
     check_tensor("logits", logits, ("N", "V"))
     check_float("logits", logits)
-    args = _loss_args(
+    args = make_loss_args(
         logits,
         target,
         safety_ids,
@@ -120,8 +126,11 @@ def safety_cross_entropy(
         num_safety_items=num_safety_items,
         ignore_index=ignore_index,
         reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
         logit_scale=logit_scale,
         softcap=softcap,
+        metrics=metrics,
         backend=backend,
     )
     if args.backend == "eager":
@@ -137,15 +146,20 @@ def safety_linear_cross_entropy(
     ref_safety_logits: Tensor | None = None,  # (N, K) or (K,)
     *,
     linear_bias: Tensor | None = None,  # (V,)
-    penalty: SafetyPenalty = _DEFAULT_PENALTY,
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (N, r), (V, r)
+    penalty: SafetyPenalty = DEFAULT_PENALTY,
     safety_row_weight: Tensor | None = None,  # (N,)
     ce_row_weight: Tensor | None = None,  # (N,)
     num_items: float | Tensor | None = None,
     num_safety_items: float | Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    metrics: bool = False,
+    pack_rows: bool | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> SafetyLoss:
@@ -164,17 +178,26 @@ def safety_linear_cross_entropy(
         safety_ids: (K,) int64, distinct, each in [0, V). None, or K = 0: plain cross-entropy.
         ref_safety_logits: (N, K) or (K,), best made by `project`; takes no gradient.
         linear_bias: (V,) of the same dtype, or None.
+        low_rank: (t, B) of a LoRA on the head, of the same dtype: t (N, r) = scaling * A(hidden),
+            made outside under autograd, and B (V, r). Adds t B^T to the logits; the merged weight
+            is never made.
         penalty: as in `safety_cross_entropy`.
         safety_row_weight: as in `safety_cross_entropy`.
         ce_row_weight: as in `safety_cross_entropy`.
         num_items: as in `safety_cross_entropy`.
         num_safety_items: as in `safety_cross_entropy`.
         ignore_index: as in `safety_cross_entropy`.
-        reduction: as in `safety_cross_entropy`.
+        reduction: as in `safety_cross_entropy`; "none" makes the logits again in backward, which
+            costs a third product.
+        label_smoothing: as in `safety_cross_entropy`.
+        z_loss_weight: as in `safety_cross_entropy`.
         logit_scale: as in `safety_cross_entropy`.
         softcap: as in `safety_cross_entropy`.
-        chunk_bytes: memory for one chunk's logits, bytes; None picks a size for the device. The
-            result does not depend on it beyond rounding.
+        metrics: as in `safety_cross_entropy`.
+        pack_rows: leave rows with neither a cross-entropy nor a penalty out of the products. None:
+            on a CPU; True: anywhere, for which a GPU is waited for once; False: nowhere.
+        chunk_bytes: memory for one chunk's logits, bytes, at least one row's; None picks a size for
+            the device. The result does not depend on it beyond rounding.
         backend: as in `safety_cross_entropy`.
 
     Returns:
@@ -197,21 +220,18 @@ def safety_linear_cross_entropy(
         >>> round(float(terms.ce), 4)
         1.9459
     """
-    check_tensor("hidden", hidden, ("N", "D"))
-    check_tensor("linear_weight", linear_weight, ("V", hidden.shape[1]))
-    check_float("hidden", hidden)
-    check_float("linear_weight", linear_weight)
-    check_device("linear_weight", linear_weight, hidden.device)
-    if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias, (linear_weight.shape[0],))
-        check_float("linear_bias", linear_bias)
-        check_device("linear_bias", linear_bias, hidden.device)
-    check_chunk_bytes(chunk_bytes)
-    hidden, linear_weight, linear_bias = cast_for_autocast(hidden, linear_weight, linear_bias)
-    check_float("linear_weight", linear_weight, like=hidden.dtype)
-    if linear_bias is not None:
-        check_float("linear_bias", linear_bias, like=hidden.dtype)
-    args = _loss_args(
+    head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
+    check_head(hidden, head)
+    check_flag("pack_rows", pack_rows, optional=True)
+    hidden, head = cast_for_autocast(hidden, head)
+    for name, value in zip(
+        ("linear_weight", "linear_bias", "low_rank", "low_rank"), head, strict=True
+    ):
+        if value is not None:
+            check_float(name, value, like=hidden.dtype)
+    vocab = linear_weight.shape[0]
+    check_chunk_bytes(chunk_bytes, row_bytes(hidden, vocab))
+    args = make_loss_args(
         hidden,
         target,
         safety_ids,
@@ -223,92 +243,79 @@ def safety_linear_cross_entropy(
         num_safety_items=num_safety_items,
         ignore_index=ignore_index,
         reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
         logit_scale=logit_scale,
         softcap=softcap,
+        metrics=metrics,
         backend=backend,
     )
     if args.backend == "eager":
-        return eager_linear_cross_entropy(hidden, linear_weight, linear_bias, args)
-    return autograd.linear_cross_entropy(hidden, linear_weight, linear_bias, args, chunk_bytes)
+        return eager_linear_cross_entropy(hidden, head, args)
+    pack = hidden.device.type == "cpu" if pack_rows is None else pack_rows
+    chunk_rows = rows_per_chunk(hidden, vocab, chunk_bytes)
+    return autograd.linear_cross_entropy(hidden, head, args, chunk_rows, pack)
 
 
-def _loss_args(
-    like: Tensor,  # (N, ...) logits or hidden states
-    target: Tensor,
-    safety_ids: Tensor | None,
-    ref: Tensor | None,
+def safety_log_probs(
+    hidden: Tensor,  # (N, D)
+    linear_weight: Tensor,  # (V, D)
+    safety_ids: Tensor,  # (K,)
     *,
-    penalty: SafetyPenalty,
-    safety_row_weight: Tensor | None,
-    ce_row_weight: Tensor | None,
-    num_items: float | Tensor | None,
-    num_safety_items: float | Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    logit_scale: float,
-    softcap: float | None,
-    backend: str,
-) -> LossArgs:
-    """Check what both functions share and turn every default into a tensor."""
-    check_options(
-        reduction=reduction, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
-    )
-    check_rows(target, safety_ids, ref, like)
-    check_row_weight("safety_row_weight", safety_row_weight, like)
-    check_row_weight("ce_row_weight", ce_row_weight, like)
-    check_count("num_items", num_items, like.device)
-    check_count("num_safety_items", num_safety_items, like.device)
-    if not isinstance(penalty, SafetyPenalty):
-        raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(penalty).__name__}")
-    dtype = accumulation_dtype(like.dtype)
-    rows = like.shape[0]
-    if safety_ids is None or ref is None:
-        safety_ids = target.new_empty(0)
-        ref = like.new_empty((rows, 0), dtype=dtype)
-    ids = safety_ids.shape[0]
-    id_weights = penalty.id_weights
-    if id_weights is None:
-        id_weights = like.new_ones(ids, dtype=dtype)
-    elif id_weights.shape[0] != ids:
-        raise ValueError(
-            f"`id_weights` must have shape ({ids},), one per safety id; "
-            f"got {tuple(id_weights.shape)}"
+    linear_bias: Tensor | None = None,  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (N, r), (V, r)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:  # (N, K)
+    """Compute the safety ids' log-probabilities, the reference of penalty kind "logprob".
+
+        z_S - logsumexp(z)
+
+    Args:
+        hidden: (N, D), the frozen model's state before the head.
+        linear_weight: (V, D), its head.
+        safety_ids: (K,) int64, distinct, each in [0, V).
+        linear_bias: as in `safety_linear_cross_entropy`.
+        low_rank: as in `safety_linear_cross_entropy`.
+        logit_scale: as in `safety_linear_cross_entropy`.
+        softcap: as in `safety_linear_cross_entropy`.
+        chunk_bytes: as in `safety_linear_cross_entropy`.
+        backend: as in `safety_linear_cross_entropy`.
+
+    Returns:
+        (N, K) float32 (float64 for float64 inputs), nats, without a gradient.
+
+    Notes:
+        One product with the whole head, a chunk of rows at a time: memory as in the loss. The
+        normaliser is that of the loss for the same rows in the same chunks; where rows are packed
+        or chunked otherwise, a product's rounding may differ, and the penalty before the first
+        step is then not 0 but its rounding squared.
+
+    Examples:
+        >>> ids = torch.tensor([0, 2])
+        >>> safety_log_probs(torch.ones(1, 4), torch.zeros(8, 4), ids)[0, 0].exp().item()
+        0.125
+    """
+    head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
+    check_head(hidden, head)
+    check_tensor("safety_ids", safety_ids, ("K",))
+    hidden, head = cast_for_autocast(hidden, head)
+    vocab = linear_weight.shape[0]
+    check_chunk_bytes(chunk_bytes, row_bytes(hidden, vocab))
+    with torch.no_grad():
+        z_s = project_head(hidden, head, safety_ids, logit_scale, softcap)
+        args = make_loss_args(
+            hidden,
+            torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device),
+            None,
+            None,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            backend=backend,
         )
-
-    kept = (target != ignore_index).to(dtype)
-    row_ce = kept
-    if ce_row_weight is not None:
-        row_ce = torch.where(kept != 0, ce_row_weight.detach().to(dtype), 0.0)
-    row_safety = kept if safety_row_weight is None else safety_row_weight.detach().to(dtype)
-    if reduction == "sum":
-        num_items = num_safety_items = 1.0
-    items = kept.sum() if num_items is None else _scalar(num_items, like, dtype)
-    safety_items = (
-        row_safety.sum() if num_safety_items is None else _scalar(num_safety_items, like, dtype)
-    )
-    return LossArgs(
-        target=target,
-        safety_ids=safety_ids,
-        ref=ref.detach().to(dtype).expand(rows, ids),
-        row_ce=row_ce,
-        row_safety=row_safety,
-        id_weights=id_weights.detach().to(like.device, dtype),
-        penalty_weight=_scalar(penalty.weight, like, dtype),
-        inv_items=_inverse(items),
-        inv_safety_items=_inverse(safety_items),
-        ignore_index=ignore_index,
-        logit_scale=float(logit_scale),
-        softcap=float(softcap or 0.0),
-        backend=choose_backend(backend, like.device, like.dtype),
-    )
-
-
-def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(like.device, dtype)
-    return torch.full((), value, dtype=dtype, device=like.device)
-
-
-def _inverse(count: Tensor) -> Tensor:
-    """Return 1 / count, and 0 for 0: an empty sum divided by nothing is 0."""
-    return torch.where(count > 0, count.reciprocal(), 0.0)
+        if args.backend == "eager":
+            args = args._replace(backend="torch")  # one pass over the same rows
+        chunk_rows = rows_per_chunk(hidden, vocab, chunk_bytes)
+        return z_s - autograd.log_normalizer(hidden, head, args, chunk_rows).unsqueeze(1)

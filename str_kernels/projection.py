@@ -1,10 +1,12 @@
-"""The safety logits as a product of their own, in full precision.
+"""The head, and the safety logits as a product of their own in full precision.
 
 Student and reference both go through `project`, on the same rows in the same blocks: equal hidden
 states then give bitwise equal safety logits, and the penalty is exactly 0.0 before the first step.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,26 +16,38 @@ from .contracts import accumulation_dtype
 _ROWS_PER_BLOCK = 1024  # bounds the float32 copy of the hidden states; fixed, see the module's note
 
 
+class Head(NamedTuple):
+    """A head, raw logits u = h W^T + bias + t B^T; the last product is that of a LoRA on it."""
+
+    weight: Tensor  # (V, D) W
+    bias: Tensor | None = None  # (V,)
+    t: Tensor | None = None  # (N, r) the hidden states after the adapter's first matrix, scaled
+    b: Tensor | None = None  # (V, r) B, the adapter's second matrix
+
+
 def project(
     hidden: Tensor,  # (N, D)
     linear_weight: Tensor,  # (V, D)
     safety_ids: Tensor,  # (K,)
     linear_bias: Tensor | None = None,  # (V,)
     *,
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (N, r), (V, r)
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:  # (N, K)
     """Compute the logits of the safety ids alone, without the rest of the vocabulary.
 
-        z_S = cap(logit_scale * (hidden W[S]^T + b[S])),   cap(x) = softcap tanh(x / softcap)
+        z_S = cap(logit_scale * (hidden W[S]^T + b[S] + t B[S]^T))
+        cap(x) = softcap tanh(x / softcap)
 
-    Differentiable in `hidden`, `linear_weight` and `linear_bias`.
+    Differentiable in `hidden`, `linear_weight`, `linear_bias` and `low_rank`.
 
     Args:
         hidden: (N, D) floating point, the state that the head multiplies.
         linear_weight: (V, D), the head.
         safety_ids: (K,) int64, each in [0, V).
         linear_bias: (V,) or None.
+        low_rank: (t, B) of a LoRA on the head, as in `safety_linear_cross_entropy`, or None.
         logit_scale: factor on the head's output.
         softcap: cap in logits, or None for none.
 
@@ -45,15 +59,33 @@ def project(
         of 0.125, more than the drift that the penalty has to see. Under autocast the operands are
         first rounded to autocast's dtype, as the head itself would do.
     """
-    hidden, linear_weight, linear_bias = cast_for_autocast(hidden, linear_weight, linear_bias)
+    head = Head(linear_weight, linear_bias, *(low_rank or ()))
+    hidden, head = cast_for_autocast(hidden, head)
+    return project_head(hidden, head, safety_ids, logit_scale, softcap)
+
+
+def project_head(
+    hidden: Tensor, head: Head, safety_ids: Tensor, logit_scale: float, softcap: float | None
+) -> Tensor:  # (N, K)
+    """Compute `project` of operands that are already what autocast makes of them."""
     dtype = accumulation_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = linear_weight.index_select(0, safety_ids).to(dtype)
-        bias = None if linear_bias is None else linear_bias.index_select(0, safety_ids).to(dtype)
+
+        def of_ids(x: Tensor) -> Tensor:
+            return x.index_select(0, safety_ids).to(dtype)
+
+        weight = of_ids(head.weight)
+        bias = None if head.bias is None else of_ids(head.bias)
         blocks = [
-            torch.nn.functional.linear(block.to(dtype), head, bias)
+            torch.nn.functional.linear(block.to(dtype), weight, bias)
             for block in hidden.split(_ROWS_PER_BLOCK)
         ]
+        if head.t is not None and head.b is not None:
+            b = of_ids(head.b).t()
+            blocks = [
+                torch.addmm(block, t.to(dtype), b)
+                for block, t in zip(blocks, head.t.split(_ROWS_PER_BLOCK), strict=True)
+            ]
         return scale_and_cap(torch.cat(blocks), logit_scale, softcap)
 
 
@@ -63,9 +95,7 @@ def scale_and_cap(raw: Tensor, logit_scale: float, softcap: float | None) -> Ten
     return torch.tanh(scaled / softcap) * softcap if softcap else scaled
 
 
-def cast_for_autocast(
-    hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Round the operands to autocast's dtype where autocast is on; else leave them as they are.
 
     Inside a custom op autocast would round an operand behind our back, so it is off there and the
@@ -73,7 +103,9 @@ def cast_for_autocast(
     """
     device_type = hidden.device.type
     if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
-        return hidden, linear_weight, linear_bias
+        return hidden, head
     dtype = torch.get_autocast_dtype(device_type)
-    bias = None if linear_bias is None else linear_bias.to(dtype)
-    return hidden.to(dtype), linear_weight.to(dtype), bias
+    weight, *rest = head
+    return hidden.to(dtype), Head(
+        weight.to(dtype), *(x if x is None else x.to(dtype) for x in rest)
+    )

@@ -19,14 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 ARROWS: dict[str, set[str]] = {
     "contracts": set(),
     "atomic": set(),
-    "checks": {"contracts"},
-    "projection": {"checks"},
-    "eager": {"projection"},
-    "rows_torch": {"projection"},
-    "rows_triton": {"projection"},
-    "backends": {"rows_torch", "rows_triton"},
-    "autograd": {"backends", "eager"},
-    "functional": {"autograd"},
+    "projection": {"contracts"},
+    "penalties": {"contracts"},
+    "checks": {"projection"},
+    "eager": {"checks", "penalties"},
+    "row_kernel": set(),
+    "rows_torch": {"penalties"},
+    "rows_compiled": {"rows_torch", "projection"},
+    "rows_triton": {"contracts", "row_kernel"},
+    "backends": {"checks", "rows_torch", "rows_compiled", "rows_triton"},
+    "chunks": {"backends", "projection"},
+    "loss_args": {"backends"},
+    "autograd": {"chunks", "eager"},
+    "functional": {"autograd", "loss_args"},
     "safety_tokens": {"checks", "atomic"},
     "reference": {"safety_tokens", "projection"},
     "reference_cache": {"reference"},
@@ -41,16 +46,22 @@ ARROWS: dict[str, set[str]] = {
 
 # Part -> the only parts that may name it, however the arrows run.
 ONLY_FOR: dict[str, set[str]] = {
-    "rows_torch": {"backends"},
+    "rows_torch": {"backends", "rows_compiled"},
+    "rows_compiled": {"backends"},
     "rows_triton": {"backends"},
-    "backends": {"autograd", "functional", "doctor"},
+    "row_kernel": {"rows_triton"},
+    "backends": {"autograd", "chunks", "loss_args", "doctor"},
     "autograd": {"functional"},
 }
 
 # Imported inside functions only: they are heavy, or missing on some machines.
-LAZY = {"rows_triton", "integrations"}
+LAZY = {"rows_compiled", "rows_triton", "integrations"}
 HEAVY = {"accelerate", "datasets", "gguf", "matplotlib", "peft", "transformers", "triton", "trl"}
-MAY_BE_HEAVY = {"integrations": HEAVY - {"triton"}, "rows_triton": {"triton"}}
+MAY_BE_HEAVY = {
+    "integrations": HEAVY - {"triton"},
+    "rows_triton": {"triton"},
+    "row_kernel": {"triton"},
+}
 
 MAX_LINES = 400
 VAGUE_NAME = re.compile(r"(^|_)(utils?|common|helpers?|misc)$")

@@ -1,0 +1,229 @@
+"""The chunk loop: logits from hidden states a few rows at a time, and the gradients they lead to.
+
+`linear_terms_and_grads` is the linear path's forward (terms, and gradients if wanted) and, for
+reduction "none", also its backward. What happens inside a row is the row step's business.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import row_step_of
+from .contracts import LossArgs, RowTerms, accumulation_dtype
+from .projection import Head, project_head
+
+# Logits of one chunk. A CPU wants few enough to keep them in cache; a device wants enough rows for
+# the products to be limited by arithmetic and not by reading the head again for every chunk.
+_CHUNK_BYTES_CPU = 16 << 20
+_CHUNK_BYTES = 256 << 20
+_MIN_CHUNK_ROWS = 1024
+_TILE = 128 * 128  # of a product, per multiprocessor: fewer leave some of them idle
+_HEAD_ROWS_PER_PRODUCT = 16384  # rows of grad_weight made at a time: bounds its temporary
+_PAD = 16  # elements: a row that starts aligned is loaded 16 bytes at a time
+
+
+class Grads(NamedTuple):
+    """A gradient, or an empty tensor, for each of hidden, the head's weight and bias, t and b."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    t: Tensor
+    b: Tensor
+
+
+class Plan(NamedTuple):
+    """How the rows are gone through.
+
+    Attributes:
+        chunk_rows: rows of logits at a time.
+        pack: leave rows that have neither loss out of the products. Their number has to be known
+            for it, so a device is waited for.
+        needs: which gradients are wanted, in the order of Grads' fields.
+    """
+
+    chunk_rows: int
+    pack: bool
+    needs: tuple[bool, ...]
+
+
+def row_bytes(hidden: Tensor, vocab: int) -> int:
+    """Return the bytes of one row of logits in the workspace."""
+    return _padded(vocab) * hidden.dtype.itemsize
+
+
+def rows_per_chunk(hidden: Tensor, vocab: int, chunk_bytes: int | None) -> int:
+    """Return how many rows' logits fit the byte budget; at least 1."""
+    of_row = row_bytes(hidden, vocab)
+    if chunk_bytes is not None:
+        return max(1, chunk_bytes // of_row)
+    if hidden.device.type == "cpu":
+        return max(1, _CHUNK_BYTES_CPU // of_row)
+    rows = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // of_row)
+    if hidden.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        rows = max(rows, -(-processors * _TILE // max(hidden.shape[1], 1)))
+    return rows
+
+
+def linear_terms_and_grads(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    args: LossArgs,
+    plan: Plan,
+    ce_scale: Tensor,  # (N,)
+    penalty_scale: Tensor,  # (N,)
+) -> tuple[RowTerms, Grads]:
+    """Compute the row terms, and the gradients of sum(ce_scale ce + penalty_scale phi).
+
+    Rows that take no part have terms and gradients of 0.
+    """
+    vocab = head.weight.shape[0]
+    with torch.autocast(hidden.device.type, enabled=False):
+        safety_logits = project_head(hidden, head, args.safety_ids, args.logit_scale, args.softcap)
+        takes_part = args.takes_part()
+        rows = takes_part.nonzero().squeeze(1) if plan.pack else None
+        if rows is not None and rows.shape[0] == hidden.shape[0]:
+            rows = None
+        n_rows = hidden.shape[0] if rows is None else rows.shape[0]
+        grads = _empty_grads(hidden, head, plan.needs, zeroed=rows is not None)
+        wants_grad = any(plan.needs)
+        step = row_step_of(args.backend)
+        workspace = _workspace(hidden, vocab, min(plan.chunk_rows, n_rows))
+        terms = []
+        for start in range(0, n_rows, plan.chunk_rows):
+            part: slice | Tensor = slice(start, min(start + plan.chunk_rows, n_rows))
+            if rows is not None:
+                part = rows[part]
+            x, t = hidden[part], None if head.t is None else head.t[part]
+            if not plan.pack:
+                # The head's gradient sums over rows: a masked one's inf or NaN must not reach it.
+                taken = takes_part[part].unsqueeze(1)
+                x = torch.where(taken, x, 0.0)
+                t = None if t is None else torch.where(taken, t, 0.0)
+            logits = workspace[: x.shape[0]]
+            _logits_into(logits, x, t, head)
+            found = step(
+                logits,
+                args.target[part],
+                args.safety_ids,
+                safety_logits[part],
+                args.ref[part],
+                args.id_weights,
+                args.options,
+                ce_scale=ce_scale[part] if wants_grad else None,
+                penalty_scale=penalty_scale[part] if wants_grad else None,
+                grad=logits if wants_grad else None,
+                padded=True,
+            )
+            terms.append(found)
+            if wants_grad:
+                _add_grads(grads, plan.needs, logits, x, t, head, part)
+        return _at_rows(_concatenate(terms, safety_logits), rows, hidden.shape[0]), grads
+
+
+def _logits_into(logits: Tensor, x: Tensor, t: Tensor | None, head: Head) -> None:
+    if head.bias is None:
+        torch.mm(x, head.weight.t(), out=logits)
+    else:
+        torch.addmm(head.bias, x, head.weight.t(), out=logits)
+    if t is not None and head.b is not None:
+        logits.addmm_(t, head.b.t())
+
+
+def _add_grads(
+    grads: Grads,
+    needs: tuple[bool, ...],
+    grad_logits: Tensor,  # (c, V)
+    x: Tensor,  # (c, D)
+    t: Tensor | None,  # (c, r)
+    head: Head,
+    part: slice | Tensor,
+) -> None:
+    """Multiply one chunk's gradient of the logits with what they were made of."""
+    need_hidden, need_weight, need_bias, need_t, need_b = needs
+    for need, out, weight in ((need_hidden, grads.hidden, head.weight), (need_t, grads.t, head.b)):
+        if not need or weight is None:
+            continue
+        if isinstance(part, slice):
+            torch.mm(grad_logits, weight, out=out[part])
+        else:
+            out[part] = torch.mm(grad_logits, weight)
+    if need_weight:
+        _add_product(grads.weight, grad_logits, x)
+    if need_bias:
+        grads.bias.add_(grad_logits.sum(dim=0, dtype=grads.bias.dtype))
+    if need_b and t is not None:
+        _add_product(grads.b, grad_logits, t)
+
+
+def _empty_grads(hidden: Tensor, head: Head, needs: tuple[bool, ...], *, zeroed: bool) -> Grads:
+    """Allocate what is needed: a row's gradients as its dtype, the head's in float32, zeroed."""
+    dtype = accumulation_dtype(hidden.dtype)
+    found = []
+    of_rows = (True, False, False, True, False)
+    for like, need, of_row in zip((hidden, *head), needs, of_rows, strict=True):
+        if like is None or not need:
+            found.append(hidden.new_empty(0, dtype=hidden.dtype if of_row else dtype))
+        elif of_row:
+            found.append((torch.zeros_like if zeroed else torch.empty_like)(like))
+        else:
+            found.append(like.new_zeros(like.shape, dtype=dtype))
+    return Grads(*found)
+
+
+def empty_like_grads(hidden: Tensor, head: Head, needs: tuple[bool, ...]) -> Grads:
+    """Return tensors of the gradients' shapes and dtypes, for tracing."""
+    return _empty_grads(hidden, head, needs, zeroed=False)
+
+
+def _add_product(grad_weight: Tensor, grad_logits: Tensor, x: Tensor) -> None:
+    """Add grad_logits^T x to grad_weight, which is float32 (float64 for float64 inputs)."""
+    if x.dtype == grad_weight.dtype:
+        grad_weight.addmm_(grad_logits.t(), x)
+        return
+    for block, columns in zip(
+        grad_weight.split(_HEAD_ROWS_PER_PRODUCT),
+        grad_logits.split(_HEAD_ROWS_PER_PRODUCT, dim=1),
+        strict=True,
+    ):
+        if x.device.type == "cuda":
+            block += torch.mm(columns.t(), x, out_dtype=grad_weight.dtype)
+        else:  # one rounding per chunk to the input's dtype; the sum over chunks is exact
+            block += torch.mm(columns.t(), x)
+
+
+def _concatenate(terms: list[RowTerms], like: Tensor) -> RowTerms:
+    if not terms:
+        none = like.new_zeros(0)
+        return RowTerms(none, none, none, like.new_zeros((2, 0)), none, none)
+    return RowTerms(*(torch.cat(column, dim=-1) for column in zip(*terms, strict=True)))
+
+
+def _at_rows(terms: RowTerms, rows: Tensor | None, n: int) -> RowTerms:
+    """Put the terms of packed rows where they belong, 0 elsewhere."""
+    if rows is None:
+        return terms
+
+    def spread(column: Tensor) -> Tensor:
+        if column.shape[-1] != rows.shape[0]:  # not asked for
+            return column
+        out = column.new_zeros((*column.shape[:-1], n))
+        out[..., rows] = column
+        return out
+
+    return RowTerms(*(spread(column) for column in terms))
+
+
+def _workspace(hidden: Tensor, vocab: int, rows: int) -> Tensor:
+    workspace = hidden.new_empty((rows, _padded(vocab)))
+    # oneDNN's 16-bit products read past the end of a row and multiply by 0: NaN must not be there.
+    workspace[:, vocab:].zero_()
+    return workspace[:, :vocab]
+
+
+def _padded(vocab: int) -> int:
+    return -(-vocab // _PAD) * _PAD

@@ -1,0 +1,108 @@
+"""The penalties in plain PyTorch: one table of kinds, each a value and its derivative.
+
+A kind is a pair of functions of the drift d (n, K), which is z_S - r, or (z_S - lse) - r for kinds
+in `ON_LOG_PROBS`. docs/loss.md has the formulas. `eager` uses the values and lets autograd derive
+them; the torch row step uses both; the Triton kernel has its own copy in `_penalty`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contracts import RowOptions
+
+ON_LOG_PROBS = frozenset({"logprob"})
+"""Kinds that compare log-probabilities: every logit takes part in them, through lse."""
+
+
+class Subset(NamedTuple):
+    """The safety logits of some rows, and what they are held to."""
+
+    drift: Tensor  # (n, K)
+    z: Tensor  # (n, K) the student's, after scale and cap
+    ref: Tensor  # (n, K)
+    a: Tensor  # (K,)
+    options: RowOptions
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return 1/K sum_k a_k values_k."""
+        return (self.a * values).sum(dim=1) / max(self.a.shape[0], 1)
+
+    def share(self) -> Tensor:
+        """Return a / K, what one id's term weighs."""
+        return self.a / max(self.a.shape[0], 1)
+
+
+def subset_of(
+    z: Tensor,  # (n, K)
+    ref: Tensor,  # (n, K)
+    id_weights: Tensor,  # (K,)
+    lse: Tensor | None,  # (n,), for kinds on log-probabilities
+    options: RowOptions,
+) -> Subset:
+    """Collect what a kind's functions need."""
+    drift = z - ref
+    if options.kind in ON_LOG_PROBS and lse is not None:
+        drift = (z - lse.unsqueeze(1)) - ref
+    return Subset(drift, z, ref, id_weights, options)
+
+
+def _clipped(s: Subset) -> Tensor:
+    return s.drift.clamp(-s.options.delta, s.options.delta)
+
+
+def _fallen(s: Subset) -> Tensor:
+    return s.drift.clamp(max=0.0)
+
+
+def _centered(s: Subset) -> Tensor:
+    if not s.a.shape[0]:
+        return s.drift
+    return s.drift - (s.a * s.drift).sum(dim=1, keepdim=True) / s.a.sum()
+
+
+def _log_shares(s: Subset) -> tuple[Tensor, Tensor]:
+    """Return log s and log q of "subset_kl", each by log_softmax."""
+    t = s.options.temperature
+    return (s.z / t).log_softmax(dim=1), (s.ref / t + s.a.log()).log_softmax(dim=1)
+
+
+def _kl(s: Subset) -> Tensor:
+    log_s, log_q = _log_shares(s)
+    q = log_q.exp()
+    # 0 log 0 is 0: an id of weight 0 has q = 0
+    gap = torch.where(q > 0, log_q - log_s, torch.zeros_like(log_s))
+    return s.options.temperature**2 * (q * gap).sum(dim=1)
+
+
+def _kl_slope(s: Subset) -> Tensor:
+    log_s, log_q = _log_shares(s)
+    return s.options.temperature * (log_s.exp() - log_q.exp())
+
+
+class Kind(NamedTuple):
+    """A penalty: its value per row, and its derivative with respect to d (z_S for subset_kl)."""
+
+    phi: Callable[[Subset], Tensor]  # -> (n,)
+    slope: Callable[[Subset], Tensor]  # -> (n, K)
+
+
+_SQUARE = Kind(lambda s: s.mean(s.drift.square()), lambda s: 2 * s.share() * s.drift)
+
+KINDS = {
+    "mse": _SQUARE,
+    "huber": Kind(
+        lambda s: s.mean(_clipped(s) * (s.drift - _clipped(s) / 2)),
+        lambda s: s.share() * _clipped(s),
+    ),
+    "hinge": Kind(lambda s: s.mean(_fallen(s).square()), lambda s: 2 * s.share() * _fallen(s)),
+    "centered": Kind(
+        lambda s: s.mean(_centered(s).square()), lambda s: 2 * s.share() * _centered(s)
+    ),
+    "logprob": _SQUARE,
+    "subset_kl": Kind(_kl, _kl_slope),
+}
