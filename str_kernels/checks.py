@@ -22,6 +22,7 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tens
     """Check that `value` is a tensor of `shape`, in which a letter matches any size."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor; got {type(value).__name__}")
+    check_plain(name, value)
     sizes = tuple(value.shape)
     fits = len(sizes) == len(shape) and all(
         isinstance(want, str) or want == size for want, size in zip(shape, sizes, strict=True)
@@ -30,6 +31,17 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tens
         wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"`{name}` must have shape ({wanted}); got {sizes}")
     return value
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Check that `value` is dense, and whole on this rank."""
+    if hasattr(value, "placements"):  # a DTensor: its shape is the whole's, its memory a part
+        raise ValueError(
+            f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
+            "gather it first (full_tensor())"
+        )
+    if value.layout != torch.strided:
+        raise ValueError(f"`{name}` must be a dense tensor; got layout {value.layout}")
 
 
 def check_float(name: str, value: Tensor, like: torch.dtype | None = None) -> None:
@@ -80,6 +92,7 @@ def check_rows(
         raise ValueError(
             f"`ref_safety_logits` must have shape ({rows}, {ids}) or ({ids},); got {_brief(ref)}"
         )
+    check_plain("ref_safety_logits", ref)
     check_float("ref_safety_logits", ref)
     check_device("ref_safety_logits", ref, like.device)
 
@@ -126,21 +139,19 @@ def check_head(hidden: object, head: Head) -> None:
     for name, value in parts.items():
         check_float(name, value)
         check_device(name, value, hidden.device)
-        if hasattr(value, "placements"):  # a DTensor: its shape is the whole, its memory a part
-            raise ValueError(
-                f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
-                "gather it first (full_tensor())"
-            )
 
 
 def check_low_rank(low_rank: object) -> tuple[Tensor, ...]:
     """Check that a LoRA head is a pair; `check_head` looks at what is in it."""
     if low_rank is None:
         return ()
-    if not isinstance(low_rank, (tuple, list)) or len(low_rank) != 2:
+    if not isinstance(low_rank, (tuple, list)):
         got = type(low_rank).__name__
-        raise TypeError(f"`low_rank` must be a pair (t, B) of tensors; got {got}")
-    return tuple(low_rank)
+    elif len(low_rank) == 2 and all(isinstance(x, Tensor) for x in low_rank):
+        return tuple(low_rank)
+    else:
+        got = f"({', '.join(type(x).__name__ for x in low_rank)})"
+    raise TypeError(f"`low_rank` must be a pair (t, B) of tensors; got {got}")
 
 
 def check_flag(name: str, value: object, *, optional: bool = False) -> None:
@@ -185,6 +196,8 @@ def check_options(
     check_flag("metrics", metrics)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"`ignore_index` must be an int; got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"`ignore_index` must fit in int64; got {ignore_index}")
 
 
 def check_backend(backend: str) -> None:

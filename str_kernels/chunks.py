@@ -15,9 +15,10 @@ from .backends import row_step_of
 from .contracts import LossArgs, RowTerms, accumulation_dtype
 from .projection import Head, project_head
 
-# Logits of one chunk. A CPU wants few enough to keep them in cache; a device wants enough rows for
-# the products to be limited by arithmetic and not by reading the head again for every chunk.
-_CHUNK_BYTES_CPU = 16 << 20
+# Logits of one chunk. Enough rows for the products to be limited by arithmetic and not by reading
+# the head again for every chunk; docs/log.md has the CPU's measurement.
+_CHUNK_ROWS_CPU = 256
+_CHUNK_BYTES_CPU = 64 << 20
 _CHUNK_BYTES = 256 << 20
 _MIN_CHUNK_ROWS = 1024
 _TILE = 128 * 128  # of a product, per multiprocessor: fewer leave some of them idle
@@ -59,9 +60,9 @@ def rows_per_chunk(hidden: Tensor, vocab: int, chunk_bytes: int | None) -> int:
     """Return how many rows' logits fit the byte budget; at least 1."""
     of_row = row_bytes(hidden, vocab)
     if chunk_bytes is not None:
-        return max(1, chunk_bytes // of_row)
+        return max(1, min(chunk_bytes // of_row, max(hidden.shape[0], 1)))
     if hidden.device.type == "cpu":
-        return max(1, _CHUNK_BYTES_CPU // of_row)
+        return max(1, min(_CHUNK_ROWS_CPU, _CHUNK_BYTES_CPU // of_row))
     rows = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // of_row)
     if hidden.device.type == "cuda":
         processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count

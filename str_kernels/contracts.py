@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
@@ -84,7 +83,8 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """Check a finite number: > 0 if `positive`, else >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    # by comparing: dynamo cannot trace math.isfinite of a number that it keeps symbolic
+    if not 0 <= value < float("inf") or (positive and value == 0):
         raise ValueError(f"`{name}` must be finite and {'>' if positive else '>='} 0; got {value}")
     return float(value)
 

@@ -114,6 +114,7 @@ def safety_cross_entropy(
     """
     check_tensor("logits", logits, ("N", "V"))
     check_float("logits", logits)
+    check_flag("inplace", inplace)
     args = make_loss_args(
         logits,
         target,
@@ -220,17 +221,8 @@ def safety_linear_cross_entropy(
         >>> round(float(terms.ce), 4)
         1.9459
     """
-    head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
-    check_head(hidden, head)
+    hidden, head = _checked_head(hidden, linear_weight, linear_bias, low_rank, chunk_bytes)
     check_flag("pack_rows", pack_rows, optional=True)
-    hidden, head = cast_for_autocast(hidden, head)
-    for name, value in zip(
-        ("linear_weight", "linear_bias", "low_rank", "low_rank"), head, strict=True
-    ):
-        if value is not None:
-            check_float(name, value, like=hidden.dtype)
-    vocab = linear_weight.shape[0]
-    check_chunk_bytes(chunk_bytes, row_bytes(hidden, vocab))
     args = make_loss_args(
         hidden,
         target,
@@ -253,7 +245,7 @@ def safety_linear_cross_entropy(
     if args.backend == "eager":
         return eager_linear_cross_entropy(hidden, head, args)
     pack = hidden.device.type == "cpu" if pack_rows is None else pack_rows
-    chunk_rows = rows_per_chunk(hidden, vocab, chunk_bytes)
+    chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes)
     return autograd.linear_cross_entropy(hidden, head, args, chunk_rows, pack)
 
 
@@ -298,24 +290,40 @@ def safety_log_probs(
         >>> safety_log_probs(torch.ones(1, 4), torch.zeros(8, 4), ids)[0, 0].exp().item()
         0.125
     """
-    head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
-    check_head(hidden, head)
+    hidden, head = _checked_head(hidden, linear_weight, linear_bias, low_rank, chunk_bytes)
     check_tensor("safety_ids", safety_ids, ("K",))
-    hidden, head = cast_for_autocast(hidden, head)
-    vocab = linear_weight.shape[0]
-    check_chunk_bytes(chunk_bytes, row_bytes(hidden, vocab))
     with torch.no_grad():
-        z_s = project_head(hidden, head, safety_ids, logit_scale, softcap)
         args = make_loss_args(
             hidden,
             torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device),
-            None,
-            None,
+            safety_ids,
+            hidden.new_zeros(safety_ids.shape[0]),  # compared with nothing: lse alone is wanted
             logit_scale=logit_scale,
             softcap=softcap,
             backend=backend,
         )
         if args.backend == "eager":
             args = args._replace(backend="torch")  # one pass over the same rows
-        chunk_rows = rows_per_chunk(hidden, vocab, chunk_bytes)
-        return z_s - autograd.log_normalizer(hidden, head, args, chunk_rows).unsqueeze(1)
+        chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes)
+        lse = autograd.log_normalizer(hidden, head, args, chunk_rows)
+        z_s = project_head(hidden, head, safety_ids, args.logit_scale, args.softcap)
+        return z_s - lse.unsqueeze(1)
+
+
+def _checked_head(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Head]:
+    """Check the operands of the head's products, and cast them as autocast would."""
+    head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
+    check_head(hidden, head)
+    hidden, head = cast_for_autocast(hidden, head)
+    names = ("linear_weight", "linear_bias", "low_rank", "low_rank")
+    for name, value in zip(names, head, strict=True):
+        if value is not None:
+            check_float(name, value, like=hidden.dtype)
+    check_chunk_bytes(chunk_bytes, row_bytes(hidden, linear_weight.shape[0]))
+    return hidden, head

@@ -107,7 +107,7 @@ def make_loss_args(
 def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(like.device, dtype)
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
 def _inverse(count: Tensor) -> Tensor:

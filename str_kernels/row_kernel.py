@@ -40,7 +40,7 @@ def _slope(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _online(
-    z, offs_v, y, z_y, base, m, d, total, above, plogp, V,
+    z, offs_v, y, z_y, base, m, d, total, before, plogp, V,
     HAS_SMOOTHING: tl.constexpr, HAS_METRICS: tl.constexpr,
 ):  # fmt: skip
     """Take a block of logits (-inf beyond V) into the running sums of its row."""
@@ -50,15 +50,14 @@ def _online(
     shrink = tl.exp(m - safe)
     e = tl.exp(z - safe)
     if HAS_METRICS:
-        # before y or above it; of equal maxima the first is the prediction
-        better = (z > z_y) | ((z == z_y) & (offs_v < y))
-        above += tl.sum((better & (offs_v < V)).to(tl.int32), 0)
+        # of equal maxima the first is the prediction
+        before += tl.sum(((z == z_y) & (offs_v < y)).to(tl.int32), 0)
         moved = tl.where(d > 0.0, (m - safe) * d, 0.0)
         plogp = shrink * (plogp + moved) + tl.sum(tl.where(e > 0.0, e * (z - safe), 0.0), 0)
     if HAS_SMOOTHING:
         total += tl.sum(tl.where(offs_v < V, z - base, 0.0), 0)
     d = d * shrink + tl.sum(e, 0)
-    return m_new, d, total, above, plogp
+    return m_new, d, total, before, plogp
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def _soft_gradient(
     return tl.where(takes, du, 0.0)  # not a product: inf and NaN of a masked row stay out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def scatter_kernel(
     Values,  # (n, K)
     SafetyIds,  # (K,)
@@ -140,7 +139,14 @@ def scatter_kernel(
     tl.store(Grad + offs_n * stride_grad_n + s, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+# Slices of a batch start anywhere, and a chunk or a last batch has any number of rows: neither may
+# compile anew. The rows' own alignment stays compiled in, for wide loads.
+@triton.jit(
+    do_not_specialize=["N"],
+    do_not_specialize_on_alignment=[
+        "Target", "SafetyLogits", "Ref", "Norm", "Terms", "CeScale", "PenaltyScale", "Stash",
+    ],
+)  # fmt: skip
 def row_step_kernel(
     Logits,  # (n, V)
     Target,  # (n,)
@@ -149,11 +155,7 @@ def row_step_kernel(
     Ref,  # (n, K)
     IdWeights,  # (K,)
     Norm,  # (2, n) m and log d
-    Ce,  # (n,), as the next four
-    Penalty,
-    Drift,
-    Right,
-    Entropy,
+    Terms,  # (5, n) ce, penalty, drift, right, entropy; the last two with metrics only
     CeScale,  # (n,) or None
     PenaltyScale,  # (n,) or None
     Grad,  # (n, V) or None; may be Logits
@@ -219,13 +221,13 @@ def row_step_kernel(
         m = float("-inf")
         d = 0.0
         total = 0.0
-        above = 0
+        before = 0
         plogp = 0.0
         if ON_CHIP:
             z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
             z = tl.where(offs_v < V, z, float("-inf"))
-            m, d, total, above, plogp = _online(
-                z, offs_v, y, z_y, base, m, d, total, above, plogp, V, HAS_SMOOTHING, HAS_METRICS
+            m, d, total, before, plogp = _online(
+                z, offs_v, y, z_y, base, m, d, total, before, plogp, V, HAS_SMOOTHING, HAS_METRICS
             )
         else:
             for start in range(0, V, BLOCK_V):
@@ -234,8 +236,8 @@ def row_step_kernel(
                 z = _scale_and_cap(x, logit_scale, softcap, HAS_SOFTCAP)
                 if HAS_SOFTCAP or PADDED:  # the cap lifts the padding's -inf to -softcap
                     z = tl.where(at < V, z, float("-inf"))
-                m, d, total, above, plogp = _online(
-                    z, at, y, z_y, base, m, d, total, above, plogp, V, HAS_SMOOTHING, HAS_METRICS
+                m, d, total, before, plogp = _online(
+                    z, at, y, z_y, base, m, d, total, before, plogp, V, HAS_SMOOTHING, HAS_METRICS
                 )
         log_d = tl.log(d)
         ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): the small numbers, not the large ones
@@ -243,12 +245,13 @@ def row_step_kernel(
             smooth = log_d - ((base - m) + total / V)
             ce = (1.0 - smoothing) * ce + smoothing * smooth
         ce = tl.where(inside, ce, float("nan"))
-        tl.store(Ce + pid_n, tl.where(kept, ce, 0.0))
+        Terms += pid_n
+        tl.store(Terms, tl.where(kept, ce, 0.0))
         tl.store(Norm + pid_n, m)
         tl.store(Norm + N + pid_n, log_d)
         if HAS_METRICS:
-            tl.store(Right + pid_n, tl.where(above == 0, 1.0, 0.0))
-            tl.store(Entropy + pid_n, log_d - plogp / d)
+            tl.store(Terms + N + N + N, tl.where((m > z_y) | (before > 0), 0.0, 1.0))
+            tl.store(Terms + N + N + N + N, log_d - plogp / d)
     lse = m + log_d
 
     if HAS_SAFETY:
@@ -262,11 +265,11 @@ def row_step_kernel(
             # a maximum skips NaN, and would report a broken row as a healthy one
             broken = tl.sum((drift != drift).to(tl.int32), 0) > 0
             worst = tl.max(tl.abs(drift), 0)
-            tl.store(Drift + pid_n, tl.where(broken, float("nan"), worst))
-            tl.store(Penalty + pid_n, phi)
+            tl.store(Terms + N, phi)
+            tl.store(Terms + N + N, tl.where(broken, float("nan"), worst))
     elif not HAS_NORM:
-        tl.store(Drift + pid_n, 0.0)
-        tl.store(Penalty + pid_n, 0.0)
+        tl.store(Terms + N, 0.0)
+        tl.store(Terms + N + N, 0.0)
 
     if HAS_GRAD:
         Grad += pid_n * stride_grad_n

@@ -16,8 +16,8 @@ from torch import Tensor
 from .contracts import RowOptions, RowTerms, accumulation_dtype
 from .penalties import KINDS, ON_LOG_PROBS, subset_of
 
-_SCRATCH_BYTES = {"cpu": 2 << 20}  # about one core's L2; see docs/log.md for the measurement
-_SCRATCH_BYTES_ELSEWHERE = 64 << 20  # a device needs many rows at once to be busy
+_BLOCK_BYTES_CPU = 2 << 20  # about one core's L2; see docs/log.md for the measurement
+_BLOCK_BYTES = 64 << 20  # a device needs many rows at once to be busy
 
 
 class Soft(NamedTuple):
@@ -27,33 +27,41 @@ class Soft(NamedTuple):
     is linear in lse, too. So soft = at_0 + per_lse * lse, and lse need not be known beforehand.
     """
 
+    takes: Tensor  # (n,) bool: the row takes part; else it is 0 whatever it holds
     at_0: Tensor  # (n,)
     per_lse: Tensor | None  # (n,)
     flat: Tensor | None  # (n,) ce_scale e / V
 
 
 class Wide(NamedTuple):
-    """What the part of width V found on the way, (n,) each; empty where it was not asked for."""
+    """What the part of width V needs to know of its rows and what it finds, (n,) each.
 
+    What was not asked for is empty, of shape (n, 0), so that all can be cut into blocks alike.
+    """
+
+    target: Tensor
+    top: Tensor  # m
+    log_total: Tensor  # log d
     mean: Tensor  # mean_v (z_v - m), for label smoothing
-    best: Tensor  # argmax z
+    right: Tensor  # 1.0 where the first largest logit is the target's
     entropy: Tensor
 
 
-class WideStep(Protocol):
-    """The part of width V: fill `norm`, and write the soft part of the gradient."""
+class BlockStep(Protocol):
+    """The part of width V of some rows: fill what `wide` asks for, write the soft gradient."""
 
     def __call__(
         self,
-        logits: Tensor,
-        norm: Tensor,
+        logits: Tensor,  # (n, V)
+        scratch: Tensor | None,  # (n, V) in the accumulation dtype; None: work on the logits
+        wide: Wide,
         options: RowOptions,
         *,
         norm_known: bool,
         soft: Soft | None,
-        grad: Tensor | None,
-    ) -> Wide:
-        """Work on (n, V) logits."""
+        grad: Tensor | None,  # (n, V)
+    ) -> None:
+        """Work on one block of rows."""
         ...
 
 
@@ -71,7 +79,8 @@ def row_step_torch(
     penalty_scale: Tensor | None = None,  # (n,)
     grad: Tensor | None = None,  # (n, V)
     padded: bool = False,
-    wide_step: WideStep | None = None,
+    block_step: BlockStep | None = None,
+    block_bytes: int | None = None,
 ) -> RowTerms:
     """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
     rows, vocab = logits.shape
@@ -94,10 +103,18 @@ def row_step_torch(
         # a label that is no column: the row's gradient is NaN
         ce_scale = torch.where(inside | ignored, ce_scale, torch.nan)
         soft = _soft(ce_scale, penalty_scale, z_s, ref, id_weights, vocab, options)
-    wide_step = wide_step or _wide_step
-    wide = wide_step(logits, norm, options, norm_known=norm_known, soft=soft, grad=grad)
-
     top, log_total = norm
+    smooth, metrics = (
+        options.label_smoothing > 0 and not norm_known,
+        options.metrics and not norm_known,
+    )
+    asked = (top.new_empty(rows if on else (rows, 0)) for on in (smooth, metrics, metrics))
+    wide = Wide(target, top, log_total, *asked)
+    if block_bytes is None:
+        block_bytes = _BLOCK_BYTES_CPU if logits.device.type == "cpu" else _BLOCK_BYTES
+    n_block = max(1, block_bytes // (vocab * dtype.itemsize))
+    step = block_step or _block_step
+    _in_blocks(step, n_block, logits, wide, options, norm_known, soft, grad)
     lse = top + log_total
     subset = subset_of(z_s, ref, id_weights, lse, options)
     if norm_known:
@@ -113,8 +130,7 @@ def row_step_torch(
         penalty = KINDS[options.kind].phi(subset)
         drift = subset.drift.abs()
         worst = drift.amax(dim=1) if drift.shape[1] else top.new_zeros(rows)
-        right = (wide.best == target).to(dtype) if options.metrics else top[:0]
-        terms = RowTerms(ce, penalty, worst, norm, right, wide.entropy)
+        terms = RowTerms(ce, penalty, worst, norm, wide.right.flatten(), wide.entropy.flatten())
 
     if soft is not None and grad is not None and ce_scale is not None and penalty_scale is not None:
         # These columns hold more than softmax: each is computed whole, then rounded once.
@@ -142,17 +158,18 @@ def _soft(
     vocab: int,
     options: RowOptions,
 ) -> Soft:
-    at_0, per_lse, flat = ce_scale, None, None
+    takes, at_0, per_lse, flat = ce_scale != 0, ce_scale, None, None
     if options.z_loss_weight > 0:
         per_lse = 2 * options.z_loss_weight * ce_scale
     if options.kind in ON_LOG_PROBS and id_weights.shape[0]:
         # minus the sum over k of penalty_scale * 2/K a_k (z_S_k - r_k - lse)
+        takes = takes | (penalty_scale != 0)
         share = penalty_scale * (2.0 / id_weights.shape[0])
         at_0 = at_0 - _where_nonzero(share, (id_weights * (z_s - ref)).sum(dim=1))
         per_lse = share * id_weights.sum() + (0.0 if per_lse is None else per_lse)
     if options.label_smoothing > 0:
         flat = ce_scale * (options.label_smoothing / vocab)
-    return Soft(at_0, per_lse, flat)
+    return Soft(takes, at_0, per_lse, flat)
 
 
 def _column(
@@ -181,71 +198,78 @@ def _column(
     return dz * _slope(z, options)
 
 
-def _wide_step(
+def _in_blocks(
+    step: BlockStep,
+    n_block: int,
     logits: Tensor,
-    norm: Tensor,
+    wide: Wide,
+    options: RowOptions,
+    norm_known: bool,
+    soft: Soft | None,
+    grad: Tensor | None,
+) -> None:
+    rows, vocab = logits.shape
+    dtype = wide.top.dtype
+    # float32 logits that are to become their gradient are worked on where they are
+    owned = grad is not None and logits.dtype == dtype and grad.data_ptr() == logits.data_ptr()
+    scratch = None if owned else logits.new_empty((min(n_block, rows), vocab), dtype=dtype)
+    for start in range(0, rows, n_block):
+        part = slice(start, min(start + n_block, rows))
+        step(
+            logits[part],
+            None if scratch is None else scratch[: part.stop - start],
+            Wide(*(x[part] for x in wide)),
+            options,
+            norm_known=norm_known,
+            soft=soft and Soft._make(x if x is None else x[part] for x in soft),
+            grad=None if grad is None else grad[part],
+        )
+
+
+def _block_step(
+    logits: Tensor,
+    scratch: Tensor | None,
+    wide: Wide,
     options: RowOptions,
     *,
     norm_known: bool,
     soft: Soft | None,
     grad: Tensor | None,
-) -> Wide:
-    rows, vocab = logits.shape
-    dtype = norm.dtype
-    top, log_total = norm
-    n_mean = rows if options.label_smoothing > 0 and not norm_known else 0
-    n_metrics = rows if options.metrics and not norm_known else 0
-    found = Wide(
-        top.new_empty(n_mean),
-        logits.new_empty(n_metrics, dtype=torch.int64),
-        top.new_empty(n_metrics),
-    )
-    n_block = _rows_per_block(logits, dtype)
-    # float32 logits that are to become their gradient are worked on where they are
-    owned = grad is not None and logits.dtype == dtype and grad.data_ptr() == logits.data_ptr()
-    scratch = None if owned else logits.new_empty((min(n_block, rows), vocab), dtype=dtype)
-    for start in range(0, rows, n_block):
-        part = slice(start, start + n_block)
-        block = logits[part]
-        z = block if scratch is None else scratch[: block.shape[0]].copy_(block)
-        z = _scale_and_cap_(z, options)
-        slope = _slope(z, options) if soft is not None else None
-        if norm_known:
-            z.sub_(top[part].unsqueeze(1)).sub_(log_total[part].unsqueeze(1)).exp_()
-        else:
-            torch.amax(z, dim=1, out=top[part])
-            if n_metrics:
-                torch.argmax(z, dim=1, out=found.best[part])
-            z.sub_(top[part].unsqueeze(1))
-            if n_mean:
-                torch.mean(z, dim=1, out=found.mean[part])
-            total = z.exp_().sum(dim=1)
-            torch.log(total, out=log_total[part])
-            if n_metrics:
-                found.entropy[part] = torch.special.entr(z / total.unsqueeze(1)).sum(dim=1)
-        if soft is None or slope is None or grad is None:
-            continue
-        factor = soft.at_0[part]
-        if soft.per_lse is not None:
-            lse = top[part] + log_total[part]
-            factor = factor + _where_nonzero(soft.per_lse[part], lse)
-        of_exp = factor if norm_known else factor / total
-        if soft.flat is None and not slope.dim():
-            z.mul_((of_exp * slope).unsqueeze(1))
-        else:
-            z.mul_(of_exp.unsqueeze(1))
-            if soft.flat is not None:
-                z.sub_(soft.flat[part].unsqueeze(1))
-            z.mul_(slope)
-        _zero_rows_(z, factor)
-        if scratch is not None:
-            grad[part] = z
-    return found
-
-
-def _rows_per_block(logits: Tensor, dtype: torch.dtype) -> int:
-    budget = _SCRATCH_BYTES.get(logits.device.type, _SCRATCH_BYTES_ELSEWHERE)
-    return max(1, budget // (logits.shape[1] * dtype.itemsize))
+) -> None:
+    z = logits if scratch is None else scratch.copy_(logits)
+    z = _scale_and_cap_(z, options)
+    slope = _slope(z, options) if soft is not None else None
+    total = None
+    if norm_known:
+        z.sub_(wide.top.unsqueeze(1)).sub_(wide.log_total.unsqueeze(1)).exp_()
+    else:
+        torch.amax(z, dim=1, out=wide.top)
+        if wide.right.dim() == 1:
+            wide.right.copy_(z.argmax(dim=1) == wide.target)
+        z.sub_(wide.top.unsqueeze(1))
+        if wide.mean.dim() == 1:
+            torch.mean(z, dim=1, out=wide.mean)
+        total = z.exp_().sum(dim=1)
+        torch.log(total, out=wide.log_total)
+        if wide.entropy.dim() == 1:
+            wide.entropy.copy_(torch.special.entr(z / total.unsqueeze(1)).sum(dim=1))
+    if soft is None or slope is None or grad is None:
+        return
+    factor = soft.at_0
+    if soft.per_lse is not None:
+        factor = factor + _where_nonzero(soft.per_lse, wide.top + wide.log_total)
+    if total is not None:
+        factor = factor / total
+    if soft.flat is None and not slope.dim():
+        z.mul_((factor * slope).unsqueeze(1))
+    else:
+        z.mul_(factor.unsqueeze(1))
+        if soft.flat is not None:
+            z.sub_(soft.flat.unsqueeze(1))
+        z.mul_(slope)
+    _zero_rows_(z, ~soft.takes)
+    if scratch is not None:
+        grad.copy_(z)
 
 
 def _scale_and_cap_(raw: Tensor, options: RowOptions) -> Tensor:
@@ -265,9 +289,9 @@ def _where_nonzero(scale: Tensor, value: Tensor) -> Tensor:
     return torch.where(scale != 0, scale * value, 0.0)
 
 
-def _zero_rows_(z: Tensor, scale: Tensor) -> None:
-    """Set the rows whose scale is 0 to 0, which a product would not do to inf and NaN."""
+def _zero_rows_(z: Tensor, rows: Tensor) -> None:
+    """Set rows (a mask) to 0, which a product would not do to inf and NaN."""
     if z.device.type == "cpu":  # no pass over the block when no row is ignored
-        z.index_fill_(0, (scale == 0).nonzero().squeeze(1), 0.0)
+        z.index_fill_(0, rows.nonzero().squeeze(1), 0.0)
     else:
-        z.masked_fill_((scale == 0).unsqueeze(1), 0.0)
+        z.masked_fill_(rows.unsqueeze(1), 0.0)

@@ -17,15 +17,18 @@ from torch import Tensor
 from .contracts import RowOptions, RowTerms
 from .row_kernel import row_step_kernel, scatter_kernel
 
-# A block is what a program holds in registers at a time. 16 elements per thread stay clear of
-# spills in float32, and small programs let several rows share a multiprocessor. A row held whole
-# takes up to all 1,024 threads, with 64 bytes of it in the registers of each.
-_MAX_BLOCK_V = 4096
-_ELEMENTS_PER_THREAD = 16
+# A block is what a program holds in registers at a time, in float32 while it works on it: 16 logits
+# per thread, or 8 where the options of the loss ask for more numbers beside each. A row held whole
+# takes up to all 1,024 threads, each with 64 registers. `python -m bench compile` shows what spills.
+_THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
-_ON_CHIP_BYTES = 64 * _MAX_THREADS  # of a row, in one thread block
+_PER_THREAD = 16
+_PER_THREAD_BUSY = 8
+_HELD_BYTES = 64  # of a row in the registers of one thread
 _MAX_CTAS = 8  # the largest cluster that every GPU with clusters can run
 THREADS_PER_WARP = 64 if torch.version.hip else 32
+# Left to itself ptxas spills a few bytes to save a few registers more; all our launches fit 64.
+MAX_REGISTERS = 64 if torch.version.cuda else None
 
 
 class Launch(NamedTuple):
@@ -39,7 +42,13 @@ class Launch(NamedTuple):
 
 
 def launch_sizes(
-    vocab: int, ids: int, itemsize: int, *, one_launch: bool, cluster: bool = False
+    vocab: int,
+    ids: int,
+    itemsize: int,
+    *,
+    one_launch: bool,
+    busy: bool = False,
+    cluster: bool = False,
 ) -> Launch:
     """Return the sizes for a vocabulary, a number of safety ids and the logits' bytes each.
 
@@ -48,6 +57,7 @@ def launch_sizes(
         ids: K.
         itemsize: bytes of a logit.
         one_launch: whether terms and gradient are made together, so that holding the row pays.
+        busy: whether there are options that need more registers per logit; see `is_busy`.
         cluster: whether the row may be spread over a thread-block cluster.
 
     Raises:
@@ -55,18 +65,30 @@ def launch_sizes(
     """
     block_k = max(16, triton.next_power_of_2(ids))
     whole = max(128, triton.next_power_of_2(vocab))
-    ctas = -(-whole * itemsize // _ON_CHIP_BYTES)
+    per_thread = _PER_THREAD_BUSY if busy else _PER_THREAD
+    held = _MAX_THREADS * (_PER_THREAD_BUSY if busy else _HELD_BYTES // itemsize)
+    ctas = -(-whole // held)
     if one_launch and (ctas == 1 or cluster):
         if ctas > _MAX_CTAS:
-            limit = _MAX_CTAS * _ON_CHIP_BYTES // itemsize
             raise ValueError(
                 "`backend` must be one that can hold a row: 'triton_cluster' holds "
-                f"{limit} logits of {itemsize} bytes; got V = {vocab}"
+                f"{_MAX_CTAS * held} logits of {itemsize} bytes with these options; got V = {vocab}"
             )
-        threads = whole // ctas // _ELEMENTS_PER_THREAD
-        return Launch(whole, block_k, True, _warps(threads), ctas)
-    block_v = min(_MAX_BLOCK_V, whole)
-    return Launch(block_v, block_k, False, _warps(min(256, block_v // _ELEMENTS_PER_THREAD)), 1)
+        return Launch(whole, block_k, True, _warps(whole // ctas // per_thread), ctas)
+    threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))
+    block_v = min(threads * per_thread, whole)
+    return Launch(block_v, block_k, False, _warps(block_v // per_thread), 1)
+
+
+def is_busy(options: RowOptions) -> bool:
+    """Say whether the options need more registers per logit than the plain loss."""
+    return bool(
+        options.softcap
+        or options.label_smoothing
+        or options.z_loss_weight
+        or options.metrics
+        or options.kind == "logprob"
+    )
 
 
 def _warps(threads: int) -> int:
@@ -107,9 +129,12 @@ def row_step_triton(
     terms_wanted = norm is None
     if norm is None:
         norm = logits.new_empty((2, rows), dtype=torch.float32)
-    ce, penalty, drift = logits.new_empty((3, rows if terms_wanted else 0), dtype=torch.float32)
     metrics = options.metrics and terms_wanted
-    right, entropy = logits.new_empty((2, rows if metrics else 0), dtype=torch.float32)
+    found = logits.new_empty(
+        (5 if metrics else 3, rows if terms_wanted else 0), dtype=torch.float32
+    )
+    ce, penalty, drift = found[:3]
+    right, entropy = found[3:] if metrics else found.new_empty((2, 0))
     terms = RowTerms(ce, penalty, drift, norm, right, entropy)
     if not rows:
         return terms
@@ -118,6 +143,7 @@ def row_step_triton(
         ids,
         logits.element_size(),
         one_launch=terms_wanted and grad is not None,
+        busy=is_busy(options),
         cluster=cluster,
     )
     safety_ids = safety_ids.to(torch.int32)  # half the bytes, in every row
@@ -133,11 +159,7 @@ def row_step_triton(
         ref,
         id_weights.contiguous(),
         norm,
-        ce,
-        penalty,
-        drift,
-        right,
-        entropy,
+        found,
         ce_scale,
         penalty_scale,
         out,
@@ -171,6 +193,7 @@ def row_step_triton(
         KIND=options.kind,
         # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
         enable_fp_fusion=True,
+        **({} if MAX_REGISTERS is None else {"maxnreg": MAX_REGISTERS}),
         **{name: size for name, size in sizes._asdict().items() if name != "num_ctas" or size > 1},
     )
     if stash is not None and out is not None:
