@@ -10,9 +10,11 @@ import importlib.util
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import Case, make_case
 
 from str_kernels import SafetyPenalty, autograd, functional, safety_cross_entropy
+from str_kernels.contracts import LossArgs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean_memory")]
 
@@ -21,12 +23,15 @@ NEEDS_EXPECTTEST = pytest.mark.skipif(
     importlib.util.find_spec("expecttest") is None, reason="torch.library.opcheck needs expecttest"
 )
 OURS = ["torch", "triton"]
-PATHS = ["logits", "linear", "linear+bias"]
+PATHS = ["logits", "linear", "linear+bias", "linear+lora"]
+HEAD_PARTS = ("hidden", "linear_weight", "linear_bias", "low_rank_t", "low_rank_b")
 
 
 def everything(rng, device, path: str = "linear+bias", **options) -> Case:
     weights = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
-    return make_case(rng, device, path=path, rows=6, vocab=37, ids=3, dim=8, **weights, **options)
+    terms = {"kind": "logprob", "label_smoothing": 0.1, "z_loss_weight": 0.01, "metrics": True}
+    sizes = {"rows": 6, "vocab": 37, "ids": 3, "dim": 8}
+    return make_case(rng, device, path=path, **{**sizes, **weights, **terms, **options})
 
 
 def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
@@ -36,7 +41,7 @@ def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
     original = getattr(autograd, name)
 
     def spy(*args):
-        seen.append(next(x for x in args if isinstance(x, functional.LossArgs)))
+        seen.append(next(x for x in args if isinstance(x, LossArgs)))
         return original(*args)
 
     monkeypatch.setattr(functional.autograd, name, spy)
@@ -47,19 +52,28 @@ def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
 
 @NEEDS_EXPECTTEST
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_of_the_linear_op(backend, needs, bias, rng, device, monkeypatch) -> None:
-    case = everything(rng, device, "linear+bias" if bias else "linear", transform="cap")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        ("linear+bias", (True, True, True, False, False)),
+        ("linear", (True, False, False, False, False)),
+        ("linear+bias", (False, True, False, False, False)),
+        ("linear+lora", (True, False, False, True, True)),
+    ],
+)
+def test_opcheck_of_the_linear_op(
+    backend, path, needs, reduction, rng, device, monkeypatch
+) -> None:
+    case = everything(rng, device, path, transform="cap", reduction=reduction)
     rest = op_arguments(case, backend, monkeypatch)
-    if not bias:
-        needs = (*needs[:2], False)
+    pack = device.type == "cpu"
     leaves = [
         case.leaves[name].clone().requires_grad_(need) if name in case.leaves else None
-        for name, need in zip(("hidden", "linear_weight", "linear_bias"), needs, strict=True)
+        for name, need in zip(HEAD_PARTS, needs, strict=True)
     ]
     results = torch.library.opcheck(
-        torch.ops.str_kernels.linear_cross_entropy.default, (*leaves, *rest, 4, *needs)
+        torch.ops.str_kernels.linear_cross_entropy.default, (*leaves, *rest, 4, pack, *needs)
     )
     assert set(results.values()) == {"SUCCESS"}
 
@@ -99,14 +113,16 @@ def compiled(case: Case, backend: str, **options):
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("path", PATHS)
-def test_compiled_is_the_same_without_a_graph_break(backend, path, rng, device) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_is_the_same_without_a_graph_break(backend, path, reduction, rng, device) -> None:
     torch._dynamo.reset()
-    case = everything(rng, device, path, transform="scale+cap", counts="numbers")
+    options = {"counts": "numbers"} if reduction == "mean" else {"reduction": reduction}
+    case = everything(rng, device, path, transform="scale+cap", **options)
     wanted = case.run(backend)
     leaves = case.live_leaves()
     run = compiled(case, backend)
     terms = run(case.target, case.ids, case.ref, **leaves)
-    terms.loss.backward(torch.full_like(terms.loss, case.upstream))
+    terms.loss.backward(case.cotangent(terms.loss))
     assert all(torch.equal(a, b) for a, b in zip(terms, wanted.terms, strict=True))
     for name, leaf in leaves.items():
         assert torch.equal(leaf.grad, wanted.grads[name])

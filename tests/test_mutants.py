@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,60 +19,152 @@ from cases import Case, Result, make_case
 from tolerance import OutOfTolerance, assert_matches_truth, parts_of
 
 import str_kernels
-from str_kernels import autograd
+from str_kernels import autograd, chunks, rows_torch
+from str_kernels.penalties import KINDS
 
 pytestmark = pytest.mark.gpu
 
-# module, what is spoilt, text, its replacement. The first five of each module are the ones of
-# docs/loss.md; its fifth, the z-loss's correction of the softmax, is not there yet, and the running
-# rescale of the sum (in torch the shift by the maximum) stands in.
+
+class Mutant(NamedTuple):
+    module: str
+    what: str
+    old: str
+    new: str
+    options: dict[str, Any] = {}  # noqa: RUF012 - of make_case, read only
+
+    def __str__(self) -> str:
+        return f"{self.module}-{self.what}"
+
+
+CAP = {"transform": "scale+cap"}
+SMOOTH = {"label_smoothing": 0.2}
+Z_LOSS = {"z_loss_weight": 0.01}
+METRICS = {"metrics": True}
+LOGPROB = {"kind": "logprob"}
+
+# The first five of each step are the ones of docs/loss.md.
 MUTANTS = [
-    ("rows_triton", "the target term", "tl.where(offs_v == y, p - 1.0, p)", "p"),
-    ("rows_triton", "the S-lane of y", "tl.where(s == y, p_s - 1.0, p_s)", "p_s"),
-    ("rows_triton", "1/K in the gradient", "(2.0 * inv_k)", "2.0"),
-    ("rows_triton", "the rescale of d", "d * tl.exp(m - safe) +", "d +"),
-    ("rows_triton", "0.1 % of d", "log_d = tl.log(d)", "log_d = tl.log(d * 1.001)"),
-    ("rows_triton", "1/K in the value", "penalty * inv_k", "penalty"),
-    (
-        "rows_triton",
+    Mutant("row_kernel", "the target term", "tl.where(is_y, p - 1.0, p)", "p"),
+    # is_y of the safety columns alone
+    Mutant("row_kernel", "the S-lane of y", "z_u, s == y, m", "z_u, s < 0, m"),
+    Mutant("row_kernel", "1/K", "a = a * inv_k", "pass"),
+    Mutant(
+        "row_kernel",
+        "the z-loss's correction of the softmax",
+        "ce_scale * (2.0 * z_loss_weight * lse)",
+        "0.0",
+        Z_LOSS,
+    ),
+    Mutant("row_kernel", "0.1 % of d", "log_d = tl.log(d)", "log_d = tl.log(d * 1.001)"),
+    Mutant("row_kernel", "the rescale of d", "d = d * shrink +", "d = d +"),
+    Mutant(
+        "row_kernel",
         "the padding under a cap",
-        'z = tl.where(offs_v < V, z, float("-inf"))',
+        'z = tl.where(at < V, z, float("-inf"))',
         "pass",
+        CAP,
     ),
-    (
-        "rows_triton",
+    Mutant(
+        "row_kernel",
         "the last nine columns",  # one alone may be a safety id, which is written again
-        "element_ty), mask=mask_v)",
-        "element_ty), mask=offs_v<V-9)",
+        "element_ty), mask=at < v_padded)",
+        "element_ty), mask=at < V - 9)",
     ),
-    ("rows_triton", "the second block of ids", "offs_k = start + tl.arange", "offs_k = tl.arange"),
-    (
+    Mutant("row_kernel", "the last id", "mask_k = offs_k < K", "mask_k = offs_k < K - 1"),
+    Mutant(
+        "row_kernel", "the slope of huber", "slope = a * x", "slope = a * drift", {"kind": "huber"}
+    ),
+    Mutant(
+        "row_kernel", "the side of hinge", "drift > 0.0, 0.0", "drift < 0.0, 0.0", {"kind": "hinge"}
+    ),
+    Mutant(
+        "row_kernel",
+        "the weights of centered's mean",
+        "tl.sum(a * drift, 0) / tl.sum(a, 0)",
+        "tl.sum(drift, 0) / tl.sum(tl.where(mask_k, 1.0, 0.0), 0)",
+        {"kind": "centered"},
+    ),
+    Mutant(
+        "row_kernel", "logprob's pull on every token", "extra -= tl.sum(pull, 0)", "pass", LOGPROB
+    ),
+    Mutant("row_kernel", "lse in logprob", "(z_s - lse) - r", "(z_s - 0.9 * lse) - r", LOGPROB),
+    Mutant(
+        "row_kernel",
+        "subset_kl's T in the slope",
+        "slope = temperature * (",
+        "slope = (",
+        {"kind": "subset_kl"},
+    ),
+    Mutant("row_kernel", "the smoothing at y", "(p - 1.0) + smoothing", "(p - 1.0)", SMOOTH),
+    Mutant("row_kernel", "the smoothing elsewhere", "smoothing * inv_v", "0.0", SMOOTH),
+    Mutant("row_kernel", "the mean in the loss", "+ smoothing * smooth", "", SMOOTH),
+    Mutant("row_kernel", "the entropy's rescale", "shrink * (plogp + moved)", "plogp", METRICS),
+    Mutant("rows_torch", "the target term", "grad[row, column] =", "_ ="),
+    Mutant("rows_torch", "the S-lane of y", "is_target = (safety_ids ==", "is_target = (-1 =="),
+    Mutant(
+        "penalties", "1/K in the slope", "return self.a / max(self.a.shape[0], 1)", "return self.a"
+    ),
+    Mutant(
         "rows_torch",
-        "the target term",
-        "grad[row, column.squeeze(1)] =",
-        "_ =",
+        "the z-loss's correction of the softmax",
+        "per_lse = 2 * options.z_loss_weight * ce_scale",
+        "pass",
+        Z_LOSS,
     ),
-    ("rows_torch", "the S-lane of y", "p_s - is_target", "p_s"),
-    ("rows_torch", "1/K in the gradient", "(2 / ids)", "2"),
-    ("rows_torch", "the shift by the maximum", "log_total - (z_y - top)", "log_total - z_y"),
-    ("rows_torch", "0.1 % of the sum", "torch.log(total,", "torch.log(total * 1.001,"),
-    ("rows_torch", "1/K in the value", ".sum(dim=1) / max(ids, 1)", ".sum(dim=1)"),
-    (
+    Mutant("rows_torch", "0.1 % of the sum", "z.exp_().sum(dim=1)", "z.exp_().sum(dim=1) * 1.001"),
+    Mutant("rows_torch", "the shift by the maximum", "log_total - (z_y - top)", "log_total - z_y"),
+    Mutant(
         "rows_torch",
         "the last block of rows",
         "range(0, rows, n_block)",
         "range(0, rows - n_block + 1, n_block)",
     ),
+    Mutant(
+        "rows_torch",
+        "logprob's pull on every token",
+        "at_0 = at_0 - _where_nonzero",
+        "_ = at_0 - _where_nonzero",
+        LOGPROB,
+    ),
+    Mutant("rows_torch", "the smoothing elsewhere", "z.sub_(soft.flat", "z.sub(soft.flat", SMOOTH),
+    Mutant("rows_torch", "the mean in the loss", "+ e * (log_total - wide.mean)", "", SMOOTH),
+    Mutant("penalties", "1/K in the value", ".sum(dim=1) / max(", ".sum(dim=1) / min(1, "),
+    Mutant(
+        "penalties",
+        "the factor of mse",
+        "lambda s: 2 * s.share() * s.drift",
+        "lambda s: s.share() * s.drift",
+    ),
+    Mutant(
+        "penalties",
+        "the slope of huber",
+        "s.share() * _clipped(s),\n",
+        "s.share() * s.drift,\n",
+        {"kind": "huber"},
+    ),
+    Mutant("penalties", "the side of hinge", "clamp(max=0.0)", "clamp(min=0.0)", {"kind": "hinge"}),
+    Mutant(
+        "penalties",
+        "centered's mean",
+        "s.drift - (s.a * s.drift)",
+        "s.drift - 0 * (s.a * s.drift)",
+        {"kind": "centered"},
+    ),
+    Mutant(
+        "penalties",
+        "T of subset_kl",
+        "temperature * (log_s",
+        "temperature**2 * (log_s",
+        {"kind": "subset_kl"},
+    ),
 ]
-# These stand in more than one place, all of which are spoilt.
-PLACES = {"offs_k = start + tl.arange": 2}
 
 
 def load(module: str, folder: Path, replace: tuple[str, str] | None = None) -> ModuleType:
     source = (Path(str_kernels.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
     if replace is not None:
         old, new = replace
-        assert source.count(old) == PLACES.get(old, 1), f"{old!r} is in {source.count(old)} places"
+        assert source.count(old) == 1, f"{old!r} is in {source.count(old)} places"
         source = source.replace(old, new)
     path = folder / f"{module}_mutant.py"  # Triton reads a kernel's source from its file
     path.write_text(source, encoding="utf-8")
@@ -87,20 +180,27 @@ def load(module: str, folder: Path, replace: tuple[str, str] | None = None) -> M
 
 
 def judge(case: Case, mutant: ModuleType, monkeypatch) -> None:
-    name = mutant.__name__.removeprefix("str_kernels.").removesuffix("_mutant")
-    step = getattr(mutant, name.replace("rows", "row_step"))
-    monkeypatch.setattr(autograd, "row_step_of", lambda backend: step)
-    backend = name.removeprefix("rows_")
+    """Run the case with the mutant in place of the module it was made of."""
+    backend = "torch"
+    if "row_kernel" in mutant.__name__:
+        rows_triton = pytest.importorskip("str_kernels.rows_triton")
+        monkeypatch.setattr(rows_triton, "row_step_kernel", mutant.row_step_kernel)
+        backend = "triton"
+    elif "rows_torch" in mutant.__name__:
+        for module in (autograd, chunks):
+            monkeypatch.setattr(module, "row_step_of", lambda backend: mutant.row_step_torch)
+    else:
+        for name in ("KINDS", "subset_of"):
+            monkeypatch.setattr(rows_torch, name, getattr(mutant, name))
     assert_matches_truth(case, case.run(backend), backend)
 
 
-def case_of(path: str, module: str, transform: str, rng, device) -> Case:
-    """All options, several blocks of everything; three rows in the interpreter, 70 in torch."""
-    options = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True, "ids": 300}
-    rows = 70 if module == "rows_torch" else 4
-    case = make_case(
-        rng, device, path=path, rows=rows, vocab=8201, transform=transform, ref="row", **options
-    )
+def case_of(path: str, module: str, options: dict[str, Any], rng, device) -> Case:
+    """Several blocks of everything; four rows in the interpreter, 70 in torch."""
+    given = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True, "ids": 300}
+    # A float32 row of up to 16,384 logits may be held whole; past that there are two passes.
+    sizes = {"rows": 4, "vocab": 16501} if module == "row_kernel" else {"rows": 70, "vocab": 8201}
+    case = make_case(rng, device, path=path, **{**sizes, **given, **options})
     # The second block of V has the larger logits, so that the running maximum moves there.
     leaf = case.leaves["logits"].t() if path == "logits" else case.leaves["linear_weight"]
     leaf[4096:] *= 1.5
@@ -111,22 +211,22 @@ def case_of(path: str, module: str, transform: str, rng, device) -> Case:
 
 
 @pytest.mark.parametrize("path", ["logits", "linear"])
-@pytest.mark.parametrize(
-    ("module", "what", "old", "new"), MUTANTS, ids=[f"{m}-{what}" for m, what, *_ in MUTANTS]
-)
-def test_a_mutant_is_caught(module, what, old, new, path, rng, device, tmp_path, monkeypatch):
-    mutant = load(module, tmp_path, (old, new))
-    transform = "scale+cap" if "cap" in what else "none"
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mutant_is_caught(mutant, path, rng, device, tmp_path, monkeypatch):
+    spoilt = load(mutant.module, tmp_path, (mutant.old, mutant.new))
     with pytest.raises(OutOfTolerance):
-        judge(case_of(path, module, transform, rng, device), mutant, monkeypatch)
+        judge(case_of(path, mutant.module, mutant.options, rng, device), spoilt, monkeypatch)
+
+
+ALL_OPTIONS = [{}, {**CAP, **SMOOTH, **Z_LOSS, **METRICS}, *({"kind": kind} for kind in KINDS)]
 
 
 @pytest.mark.parametrize("path", ["logits", "linear"])
-@pytest.mark.parametrize("module", ["rows_triton", "rows_torch"])
+@pytest.mark.parametrize("module", ["row_kernel", "rows_torch", "penalties"])
 def test_the_unspoilt_module_passes(module, path, rng, device, tmp_path, monkeypatch) -> None:
     unspoilt = load(module, tmp_path)
-    for transform in ("none", "scale+cap"):
-        judge(case_of(path, module, transform, rng, device), unspoilt, monkeypatch)
+    for options in ALL_OPTIONS:
+        judge(case_of(path, module, options, rng, device), unspoilt, monkeypatch)
 
 
 # A relative error of one element that the rule must notice, by dtype and path: three times what it
@@ -160,7 +260,8 @@ def test_an_error_in_one_element_is_noticed(dtype, path, rng, device) -> None:
             grads = {**result.grads, name: spoilt}
             with pytest.raises(OutOfTolerance, match=f"grad of {name}, "):
                 assert_matches_truth(case, Result(result.terms, grads), "torch")
-    for name, value in result.terms._asdict().items():
+    for name in ("loss", "ce", "penalty", "max_drift"):
+        value = getattr(result.terms, name)
         # Drift and penalty are made of z_S - r, which is much smaller than z_S and r.
         more = 1 if name in ("loss", "ce") else 20
         terms = result.terms._replace(**{name: value * (1 + more * NOTICED[dtype, path])})
@@ -175,7 +276,7 @@ def test_text_that_is_not_there_is_noticed(tmp_path) -> None:
 
 def test_a_mutant_runs_in_place_of_the_real_step(rng, device, tmp_path, monkeypatch) -> None:
     """Else every mutant would pass for the real one, or the real one for every mutant."""
-    mutant = load("rows_torch", tmp_path, ("rows, vocab = logits.shape", "raise KeyError('ran')"))
+    mutant = load("rows_torch", tmp_path, ("norm_known = norm is not None", "raise KeyError('ran')"))
     with pytest.raises(KeyError, match="ran"):
         judge(make_case(rng, device), mutant, monkeypatch)
     assert torch.is_tensor(make_case(rng, device).loss({"logits": torch.zeros(7, 301)}, "eager").ce)
