@@ -5,10 +5,10 @@ RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 TYPES := .venv/types
 
-.PHONY: help demo test check lint types gpu clean
+.PHONY: help demo test check lint types bench bench-compare gpu clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
 demo: ## fine-tune a real model with and without the penalty (ARGS: options of str-kernels demo)
 	@$(READY) demo
@@ -34,6 +34,18 @@ types:
 	@find -L $(TYPES) -type l -delete # links whose file is gone
 	cd $(TYPES) && $(CURDIR)/$(RUN) -m mypy -p str_kernels \
 	  --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+bench: ## microbenchmarks of each op, saved in .benchmarks (ARGS: options of pytest-benchmark)
+	@$(READY) dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest bench --benchmark-only --benchmark-autosave \
+	  --benchmark-columns=median,iqr,rounds --benchmark-storage=.benchmarks $(ARGS)
+
+bench-compare: ## the last two runs of `make bench`, side by side
+	@$(READY) dev
+	@set -- $$(ls .benchmarks/*/*.json 2>/dev/null | sort | tail -n 2); \
+	  test $$# -eq 2 || { echo "make bench-compare: two saved runs are needed, there is $$#" >&2; exit 1; }; \
+	  .venv/bin/pytest-benchmark --storage=.benchmarks compare "$$@" --columns=median,iqr,rounds \
+	    --group-by=group,name --name=short $(ARGS)
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors.

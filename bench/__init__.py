@@ -1,1 +1,1 @@
-"""Benchmarks: python -m bench speed."""
+"""Benchmarks: python -m bench --help."""

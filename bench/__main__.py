@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from str_kernels.atomic import write_json
-
-from .speed import HEADS, PROTOCOL, measure
+from . import results, tables
+from .heads import HEADS, HeadShape
+from .results import Row
+from .tables import Column, megabytes, number, times
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+_ROOT = Path(__file__).parents[1]
+
+Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
+Ids = Annotated[int, typer.Option(min=1, help="Safety ids K.")]
+Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
+Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
+Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
 
 
 @app.callback()
@@ -24,59 +28,221 @@ def main() -> None:
     """Benchmarks of str-kernels. Every provider is checked against eager before it is timed."""
 
 
-@app.command()
-def speed(
-    head: Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Rows N.")] = 2048,
-    ids: Annotated[int, typer.Option(min=1, help="Safety ids K.")] = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    train_head: Annotated[bool, typer.Option(help="Make the head's gradient too.")] = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Interleaved repetitions.")] = 15,
-    save: Annotated[Path | None, typer.Option(help="Also write the rows here as JSON.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")] = False,
-) -> None:
-    """Time the linear path, forward and backward, against eager and the bare products."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = head or ("llama-3" if device == "cuda" else "smollm2")
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _shape(head: str) -> HeadShape:
     if head not in HEADS:
         raise typer.BadParameter(f"`head` must be one of {', '.join(HEADS)}; got {head!r}")
-    rows = measure(HEADS[head], tokens, ids, getattr(torch, dtype), train_head, pairs, device)
+    return HEADS[head]
+
+
+def _keep(rows: list[Row], save: bool, folder: Path, name: str) -> None:
+    if save:
+        results.append_rows(folder / f"{name}.csv", rows)
+
+
+@app.command()
+def speed(
+    head: Head = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Rows N.")] = 2048,
+    ids: Ids = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    train_head: Annotated[bool, typer.Option(help="Make the head's gradient too.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 15,
+    providers: Annotated[
+        list[str] | None, typer.Option(help="Only those whose name begins so; may be repeated.")
+    ] = None,
+    all_options: Annotated[
+        bool, typer.Option("--all-options", help="Add ours with every option of the loss on.")
+    ] = False,
+    pairs: Annotated[
+        bool, typer.Option("--penalty-pairs", help="Only ours, with against without the penalty.")
+    ] = False,
+    memory: Annotated[bool, typer.Option(help="Measure the peak memory too.")] = True,
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Time the whole loss, forward and backward, against eager and the bare products."""
+    from .speed import Job, measure, penalty_pairs
+
+    device = _device()
+    head = head or ("llama-3" if device == "cuda" else "smollm2")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"`dtype` must be bfloat16, float16 or float32; got {dtype!r}")
+    job = Job(_shape(head), tokens, ids, getattr(torch, dtype), train_head, device)
+    if pairs:
+        rows = penalty_pairs(job, rounds, only=providers or ())
+    else:
+        rows = measure(job, rounds, only=providers or (), all_options=all_options, memory=memory)
     rows = [{"head": head, **row} for row in rows]
-    if save is not None:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        write_json(save, rows)
+    _keep(rows, save, results, "penalty_pairs" if pairs else "speed")
     if as_json:
-        json.dump(rows, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-        return
-    first = rows[0]
-    table = Table(
-        title=f"{head}: N {tokens}, D {first['D']}, V {first['V']}, K {ids}, {dtype}, "
-        f"{'trainable' if train_head else 'frozen'} head, {first['device']}"
+        return tables.print_json(rows)
+    title = (
+        f"{head}: N {tokens}, D {job.shape.width}, V {job.shape.vocab}, K {ids}, {dtype}, "
+        f"{'trainable' if train_head else 'frozen'} head, {rows[0]['device']}"
     )
-    for name in (
-        "provider",
-        "median\nms",
-        "quartiles\nms",
-        "against\neager",
-        "extra\nMB",
-        "gradient\nerror",
-    ):
-        table.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
+    if not pairs:
+        return tables.show_speed(title, rows)
+    tables.show(
+        f"{title}: with the penalty, against without",
+        rows,
+        [
+            Column("provider", "provider"),
+            Column("status", "status"),
+            Column("median", "median_ratio", "{:.3f} x".format),
+            Column("lower\nquartile", "low_ratio", "{:.3f} x".format),
+            Column("upper\nquartile", "high_ratio", "{:.3f} x".format),
+        ],
+    )
+    tables.say_why(rows)
+    tables.say(rows[0]["protocol"])
+
+
+@app.command()
+def memory(
+    head: Head = "smollm2",
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="N, by hand and ours; may be repeated.")
+    ] = None,
+    long: Annotated[
+        list[int] | None, typer.Option(help="N, ours alone; may be repeated. Default: 131072.")
+    ] = None,
+    ids: Ids = 64,
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Peak memory against the number of tokens, on the CPU: by hand and ours."""
+    from .memory import LONG, TOKENS, measure
+
+    # given N are the whole list: someone who asks for 64 tokens does not want 131,072 as well
+    long_tokens = long or (() if tokens else (LONG,))
+    given = tokens or (() if long else TOKENS)
+    rows = measure(_shape(head), given, long=long_tokens, ids=ids)
+    rows = [{"head": head, **row} for row in rows]
+    _keep(rows, save, results, "memory")
+    if as_json:
+        return tables.print_json(rows)
+    tables.show(
+        f"{head}: peak memory above the inputs, frozen head, {rows[0]['dtype']}",
+        rows,
+        [
+            Column("tokens", "N", "{:,}".format),
+            Column("by hand\nMB", "eager", megabytes),
+            Column("by hand,\npredicted MB", "eager_predicted", megabytes),
+            Column("ours\nMB", "ours", megabytes),
+            Column("of it the\ngradient MB", "gradient", megabytes),
+            Column("ours,\nof by hand", "ratio", "{:.2%}".format),
+        ],
+    )
+    tables.say(rows[0]["protocol"])
+
+
+@app.command()
+def growth(
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "growth.png",
+    small: Annotated[bool, typer.Option("--small", help="Sizes for a try, of no use.")] = False,
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Growth of our time with N, V and D, and of our memory with N: a table and a figure."""
+    from .growth import SIZES, draw, measure
+
+    sizes = {k: tuple(s // 16 for s in v[:2]) for k, v in SIZES.items()} if small else SIZES
+    rows = measure(sizes, rounds, _device())
+    _keep(rows, save, results, "growth")
+    draw(rows, figure)
+    if as_json:
+        return tables.print_json(rows)
     for row in rows:
-        memory = row["extra_memory_bytes"]
-        table.add_row(
-            row["provider"],
-            f"{row['median_ms']:.0f}",
-            f"{row['quartiles_ms'][0]:.0f}-{row['quartiles_ms'][1]:.0f}",
-            f"{row['against_eager']:.2f} x",
-            "" if memory is None else f"{memory / 1e6:,.0f}",
-            "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(PROTOCOL.format(pairs=pairs))
-    console.print(f"torch {first['torch']}, triton {first['triton']}")
+        unit = 1e6 if row["unit"] == "bytes" else 1
+        row["shown"] = row["value"] / unit
+    tables.show(
+        f"growth on {rows[0]['device']}",
+        rows,
+        [
+            Column("what grows", "grows"),
+            Column("size", "size", "{:,}".format),
+            Column("ms or MB", "shown", number),
+            Column("exponent", "exponent", "{:.2f}".format),
+        ],
+    )
+    tables.say(f"{rows[0]['protocol']} Figure: {figure}")
+
+
+@app.command()
+def traffic(
+    vocab: Annotated[int, typer.Option(min=16, help="V.")] = 49152,
+    ids: Ids = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows N.")] = 4,
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Count the bytes that the kernels ask for, per row, in Triton's interpreter."""
+    from .traffic import bound, interpret, measure
+
+    interpret()
+    rows = measure(vocab, ids, tokens)
+    _keep(rows, save, results, "traffic")
+    if as_json:
+        return tables.print_json(rows)
+    tables.show(
+        f"bytes per row, forward and backward, bfloat16, V = {vocab:,}, K = {ids}",
+        [row for row in rows if "bytes" in row],
+        [
+            Column("op", "op"),
+            Column("up-\nstream", "upstream"),
+            Column("bytes\nread", "read", number),
+            Column("written", "written", number),
+            Column("both", "bytes", number),
+            Column("/ V", "of_vocab", "{:.2f}".format),
+            Column("/ 4V", "of_minimum", times),
+        ],
+    )
+    for row in rows:
+        if row["why"]:
+            tables.say(f"{row['op']}: absent, {row['why']}")
+        elif row["penalty_percent"] is not None and row["upstream"] == 1.0:
+            tables.say(f"{row['op']}: the penalty adds {row['penalty_percent']:.2f} % of the bytes")
+        if row.get("within_bound") is False:
+            tables.say(f"{row['op']}, upstream {row['upstream']}: over the bound")
+    versions = dict.fromkeys(row["version"] for row in rows if "version" in row)
+    tables.say(
+        f"{rows[0]['protocol']} No op can ask for less than 4V. The bound, 6V + 32K + 128, is "
+        f"{bound(vocab, ids):,}. {', '.join(versions)}."
+    )
+
+
+@app.command()
+def figure(
+    head: Head = "smollm2",
+    train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
+    to: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "bench.png",
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Draw the README's figure from the last saved run of `speed`, and print its table."""
+    from .figure import draw, last_run
+    from .results import read_rows
+
+    path = results / "speed.csv"
+    if not path.exists():
+        raise typer.BadParameter(f"`results` must have speed.csv; {path} is missing")
+    try:
+        rows = last_run(read_rows(path), head, train_head)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    draw(rows, to)
+    if as_json:
+        return tables.print_json(rows)
+    print(tables.markdown([row for row in rows if row["status"] == "timed"], tables.SPEED))
 
 
 if __name__ == "__main__":

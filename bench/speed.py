@@ -1,184 +1,200 @@
-"""Speed of the linear path: ours against the loss by hand (eager) and the two bare products."""
+"""Speed of the whole loss, head included: everyone in turn, against eager and the bare products."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from str_kernels import safety_linear_cross_entropy
-from str_kernels.backends import choose_backend
-from str_kernels.loss_memory import loss_by_hand, measure_peak, peak_in_child, random_inputs
+from str_kernels.loss_memory import available_bytes, measure_peak
+
+from .check import ROWS, Verdict, check
+from .child import FLOOR, peak_in_child
+from .heads import HeadShape
+from .inputs import Inputs, draw_inputs
+from .providers import ALL_OPTIONS, EAGER, Provider, bare_products, providers, version_of
+from .results import Row, origin
+from .timing import Step, quartiles, ratio_quartiles, rounds
 
 PROTOCOL = (
-    "Forward and backward; medians of {pairs} rounds in which every provider runs once, in turn; "
-    "'against eager' is the median of the rounds' ratios. Gradient error: largest entry of the "
-    "difference to float32 by hand, over its largest entry. The bare products are what the head "
-    "costs without any loss."
+    "Forward and backward. {count} rounds in which every provider runs once, the first of them "
+    "another each round; medians and quartiles of the rounds, and medians of the rounds' ratios. "
+    f"Right means: loss and gradients of {ROWS} rows agree with float32 by hand; gradient error is "
+    "the largest entry of the difference over the largest entry. Memory is the peak above the "
+    "inputs, on a CPU each in a process of its own. The bare products are what a head costs "
+    "without any loss."
 )
 
 
-class HeadShape(NamedTuple):
-    """The head of a known model."""
+class Job(NamedTuple):
+    """What is measured."""
 
-    vocab: int
-    width: int
-
-
-HEADS = {
-    "smollm2": HeadShape(49152, 576),
-    "llama-3": HeadShape(128256, 4096),
-    "qwen2.5": HeadShape(151936, 3584),
-    "gemma-2": HeadShape(256000, 2304),
-}
-
-Provider = Callable[..., Tensor]
+    shape: HeadShape
+    tokens: int  # N
+    ids: int = 64  # K
+    dtype: torch.dtype = torch.bfloat16
+    train_head: bool = False
+    device: str = "cpu"
 
 
 def measure(
-    shape: HeadShape,
-    tokens: int,
-    ids: int,
-    dtype: torch.dtype,
-    train_head: bool,
-    pairs: int,
-    device: str,
-) -> list[dict[str, Any]]:
-    """Time every provider on fresh random inputs.
+    job: Job,
+    count: int = 15,
+    *,
+    only: Sequence[str] = (),
+    all_options: bool = False,
+    memory: bool = True,
+) -> list[Row]:
+    """Check every provider, time those that are right, and measure their memory.
 
-    Raises:
-        RuntimeError: a provider's loss or gradient is not eager's; nothing is timed then.
+    Args:
+        job: sizes, dtype and device.
+        count: rounds.
+        only: names, or beginnings of names, of the providers to list; all when empty.
+        all_options: whether to add ours with every option of the loss on.
+        memory: whether to measure memory (on a CPU a process for each provider).
+
+    Returns:
+        One row for each provider and one for the bare products. `status` is "timed"; or "absent",
+        "wrong" or "failed" with the reason in `why` and nothing timed.
     """
-    inputs = random_inputs(tokens, shape.width, shape.vocab, ids, dtype, device)
-    leaves = [inputs[0]]
-    if train_head:
-        leaves.append(inputs[1].requires_grad_())
-    providers = _providers(device, dtype)
-    errors = {name: _check(name, run, inputs, leaves) for name, run in providers.items()}
-    timed: dict[str, Callable[[], None]] = {
-        name: _step(run, inputs, leaves) for name, run in providers.items()
+    names = tuple(only)
+    listed = [p for p in providers(all_options=all_options) if p.name.startswith(names or "")]
+    if any(p.warm_up_whole for p in listed):
+        torch.compiler.reset()  # its limit on recompilations counts over all sizes of a process
+    inputs = _inputs(job, log_probs=any(p.name.endswith(ALL_OPTIONS) for p in listed))
+    free = _free_bytes(job.device)
+    verdicts = check(listed, inputs, free)
+    right = [p for p in listed if verdicts[p.name].status == "right"]
+    steps: dict[str, Step] = {p.name: step_of(p, inputs) for p in right}
+    steps[FLOOR] = functools.partial(bare_products, inputs)
+    times, failed = rounds(steps, count, job.device)
+    base = origin(job.device, PROTOCOL.format(count=count)) | {
+        "N": job.tokens,
+        "D": job.shape.width,
+        "V": job.shape.vocab,
+        "K": job.ids,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "train_head": job.train_head,
+        "rounds": count,
     }
-    timed["bare products"] = lambda: _bare_products(inputs, train_head)
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for round_number in range(pairs + 1):
-        for name, run in timed.items():
-            seconds = _seconds(run, device)
-            if round_number:  # the first round warms up
-                times[name].append(seconds)
     rows = []
-    for name, seconds_list in times.items():
-        ratios = [t / e for t, e in zip(seconds_list, times["eager"], strict=True)]
-        quarter = statistics.quantiles(seconds_list, n=4) if pairs > 1 else [seconds_list[0]] * 3
-        rows.append(
-            {
-                "provider": name,
-                "N": tokens,
-                "D": shape.width,
-                "V": shape.vocab,
-                "K": ids,
-                "dtype": str(dtype).removeprefix("torch."),
-                "train_head": train_head,
-                "median_ms": 1e3 * statistics.median(seconds_list),
-                "quartiles_ms": [1e3 * quarter[0], 1e3 * quarter[2]],
-                "against_eager": statistics.median(ratios),
-                "gradient_error": errors.get(name),
-                "extra_memory_bytes": _extra_memory(name, timed[name], device, inputs, train_head),
-                "pairs": pairs,
-                "device": device_name(device),
-                "torch": torch.__version__,
-                "triton": _version("triton"),
-            }
-        )
+    for provider in [*listed, Provider(FLOOR, lambda x: x.hidden)]:
+        name = provider.name
+        verdict = verdicts.get(name, Verdict("right"))
+        if name in failed:
+            verdict = Verdict("failed", failed[name], verdict.gradient_error)
+        row = base | {
+            "provider": name,
+            "version": f"{provider.package} {version_of(provider.package)}",
+            "status": "timed" if verdict.status == "right" else verdict.status,
+            "why": verdict.why,
+            "gradient_error": verdict.gradient_error,
+        }
+        row |= _numbers(name, times)
+        row["peak_bytes"], trouble = None, ""
+        if memory and name in times:
+            row["peak_bytes"], trouble = _peak(name, steps[name], job)
+        row["why"] = "; ".join(filter(None, [row["why"], trouble]))
+        rows.append(row)
     return rows
 
 
-def device_name(device: str) -> str:
-    """Return the card's name, or the CPU's with the number of threads."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def penalty_pairs(job: Job, count: int = 31, *, only: Sequence[str] = ()) -> list[Row]:
+    """Measure what the penalty costs: ours with it against ours without, in interleaved pairs.
+
+    Args:
+        job: sizes, dtype and device.
+        count: pairs.
+        only: names, or beginnings of names, of ours; all when empty.
+
+    Returns:
+        One row for each backend of ours: the median and quartiles of the pairs' ratios.
+    """
+    inputs = _inputs(job)
+    rows = []
+    found = {p.name: p for p in providers()}
+    protocol = f"{count} pairs, with and without the penalty, either first in turn; ratio per pair"
+    base = origin(job.device, protocol) | {
+        "N": job.tokens,
+        "D": job.shape.width,
+        "V": job.shape.vocab,
+        "K": job.ids,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "train_head": job.train_head,
+        "rounds": count,
+    }
+    for name, provider in found.items():
+        without = found.get(f"{name}, no penalty")
+        if without is None or not name.startswith(tuple(only) or ""):
+            continue
+        verdicts = check((provider, without), inputs)
+        row = base | {"provider": name, "status": "timed", "why": ""}
+        bad = next((v for v in verdicts.values() if v.status != "right"), None)
+        if bad is not None:
+            rows.append(row | {"status": bad.status, "why": bad.why})
+            continue
+        steps = {p.name: step_of(p, inputs) for p in (provider, without)}
+        times, failed = rounds(steps, count, job.device)
+        if failed:
+            rows.append(row | {"status": "failed", "why": next(iter(failed.values()))})
+            continue
+        low, middle, high = quartiles(
+            [a / b for a, b in zip(times[name], times[without.name], strict=True)]
+        )
+        rows.append(row | {"low_ratio": low, "median_ratio": middle, "high_ratio": high})
+    return rows
 
 
-def _providers(device: str, dtype: torch.dtype) -> dict[str, Provider]:
-    backends = ["torch"]
-    if choose_backend("auto", torch.device(device), dtype) == "triton":
-        backends.append("triton")
-    found: dict[str, Provider] = {"eager": loss_by_hand}
-    for backend in backends:
+def step_of(provider: Provider, inputs: Inputs) -> Step:
+    """Return one forward and backward of the provider."""
+    leaves = inputs.leaves()
 
-        def ours(*inputs: Tensor, backend: str = backend) -> Tensor:
-            return safety_linear_cross_entropy(*inputs, backend=backend).loss
-
-        found[f"ours ({backend})"] = ours
-    return found
-
-
-def _step(run: Provider, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> Callable[[], None]:
     def step() -> None:
-        torch.autograd.grad(run(*inputs), leaves)
+        torch.autograd.grad(provider.loss(inputs), leaves)
 
     return step
 
 
-def _extra_memory(
-    name: str, run: Callable[[], None], device: str, inputs: tuple[Tensor, ...], train_head: bool
-) -> int | None:
-    """Return the peak above the inputs: the allocator's on a GPU, a fresh process's on a CPU."""
-    if device == "cuda":
-        return measure_peak(run, device)
-    provider = {"eager": "by_hand", "ours (torch)": "ours"}.get(name)
-    if provider is None or train_head or inputs[0].dtype != torch.bfloat16:
-        return None  # what the child measures is the frozen head in bfloat16
-    tokens, width = inputs[0].shape
-    vocab, ids = inputs[1].shape[0], inputs[3].shape[0]
-    return peak_in_child(provider, tokens=tokens, width=width, vocab=vocab, ids=ids)
+def _inputs(job: Job, log_probs: bool = False) -> Inputs:
+    return draw_inputs(
+        job.shape,
+        job.tokens,
+        job.ids,
+        job.dtype,
+        job.device,
+        train_head=job.train_head,
+        log_probs=log_probs,
+    )
 
 
-def _bare_products(inputs: tuple[Tensor, ...], train_head: bool) -> None:
-    """Multiply as every exact method must: logits, then the gradients they lead to."""
-    hidden, head = inputs[0].detach(), inputs[1].detach()
-    logits = hidden @ head.t()
-    logits @ head
-    if train_head:
-        logits.t() @ hidden
+def _numbers(name: str, times: dict[str, list[float]]) -> Row:
+    """Return the times of one provider; None for each where it was not timed."""
+    row: Row = dict.fromkeys(("median_ms", "low_ms", "high_ms"))
+    mine = times.get(name)
+    if mine:
+        low, middle, high = quartiles(mine)
+        row = {"median_ms": 1e3 * middle, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+    for column, other in (("against_eager", EAGER.name), ("against_products", FLOOR)):
+        found = ratio_quartiles(mine, times.get(other)) if mine else None
+        row[column] = found[1] if found else None
+    return row
 
 
-def _check(name: str, run: Provider, inputs: tuple[Tensor, ...], leaves: list[Tensor]) -> float:
-    """Return the gradient's error against float32 on the first rows; refuse a wrong provider."""
-    rows = min(64, inputs[0].shape[0])
-    hidden, head, target, ids, ref = inputs
-    part = (hidden.detach()[:rows].requires_grad_(), head.detach(), target[:rows], ids, ref[:rows])
-    exact = (part[0].detach().float().requires_grad_(), head.detach().float(), *part[2:])
-    loss, truth = run(*part), loss_by_hand(*exact)
-    (grad,) = torch.autograd.grad(loss, part[0])
-    (wanted,) = torch.autograd.grad(truth, exact[0])
-    error = float((grad.float() - wanted).abs().max() / wanted.abs().max())
-    # bfloat16 rounds dZ, then dX: each 2^-9 of the largest entries, and sums of them
-    limit = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[hidden.dtype]
-    off = abs(float(loss.detach()) - float(truth.detach())) / float(truth.detach())
-    if not (error <= limit and off <= limit):
-        raise RuntimeError(f"{name} is wrong: loss off by {off:.1e}, gradient by {error:.1e}")
-    return error
-
-
-def _seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _version(package: str) -> str:
+def _peak(name: str, step: Step, job: Job) -> tuple[int | None, str]:
+    """Return the peak above the inputs, and why there is none."""
+    if job.device == "cuda":
+        return measure_peak(step, job.device), ""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
+        return peak_in_child(name, *job[:5]), ""
+    except RuntimeError as error:
+        return None, str(error)
+
+
+def _free_bytes(device: str) -> int | None:
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what another size left cached is free too
+        return torch.cuda.mem_get_info()[0]
+    return available_bytes() or None  # 0 where the system does not say

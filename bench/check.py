@@ -1,0 +1,91 @@
+"""Who is right: a provider's loss and gradients against the loss by hand in float32."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .providers import Provider, by_hand, missing
+from .timing import one_line
+
+ROWS = 256  # compared; several chunks of ours at V = 49,152 on a CPU
+
+# bfloat16 rounds dZ, then dX: each 2^-9 of the largest entries, and sums of them
+LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Verdict(NamedTuple):
+    """What the check found.
+
+    Attributes:
+        status: "right", "wrong", "failed" or "absent".
+        why: the reason, where there is one; of a right provider, what it warned of.
+        gradient_error: largest entry of the difference to the truth, over its largest entry.
+    """
+
+    status: str
+    why: str = ""
+    gradient_error: float | None = None
+
+
+def check(
+    listed: Iterable[Provider], inputs: Inputs, free_bytes: int | None = None
+) -> dict[str, Verdict]:
+    """Compare each provider's loss and gradients on the first rows.
+
+    Args:
+        listed: who is asked.
+        inputs: what they will be timed on.
+        free_bytes: memory that one may take; None for no limit.
+
+    Returns:
+        Verdicts by name.
+    """
+
+    @functools.cache  # most have the same truth
+    def truth(loss_of: Callable[[Inputs], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return _run(loss_of, inputs.first(ROWS, torch.float32))
+
+    return {p.name: _check(p, inputs, free_bytes, truth) for p in listed}
+
+
+def _check(
+    provider: Provider, inputs: Inputs, free_bytes: int | None, truth: Callable[..., Any]
+) -> Verdict:
+    if why := missing(provider, inputs):
+        return Verdict("absent", why)
+    needed = provider.bytes_per_logit * inputs.hidden.shape[0] * inputs.shape.vocab
+    if free_bytes is not None and needed > free_bytes:
+        return Verdict("absent", f"needs {needed / 1e9:.0f} GB, {free_bytes / 1e9:.0f} are free")
+    part = inputs.first(ROWS)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss, grads = _run(provider.loss, part)
+    except Exception as error:  # any crash of another's code is a result to report
+        return Verdict("failed", one_line(error))
+    exact, wanted = truth(provider.truth or by_hand)
+    limit = LIMITS[inputs.hidden.dtype]
+    gradient_error = max(_relative(g, w) for g, w in zip(grads, wanted, strict=True))
+    off = abs(float(loss) - float(exact)) / abs(float(exact))
+    if not (gradient_error <= limit and off <= limit):  # NaN is wrong too
+        why = f"loss off by {off:.1e}, gradient by {gradient_error:.1e}, limit {limit:.0e}"
+        return Verdict("wrong", why, gradient_error)
+    # what a library tells its user; deprecations are for its developers
+    said = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, UserWarning)]
+    return Verdict("right", said[0][:160] if said else "", gradient_error)
+
+
+def _run(loss_of: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss = loss_of(inputs)
+    return loss.detach(), torch.autograd.grad(loss, inputs.leaves())
+
+
+def _relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float() - wanted).abs().max() / wanted.abs().max())
