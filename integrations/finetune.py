@@ -123,7 +123,12 @@ def finetune(
         "model": model_name,
         "data": {"file": data.name, "rows": len(rows)},
         "options": asdict(options),
-        "penalty": {"kind": penalty.kind, "weight": float(penalty.weight)},
+        "penalty": {
+            "kind": penalty.kind,
+            "weight": float(penalty.weight),
+            "temperature": penalty.temperature,
+            "delta": penalty.delta,
+        },
         "safety_tokens": {"count": len(tokens), "source": tokens.source},
         "torch": torch.__version__,
         "log": log,

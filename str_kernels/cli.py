@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from . import doctor as doctor_module
+from .contracts import Backend, PenaltyKind, SafetyPenalty
 
 app = typer.Typer(
     name="str-kernels",
@@ -25,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+_KINDS, _BACKENDS = get_args(PenaltyKind), get_args(Backend)
 _JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
@@ -45,6 +47,9 @@ def finetune(
     lora_alpha: Annotated[int | None, typer.Option(help="Scale; twice the rank if unset.")] = None,
     lora_dropout: Annotated[float, typer.Option(help="Dropout inside the adapters.")] = 0.0,
     weight: Annotated[float, typer.Option(help="Penalty weight; 0 is plain fine-tuning.")] = 0.1,
+    kind: Annotated[str, typer.Option(help=f"Of penalty: {', '.join(_KINDS)}.")] = "mse",
+    temperature: Annotated[float, typer.Option(help="T of kind subset_kl.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Of kind huber, logits.")] = 1.0,
     positions: Annotated[
         str, typer.Option(help="'response', 'all', or the first m labels of each response.")
     ] = "response",
@@ -55,7 +60,7 @@ def finetune(
         Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, triton, torch or eager.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(_BACKENDS)}.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     as_json: _JSON = False,
@@ -67,7 +72,6 @@ def finetune(
     with _readable_errors():
         integration = _import_integration("finetune")
         training = _import_integration("training")
-        from .contracts import SafetyPenalty
 
         options = training.TrainingOptions(
             steps=steps,
@@ -88,7 +92,9 @@ def finetune(
                 data,
                 output,
                 options=options,
-                penalty=SafetyPenalty(weight),
+                penalty=SafetyPenalty(
+                    weight, cast(PenaltyKind, kind), temperature=temperature, delta=delta
+                ),
                 safety_tokens=safety_tokens,
                 templates=templates,
                 max_length=max_length,

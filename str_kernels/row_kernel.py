@@ -40,7 +40,7 @@ def _slope(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _online(
-    z, offs_v, y, z_y, base, m, d, total, before, plogp, V,
+    z, offs_v, z_y, base, m, d, total, first, plogp, V,
     HAS_SMOOTHING: tl.constexpr, HAS_METRICS: tl.constexpr,
 ):  # fmt: skip
     """Take a block of logits (-inf beyond V) into the running sums of its row."""
@@ -50,14 +50,13 @@ def _online(
     shrink = tl.exp(m - safe)
     e = tl.exp(z - safe)
     if HAS_METRICS:
-        # of equal maxima the first is the prediction
-        before += tl.sum(((z == z_y) & (offs_v < y)).to(tl.int32), 0)
+        first = tl.minimum(first, tl.min(tl.where(z == z_y, offs_v, V), 0))
         moved = tl.where(d > 0.0, (m - safe) * d, 0.0)
         plogp = shrink * (plogp + moved) + tl.sum(tl.where(e > 0.0, e * (z - safe), 0.0), 0)
     if HAS_SMOOTHING:
         total += tl.sum(tl.where(offs_v < V, z - base, 0.0), 0)
     d = d * shrink + tl.sum(e, 0)
-    return m_new, d, total, before, plogp
+    return m_new, d, total, first, plogp
 
 
 @triton.jit
@@ -221,13 +220,13 @@ def row_step_kernel(
         m = float("-inf")
         d = 0.0
         total = 0.0
-        before = 0
+        first = V  # the first logit that equals the target's
         plogp = 0.0
         if ON_CHIP:
             z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
             z = tl.where(offs_v < V, z, float("-inf"))
-            m, d, total, before, plogp = _online(
-                z, offs_v, y, z_y, base, m, d, total, before, plogp, V, HAS_SMOOTHING, HAS_METRICS
+            m, d, total, first, plogp = _online(
+                z, offs_v, z_y, base, m, d, total, first, plogp, V, HAS_SMOOTHING, HAS_METRICS
             )
         else:
             for start in range(0, V, BLOCK_V):
@@ -236,8 +235,8 @@ def row_step_kernel(
                 z = _scale_and_cap(x, logit_scale, softcap, HAS_SOFTCAP)
                 if HAS_SOFTCAP or PADDED:  # the cap lifts the padding's -inf to -softcap
                     z = tl.where(at < V, z, float("-inf"))
-                m, d, total, before, plogp = _online(
-                    z, at, y, z_y, base, m, d, total, before, plogp, V, HAS_SMOOTHING, HAS_METRICS
+                m, d, total, first, plogp = _online(
+                    z, at, z_y, base, m, d, total, first, plogp, V, HAS_SMOOTHING, HAS_METRICS
                 )
         log_d = tl.log(d)
         ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): the small numbers, not the large ones
@@ -250,7 +249,8 @@ def row_step_kernel(
         tl.store(Norm + pid_n, m)
         tl.store(Norm + N + pid_n, log_d)
         if HAS_METRICS:
-            tl.store(Terms + N + N + N, tl.where((m > z_y) | (before > 0), 0.0, 1.0))
+            # of equal maxima the first is the prediction
+            tl.store(Terms + N + N + N, tl.where((m > z_y) | (first < y), 0.0, 1.0))
             tl.store(Terms + N + N + N + N, log_d - plogp / d)
     lse = m + log_d
 

@@ -27,8 +27,10 @@ _PER_THREAD_BUSY = 8
 _HELD_BYTES = 64  # of a row in the registers of one thread
 _MAX_CTAS = 8  # the largest cluster that every GPU with clusters can run
 THREADS_PER_WARP = 64 if torch.version.hip else 32
-# Left to itself ptxas spills a few bytes to save a few registers more; all our launches fit 64.
-MAX_REGISTERS = 64 if torch.version.cuda else None
+# Left to itself ptxas spills a few bytes to need fewer registers than that, for more programs at a
+# time; 1,024 threads have no more anyway, and told so it spills where it did not.
+CAPS_REGISTERS = bool(torch.version.cuda)
+_MAX_REGISTERS = 64
 
 
 class Launch(NamedTuple):
@@ -78,6 +80,16 @@ def launch_sizes(
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))
     block_v = min(threads * per_thread, whole)
     return Launch(block_v, block_k, False, _warps(block_v // per_thread), 1)
+
+
+def _keywords(sizes: Launch) -> dict[str, int | bool]:
+    """Return the sizes as the launch takes them."""
+    keywords: dict[str, int | bool] = sizes._asdict()
+    if sizes.num_ctas == 1:
+        del keywords["num_ctas"]
+    if CAPS_REGISTERS and sizes.num_warps * THREADS_PER_WARP < _MAX_THREADS:
+        keywords["maxnreg"] = _MAX_REGISTERS
+    return keywords
 
 
 def is_busy(options: RowOptions) -> bool:
@@ -193,8 +205,7 @@ def row_step_triton(
         KIND=options.kind,
         # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
         enable_fp_fusion=True,
-        **({} if MAX_REGISTERS is None else {"maxnreg": MAX_REGISTERS}),
-        **{name: size for name, size in sizes._asdict().items() if name != "num_ctas" or size > 1},
+        **_keywords(sizes),
     )
     if stash is not None and out is not None:
         scatter_kernel[(triton.cdiv(rows, 16),)](

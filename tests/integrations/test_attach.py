@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import CONFIGS, VOCAB, batch_of, fresh_lora, naive_loss, tiny_m
 from torch import nn
 
 from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels.contracts import PenaltyKind
 from str_kernels.integrations.hf_models import probe_head
 
 IDS = [5, 9, 77, 130]
@@ -55,6 +57,40 @@ def test_lora_equals_the_naive_loss(name, backend, seed):
             float(expected_penalty.detach()), rel=1e-4
         )
     assert_close(output.loss, expected, gradients(model), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])  # plain, capped, scaled
+def test_log_probabilities_are_compared_where_the_kind_says_so(name, seed):
+    model = with_lora(tiny_model(name, seed), seed).train()
+    batch = batch_of(seed)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad(), model.disable_adapter():
+        ref_logits = model.eval()(**inputs).logits
+    model.train()
+    expected, expected_penalty = naive_loss(
+        model, ref_logits, batch, torch.tensor(IDS), WEIGHT, compared=lambda z: z.log_softmax(-1)
+    )
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT, "logprob")) as handle:
+        output = model(**batch)
+        output.loss.backward()
+        assert float(handle.last.penalty) == pytest.approx(
+            float(expected_penalty.detach()), rel=1e-4
+        )
+    assert_close(output.loss, expected, gradients(model), wanted)
+
+
+@pytest.mark.parametrize("kind", get_args(PenaltyKind))
+def test_every_kind_is_zero_before_the_first_step(kind, seed):
+    model = fresh_lora(tiny_model("llama", seed)).train()
+    with attach(model, TOKENS, penalty=SafetyPenalty(kind=kind)) as handle:
+        model(**batch_of(seed)).loss.backward()
+        # The reference's lse and the student's come of products over other rows, since the student
+        # leaves out those without a loss: 1e-6 apart, if at all. A KL of equals is a rounding, too.
+        assert abs(float(handle.last.penalty)) <= (1e-10 if kind == "logprob" else 1e-7)
+        assert kind in ("logprob", "subset_kl") or float(handle.last.penalty) == 0.0
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "gpt2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,6 +110,7 @@ def naive_loss(
     weight: float,
     num_items: float | None = None,
     row_weight: Tensor | None = None,  # (B, T - 1)
+    compared: Callable[[Tensor], Tensor] = lambda logits: logits,  # or log_softmax
 ) -> tuple[Tensor, Tensor]:
     """The two-pass loss as one would write it by hand from two full sets of logits."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -119,7 +121,7 @@ def naive_loss(
     count = kept.sum() if num_items is None else num_items
     ce = nn.functional.cross_entropy(logits[kept], target[kept], reduction="sum") / count
     rows = kept.float() if row_weight is None else row_weight
-    drift = logits[..., ids] - ref_logits[:, :-1][..., ids].float()
+    drift = compared(logits)[..., ids] - compared(ref_logits[:, :-1].float())[..., ids]
     penalty = (rows * drift.square().mean(dim=-1)).sum() / count
     loss = ce + weight * penalty
     if getattr(output, "aux_loss", None) is not None:
