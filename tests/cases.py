@@ -7,7 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,12 +18,21 @@ from str_kernels import (
     safety_cross_entropy,
     safety_linear_cross_entropy,
 )
+from str_kernels.contracts import PenaltyKind
 
 SEED_VARIABLE = "STR_TEST_SEED"
 PENALTY_WEIGHT = 0.3
 DRIFT = 0.5  # standard deviation of reference minus student, logits
 SOFTCAP = 5.0  # logits of deviation 1 cap: both branches of the kernel's tanh are taken
 SCALE = 1.3
+TEMPERATURE = 1.7  # not 1, where T and T^2 could be mixed up
+DELTA = 0.4  # below DRIFT: on both sides of it there are ids
+ID_WEIGHTS = 3  # id weights are drawn from [0, 2), one in this many is exactly 0
+KINDS: tuple[str, ...] = get_args(PenaltyKind)
+ON_LOG_PROBS = ("logprob",)
+PATHS = ["logits", "linear", "linear+bias", "linear+lora"]
+# Leaves of which row n belongs to row n of the batch.
+OF_ROWS = ("logits", "hidden", "low_rank_t")
 
 
 @dataclass(frozen=True)
@@ -32,17 +41,29 @@ class Result:
     grads: dict[str, Tensor | None]
 
 
+def detached(terms: SafetyLoss) -> SafetyLoss:
+    return SafetyLoss(*(None if x is None else x.detach() for x in terms))
+
+
+def present(terms: SafetyLoss) -> list[Tensor]:
+    """Return the terms that were asked for: without `metrics` the last two are None."""
+    return [x for x in terms if x is not None]
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of one of the two functions, and the gradient that reaches its loss."""
 
-    leaves: dict[str, Tensor]  # {"logits"} or {"hidden", "linear_weight", maybe "linear_bias"}
+    # {"logits"}, or {"hidden", "linear_weight"} and maybe "linear_bias", or "low_rank_t" (N, r) and
+    # "low_rank_b" (V, r)
+    leaves: dict[str, Tensor]
     target: Tensor  # (N,)
     ids: Tensor | None  # (K,)
     ref: Tensor | None  # (N, K) or (K,)
     options: dict[str, Any]  # keyword arguments of the function
     upstream: float
     frozen: frozenset[str] = frozenset()  # leaves that take no gradient
+    row_upstream: Tensor | None = None  # (N,) float32, a factor on it with reduction "none"
 
     @property
     def linear(self) -> bool:
@@ -61,16 +82,28 @@ class Case:
     def with_leaves(self, **leaves: Tensor) -> Case:
         return replace(self, leaves={**self.leaves, **leaves})
 
+    def from_logits(self, logits: Tensor) -> Case:
+        """Return the case that has these logits, without what only the linear path knows."""
+        options = {k: v for k, v in self.options.items() if k not in ("chunk_bytes", "pack_rows")}
+        return replace(self, leaves={"logits": logits}, options=options)
+
     def rows(self, part: slice | Tensor) -> Case:
         """Return the case of some rows; counts stay, since they may be those of all rows."""
         options = dict(self.options)
         for name in ("safety_row_weight", "ce_row_weight"):
             if options.get(name) is not None:
                 options[name] = options[name][part]
-        of_row = "hidden" if self.linear else "logits"
         ref = self.ref[part] if self.ref is not None and self.ref.dim() == 2 else self.ref
-        leaves = {**self.leaves, of_row: self.leaves[of_row][part]}
-        return replace(self, leaves=leaves, target=self.target[part], ref=ref, options=options)
+        leaves = {name: x[part] if name in OF_ROWS else x for name, x in self.leaves.items()}
+        upstream = None if self.row_upstream is None else self.row_upstream[part]
+        return replace(
+            self,
+            leaves=leaves,
+            target=self.target[part],
+            ref=ref,
+            options=options,
+            row_upstream=upstream,
+        )
 
     def in_dtype(self, dtype: torch.dtype) -> Case:
         """Return the same numbers in another dtype: float64 of them is the truth."""
@@ -84,8 +117,9 @@ class Case:
 
     def loss(self, leaves: Mapping[str, Tensor], backend: str) -> SafetyLoss:
         options = {**self.options, "backend": backend}
-        if backend == "eager":
+        if backend == "eager":  # has no chunks, and as the truth has larger elements
             options.pop("inplace", None)
+            options.pop("chunk_bytes", None)
         if self.linear:
             return safety_linear_cross_entropy(
                 leaves["hidden"],
@@ -94,9 +128,23 @@ class Case:
                 self.ids,
                 self.ref,
                 linear_bias=leaves.get("linear_bias"),
+                **self.low_rank_of(leaves),
                 **options,
             )
         return safety_cross_entropy(leaves["logits"], self.target, self.ids, self.ref, **options)
+
+    @staticmethod
+    def low_rank_of(leaves: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the keyword argument `low_rank`, where there is one."""
+        if "low_rank_t" not in leaves:
+            return {}
+        return {"low_rank": (leaves["low_rank_t"], leaves["low_rank_b"])}
+
+    def cotangent(self, loss: Tensor) -> Tensor:
+        """Return what reaches the loss: one number, or with reduction "none" one per row."""
+        if self.row_upstream is None:
+            return torch.full_like(loss, self.upstream)
+        return self.row_upstream.to(loss.dtype) * self.upstream
 
     def run(self, backend: str, autocast: torch.dtype | None = None) -> Result:
         """Run forward, under autocast if asked to, and backward, outside it as torch advises."""
@@ -104,15 +152,19 @@ class Case:
         kind = self.target.device.type
         with torch.autocast(kind, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             terms = self.loss(leaves, backend)
-        terms.loss.backward(torch.full_like(terms.loss, self.upstream))
-        return Result(
-            SafetyLoss(*(x.detach() for x in terms)), {name: x.grad for name, x in leaves.items()}
-        )
+        terms.loss.backward(self.cotangent(terms.loss))
+        return Result(detached(terms), {name: x.grad for name, x in leaves.items()})
 
     def raw_logits(self) -> Tensor:  # (N, V)
         if not self.linear:
             return self.leaves["logits"]
-        return torch.nn.functional.linear(*self.leaves.values())
+        leaves = self.leaves
+        raw = torch.nn.functional.linear(
+            leaves["hidden"], leaves["linear_weight"], leaves.get("linear_bias")
+        )
+        if "low_rank_t" in leaves:  # added to the head's product, which was rounded to its dtype
+            raw = torch.addmm(raw, leaves["low_rank_t"], leaves["low_rank_b"].t())
+        return raw
 
 
 def generator_of(seed: str, test: str) -> torch.Generator:
@@ -124,7 +176,7 @@ def make_case(
     rng: torch.Generator,
     device: torch.device,
     *,
-    path: str = "logits",  # "linear", "linear+bias"
+    path: str = "logits",  # one of PATHS
     dtype: torch.dtype = torch.float32,
     rows: int = 7,
     vocab: int = 301,
@@ -136,8 +188,14 @@ def make_case(
     safety_rows: str = "default",  # "mask", "weights"
     ce_rows: str = "default",  # "weights"
     id_weights: bool = False,
+    kind: str = "mse",  # one of KINDS
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    metrics: bool = False,
+    rank: int = 3,  # of "linear+lora"
+    pack_rows: bool | None = None,
     counts: str = "default",  # "numbers", "tensors"
-    reduction: str = "mean",
+    reduction: str = "mean",  # "sum", "none"
     penalty_weight: str = "number",  # "tensor"
     ignore_index: int = -100,
 ) -> Case:
@@ -154,6 +212,9 @@ def make_case(
     deviation = (SOFTCAP if "cap" in transform else 3.0) / scale
     options["logit_scale"] = scale
     options["softcap"] = SOFTCAP if "cap" in transform else None
+    options["label_smoothing"] = label_smoothing
+    options["z_loss_weight"] = z_loss_weight
+    options["metrics"] = metrics
 
     target = torch.randint(vocab, (rows,), generator=rng)
     safety_ids = torch.randperm(vocab, generator=rng)[: ids or 0]
@@ -169,6 +230,10 @@ def make_case(
         leaves["linear_weight"] *= deviation / dim**0.5
         if path == "linear+bias":
             leaves["linear_bias"] = 0.5 * normal(vocab)
+        if path == "linear+lora":
+            leaves["low_rank_t"] = normal(rows, rank)
+            leaves["low_rank_b"] = deviation / (2 * max(rank, 1) ** 0.5) * normal(vocab, rank)
+        options["pack_rows"] = pack_rows
     ignored = uniform(rows) < 0.25
     ignored[: len(special)] = False
     target[ignored] = ignore_index
@@ -186,11 +251,13 @@ def make_case(
         numbers = {"num_items": 2 * rows + 3, "num_safety_items": 1.5 * rows + 0.25}
         as_given = torch.tensor if counts == "tensors" else float
         options.update({name: as_given(value) for name, value in numbers.items()})
-    penalty_options: dict[str, Any] = {"weight": PENALTY_WEIGHT}
+    penalty_options: dict[str, Any] = {"weight": PENALTY_WEIGHT, "kind": kind}
+    penalty_options.update(temperature=TEMPERATURE, delta=DELTA)
     if penalty_weight == "tensor":
         penalty_options["weight"] = torch.tensor(PENALTY_WEIGHT)
     if id_weights and ids:
-        penalty_options["id_weights"] = 2 * uniform(ids).to(device)
+        a = 2 * uniform(ids) * (torch.arange(ids) % ID_WEIGHTS != 1)
+        penalty_options["id_weights"] = a.to(device)
     options["penalty"] = SafetyPenalty(**penalty_options)
     options = {
         name: value.to(device) if isinstance(value, Tensor) and value.dim() else value
@@ -204,9 +271,14 @@ def make_case(
         options,
         upstream=float(0.5 + uniform(1)),
     )
+    if reduction == "none":
+        row_upstream = normal(rows).float()
+        row_upstream[3:4] = 0.0  # a row that has a loss, which nobody asks for
+        case = case.changed(row_upstream=row_upstream.to(device))
     if ids is None:
         return case
-    z_s = cap(case.in_dtype(torch.float64).raw_logits(), options)[:, case.ids]
+    z = cap(case.in_dtype(torch.float64).raw_logits(), options)
+    z_s = (z.log_softmax(1) if kind in ON_LOG_PROBS else z)[:, case.ids]
     z_s = z_s[0] if ref == "shared" and rows else z_s.sum(0) if ref == "shared" else z_s
     reference = z_s + DRIFT * normal(*z_s.shape).to(device)
     return case.changed(ref=reference.to(ref_dtype))

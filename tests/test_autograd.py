@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, Result, make_case
+from cases import OF_ROWS, Case, Result, make_case, present
 from tolerance import OutOfTolerance, assert_matches_truth
 
-from str_kernels import SafetyLoss, SafetyPenalty, autograd, safety_linear_cross_entropy
+from str_kernels import SafetyLoss, SafetyPenalty, autograd, chunks, safety_linear_cross_entropy
 
 pytestmark = pytest.mark.gpu
 
@@ -95,8 +95,8 @@ def test_upstream_gradient(backend: str, path: str, upstream: float, rng, device
 @pytest.mark.parametrize("path", PATHS)
 def test_only_the_loss_has_a_gradient(backend: str, path: str, rng, device) -> None:
     case = small(rng, device, path)
-    terms = case.loss(case.live_leaves(), backend)
-    assert [x.requires_grad for x in terms] == [True, False, False, False]
+    terms = case.with_options(metrics=True).loss(case.live_leaves(), backend)
+    assert [x.requires_grad for x in present(terms)] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -114,7 +114,8 @@ def test_without_grad_the_row_step_is_not_asked_for_one(
 
         return row_step
 
-    monkeypatch.setattr(autograd, "row_step_of", spying)
+    for module in (autograd, chunks):
+        monkeypatch.setattr(module, "row_step_of", spying)
     case = small(rng, device, path)
     wanted = case.run("eager").terms.loss
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_frozen_leaves_get_nothing_and_the_others_all(backend, frozen, rng, devi
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", ["logits", "linear", "linear+bias"])
+@pytest.mark.parametrize("path", ["logits", "linear", "linear+bias", "linear+lora"])
 def test_micro_batches_add_up_to_the_batch(backend: str, path: str, rng, device) -> None:
     weights = {"safety_rows": "weights", "ce_rows": "weights"}
     case = make_case(rng, device, path=path, rows=11, counts="numbers", **weights)
@@ -155,10 +156,10 @@ def test_micro_batches_add_up_to_the_batch(backend: str, path: str, rng, device)
     parts = []
     for part in (slice(0, 4), slice(4, 8), slice(8, 11)):  # the last one is smaller
         micro = case.rows(part)
-        name = "hidden" if case.linear else "logits"
-        terms = micro.loss({**leaves, name: leaves[name][part]}, backend)
+        of_part = {name: x[part] if name in OF_ROWS else x for name, x in leaves.items()}
+        terms = micro.loss(of_part, backend)
         (terms.loss * case.upstream).backward()
-        parts.append(torch.stack(terms).detach())
+        parts.append(torch.stack(present(terms)).detach())
     *sums, _ = torch.stack(parts).sum(0)
     total = SafetyLoss(*sums, torch.stack(parts)[:, 3].amax())
     grads = {name: leaf.grad for name, leaf in leaves.items()}
@@ -182,18 +183,26 @@ def test_the_chunk_size_does_not_matter(transform: str, rng, device) -> None:
     )
     whole = case.run("torch")
     row_bytes = 112 * 8  # 101 columns padded to 112
-    for chunk_bytes in (1, row_bytes, 5 * row_bytes, 22 * row_bytes, 23 * row_bytes, 1 << 30):
+    for chunk_bytes in (
+        row_bytes,
+        2 * row_bytes - 1,
+        5 * row_bytes,
+        22 * row_bytes,
+        23 * row_bytes,
+        1 << 30,
+    ):
         other = case.with_options(chunk_bytes=chunk_bytes).run("torch")
-        for mine, wanted in zip(other.terms, whole.terms, strict=True):
+        for mine, wanted in zip(present(other.terms), present(whole.terms), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=0)
         for name, grad in whole.grads.items():
             torch.testing.assert_close(other.grads[name], grad, rtol=1e-11, atol=1e-14)
 
 
 def test_chunks_are_as_many_as_the_budget_says(device) -> None:
-    hidden, weight = torch.zeros(9, 2, device=device), torch.zeros(20, 2, device=device)
-    rows = [autograd.rows_per_chunk(hidden, weight, b) for b in (1, 128, 255, 256, 1280)]
-    assert rows == [1, 1, 1, 2, 10]  # 20 columns are padded to 32, of 4 bytes
+    hidden = torch.zeros(9, 2, device=device)
+    rows = [chunks.rows_per_chunk(hidden, 20, b) for b in (128, 255, 256, 1280)]
+    # 20 columns are padded to 32, of 4 bytes; and there are no more than nine rows
+    assert rows == [1, 1, 2, 9]
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -215,11 +224,14 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_memory_of_the_linear_path(backend: str, frozen_head: bool, rng, device) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])  # "none" makes the logits twice
+def test_memory_of_the_linear_path(backend, frozen_head, reduction, rng, device) -> None:
     """No (N, V) tensor, and no (V, D) one for a frozen head; eager, which has both, is seen to."""
     rows, vocab, dim, chunk = 32, 4096, 16, 4
     frozen = frozenset({"linear_weight"} if frozen_head else ())
-    case = make_case(rng, device, path="linear", rows=rows, vocab=vocab, dim=dim)
+    case = make_case(
+        rng, device, path="linear", rows=rows, vocab=vocab, dim=dim, reduction=reduction
+    )
     case = case.changed(frozen=frozen).with_options(chunk_bytes=chunk * vocab * 4)
     full, head = rows * vocab * 4, vocab * dim * 4
     of_head = 0 if frozen_head else 2 * head  # the sum, and its product with the upstream gradient

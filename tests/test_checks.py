@@ -19,7 +19,7 @@ from str_kernels import (
     safety_linear_cross_entropy,
 )
 
-MESSAGE = re.compile(r"^`(\w+)` must .+; got .+", re.S)
+MESSAGE = re.compile(r"^`(\w+)(\[\d\])?` must .+; got .+", re.S)
 META = torch.zeros(0, device="meta").device
 
 
@@ -85,8 +85,25 @@ BOTH: list[tuple[str, Any, type[Exception], str]] = [
     ("ignore_index", None, TypeError, "ignore_index"),
     ("ignore_index", -100.0, TypeError, "ignore_index"),
     ("ignore_index", True, TypeError, "ignore_index"),
-    ("reduction", "none", ValueError, "reduction"),
+    ("reduction", "max", ValueError, "reduction"),
     ("reduction", None, ValueError, "reduction"),
+    ("reduction", ["mean"], ValueError, "reduction"),
+    ("label_smoothing", 1.0, ValueError, "label_smoothing"),
+    ("label_smoothing", 1.5, ValueError, "label_smoothing"),
+    ("label_smoothing", -0.1, ValueError, "label_smoothing"),
+    ("label_smoothing", float("nan"), ValueError, "label_smoothing"),
+    ("label_smoothing", None, TypeError, "label_smoothing"),
+    ("label_smoothing", True, TypeError, "label_smoothing"),
+    ("label_smoothing", torch.tensor(0.1), TypeError, "label_smoothing"),
+    ("z_loss_weight", -1e-4, ValueError, "z_loss_weight"),
+    ("z_loss_weight", float("inf"), ValueError, "z_loss_weight"),
+    ("z_loss_weight", float("nan"), ValueError, "z_loss_weight"),
+    ("z_loss_weight", "1e-4", TypeError, "z_loss_weight"),
+    ("z_loss_weight", True, TypeError, "z_loss_weight"),
+    ("metrics", None, TypeError, "metrics"),
+    ("metrics", 1, TypeError, "metrics"),
+    ("metrics", "accuracy", TypeError, "metrics"),
+    ("logit_scale", None, TypeError, "logit_scale"),
     ("logit_scale", 0.0, ValueError, "logit_scale"),
     ("logit_scale", float("nan"), ValueError, "logit_scale"),
     ("logit_scale", "1", TypeError, "logit_scale"),
@@ -119,6 +136,8 @@ LOGITS: list[tuple[str, Any, type[Exception], str]] = [
     ("logits", torch.zeros(4, 10, dtype=torch.complex64), TypeError, "logits"),
     ("logits", torch.zeros(5, 10), ValueError, "target"),
     ("logits", torch.zeros(4, 10, device=META), ValueError, "target"),
+    ("inplace", None, TypeError, "inplace"),
+    ("inplace", 1, TypeError, "inplace"),
 ]
 LINEAR: list[tuple[str, Any, type[Exception], str]] = [
     ("hidden", None, TypeError, "hidden"),
@@ -137,6 +156,35 @@ LINEAR: list[tuple[str, Any, type[Exception], str]] = [
     ("linear_bias", torch.zeros(10, dtype=torch.bfloat16), TypeError, "linear_bias"),
     ("linear_bias", torch.zeros(10, dtype=torch.int64), TypeError, "linear_bias"),
     ("linear_bias", torch.zeros(10, device=META), ValueError, "linear_bias"),
+    ("low_rank", torch.zeros(4, 2), TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2),), TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2),) * 3, TypeError, "low_rank"),
+    ("low_rank", "lora", TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2), None), TypeError, "low_rank"),
+    ("low_rank", (None, None), TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(3, 2), torch.zeros(10, 2)), ValueError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2), torch.zeros(9, 2)), ValueError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2), torch.zeros(2, 10)), ValueError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2), torch.zeros(10, 3)), ValueError, "low_rank"),
+    ("low_rank", (torch.zeros(4), torch.zeros(10)), ValueError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2).bfloat16(), torch.zeros(10, 2)), TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2), torch.zeros(10, 2).double()), TypeError, "low_rank"),
+    ("low_rank", (torch.zeros(4, 2).long(), torch.zeros(10, 2).long()), TypeError, "low_rank"),
+    (
+        "low_rank",
+        (torch.zeros(4, 2, device=META), torch.zeros(10, 2)),
+        ValueError,
+        "low_rank",
+    ),
+    (
+        "low_rank",
+        (torch.zeros(4, 2), torch.zeros(10, 2, device=META)),
+        ValueError,
+        "low_rank",
+    ),
+    ("pack_rows", 1, TypeError, "pack_rows"),
+    ("pack_rows", "auto", TypeError, "pack_rows"),
+    ("chunk_bytes", 63, ValueError, "chunk_bytes"),  # a row of 10 is padded to 16, of 4 bytes
     ("chunk_bytes", 0, ValueError, "chunk_bytes"),
     ("chunk_bytes", -1, ValueError, "chunk_bytes"),
     ("chunk_bytes", True, TypeError, "chunk_bytes"),
@@ -154,6 +202,8 @@ CALLS = [
 
 
 def label(value: Any) -> str | None:
+    if isinstance(value, (tuple, list)) and any(isinstance(x, torch.Tensor) for x in value):
+        return "+".join(str(label(x)) for x in value)
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{tuple(value.shape)}{value.device}".removeprefix("torch.")
     return getattr(value, "__name__", str(value))
@@ -178,6 +228,10 @@ def test_the_good_arguments_are_good(function) -> None:
         {"num_safety_items": 0.0},
         {"softcap": 30},
         {"logit_scale": 2},
+        {"label_smoothing": 0},
+        {"label_smoothing": 0.999},
+        {"z_loss_weight": 1},
+        {"metrics": True},
         {"ref_safety_logits": torch.zeros(3)},
         {"ref_safety_logits": torch.zeros(4, 3, dtype=torch.float64)},
         {"safety_row_weight": torch.ones(4, dtype=torch.float16)},
@@ -189,6 +243,17 @@ def test_the_good_arguments_are_good(function) -> None:
         if options == {"ignore_index": 0}:
             given["target"] = torch.tensor([0, 1, 2, 9])
         assert function(**given).loss.isfinite(), options
+    assert function(**good(function), reduction="none").loss.isfinite().all()
+    if function is safety_linear_cross_entropy:
+        for options in (
+            {"low_rank": (torch.zeros(4, 2), torch.zeros(10, 2))},
+            {"low_rank": [torch.zeros(4, 0), torch.zeros(10, 0)]},
+            {"pack_rows": None},
+            {"pack_rows": True},
+            {"pack_rows": False},
+            {"chunk_bytes": 64},
+        ):
+            assert function(**good(function), **options).loss.isfinite(), options
 
 
 def test_messages_say_what_was_wrong() -> None:
@@ -201,7 +266,7 @@ def test_messages_say_what_was_wrong() -> None:
         safety_cross_entropy(**{**given, "safety_ids": torch.tensor([2, 5, 2])})
     with pytest.raises(ValueError, match=r"must have shape \(4, 3\) or \(3,\); got shape \(4, 4\)"):
         safety_cross_entropy(**{**given, "ref_safety_logits": torch.zeros(4, 4)})
-    with pytest.raises(ValueError, match="must be one of auto, triton, torch, eager; got 'cuda'"):
+    with pytest.raises(ValueError, match=r"must be one of auto, triton, .*, eager; got 'cuda'"):
         safety_cross_entropy(**given, backend="cuda")
 
 
@@ -216,6 +281,24 @@ PENALTIES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weight": torch.ones((), dtype=torch.int64)}, TypeError, "weight"),
     ({"kind": "MSE"}, ValueError, "kind"),
     ({"kind": None}, ValueError, "kind"),
+    ({"kind": "kl"}, ValueError, "kind"),
+    ({"kind": ["mse"]}, ValueError, "kind"),
+    *[
+        ({name: value}, error, name)
+        for name in ("temperature", "delta")
+        for value, error in [
+            (0.0, ValueError),
+            (0, ValueError),
+            (-1.0, ValueError),
+            (float("nan"), ValueError),
+            (float("inf"), ValueError),
+            (None, TypeError),
+            ("1", TypeError),
+            (True, TypeError),
+            (torch.ones(()), TypeError),
+        ]
+    ],
+    ({"id_weights": torch.zeros(3)}, ValueError, "id_weights"),
     ({"id_weights": [1.0]}, TypeError, "id_weights"),
     ({"id_weights": torch.ones(3, dtype=torch.int64)}, TypeError, "id_weights"),
     ({"id_weights": torch.ones(3, 1)}, ValueError, "id_weights"),
@@ -283,3 +366,22 @@ def test_triton_refuses_float64() -> None:
         safety_cross_entropy(**given, backend="triton")
     assert named(caught) == "backend"
     assert safety_cross_entropy(**given).loss.dtype == torch.float64  # auto finds another
+
+
+def test_messages_of_the_new_options_say_what_was_wrong() -> None:
+    given = good(safety_linear_cross_entropy)
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\); got 1.0"):
+        safety_linear_cross_entropy(**given, label_smoothing=1.0)
+    with pytest.raises(ValueError, match=r"must be finite and >= 0; got -1.0"):
+        safety_linear_cross_entropy(**given, z_loss_weight=-1.0)
+    with pytest.raises(ValueError, match="must be 'mean', 'sum' or 'none'; got 'max'"):
+        safety_linear_cross_entropy(**given, reduction="max")
+    with pytest.raises(ValueError, match=r"must be at least 64.*; got 63"):
+        safety_linear_cross_entropy(**given, chunk_bytes=63)
+    pair = (torch.zeros(4, 2), torch.zeros(10, 3))
+    with pytest.raises(ValueError, match=r"low_rank.* must have shape \(10, 2\); got \(10, 3\)"):
+        safety_linear_cross_entropy(**given, low_rank=pair)
+    with pytest.raises(ValueError, match="must not all be 0"):
+        SafetyPenalty(id_weights=torch.zeros(2))
+    with pytest.raises(ValueError, match="mse, huber, hinge, centered, logprob, subset_kl; got"):
+        SafetyPenalty(kind="l2")

@@ -6,22 +6,21 @@ import sys
 
 import pytest
 import torch
-from cases import Result, make_case
+from cases import PATHS, Result, detached, make_case, present
 from tolerance import assert_matches_truth
 
-from str_kernels import SafetyLoss, SafetyPenalty, safety_cross_entropy
+from str_kernels import SafetyPenalty, safety_cross_entropy
 
 pytestmark = pytest.mark.gpu
 
 BACKENDS = ["eager", "torch", "triton"]
 OURS = ["torch", "triton"]
-PATHS = ["logits", "linear", "linear+bias"]
 IGNORED = -100
 
 
 def assert_nothing_lost(result: Result) -> None:
     """Loss 0 in every term, gradients of the right shape that are exactly 0."""
-    assert [float(x) for x in result.terms] == [0.0] * 4
+    assert [float(x) for x in present(result.terms)] == [0.0] * 4
     for name, grad in result.grads.items():
         assert grad is not None and not grad.any() and not grad.isnan().any(), name
 
@@ -195,7 +194,7 @@ def test_a_row_that_does_not_take_part_leaks_nothing(backend, poison, path, rng,
     leaf, ref = case.leaves[name].clone(), case.ref.clone()
     leaf[[3, 4]] = ref[[3, 4]] = poison
     spoilt = case.with_leaves(**{name: leaf}).changed(ref=ref).run(backend)
-    assert [float(x) for x in spoilt.terms] == [float(x) for x in clean.terms]
+    assert list(map(float, present(spoilt.terms))) == list(map(float, present(clean.terms)))
     assert not spoilt.grads[name][[3, 4]].any()
     for leaf_name, grad in clean.grads.items():
         assert torch.equal(spoilt.grads[leaf_name], grad), leaf_name
@@ -266,8 +265,7 @@ def test_inplace(backend: str, ids: int | None, transform: str, rng, device) -> 
     assert torch.equal(logits, leaf)
     terms.loss.backward(torch.full_like(terms.loss, case.upstream), retain_graph=True)
     assert torch.equal(logits, leaf.grad)  # the gradient lies where the logits were
-    detached = SafetyLoss(*(x.detach() for x in terms))
-    assert_matches_truth(case, Result(detached, {"logits": leaf.grad}), backend)
+    assert_matches_truth(case, Result(detached(terms), {"logits": leaf.grad}), backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         terms.loss.backward()
 
@@ -324,8 +322,7 @@ def test_strides(backend: str, what: str, path: str, how: str, rng, device) -> N
         terms = inplace.loss({"logits": logits}, backend)
         (grad,) = torch.autograd.grad(terms.loss * case.upstream, logits)
         assert grad.data_ptr() == logits.data_ptr()
-        detached = SafetyLoss(*(x.detach() for x in terms))
-        assert_matches_truth(case, Result(detached, {"logits": grad.detach()}), backend)
+        assert_matches_truth(case, Result(detached(terms), {"logits": grad.detach()}), backend)
         return
     else:
         options = {
@@ -348,3 +345,45 @@ def test_one_word_and_one_row(backend: str, device) -> None:
     terms.loss.backward()
     assert (float(terms.ce), float(terms.penalty), float(terms.max_drift)) == (0.0, 4.0, 2.0)
     torch.testing.assert_close(logits.grad, torch.full((1, 1), 0.4), check_device=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_weights_that_sum_to_0(backend: str, rng, device) -> None:
+    """Each of them 0, or a positive and a negative one, as an advantage in RL may be."""
+    case = make_case(rng, device, safety_rows="weights", ce_rows="weights")
+    for weights in ([0.0] * 7, [1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0]):
+        row_weight = torch.tensor(weights, device=device)
+        off = case.with_options(ce_row_weight=row_weight, safety_row_weight=row_weight * 0)
+        result = off.run(backend)
+        assert all(x.isfinite() for x in result.terms[:4])
+        assert_matches_truth(off, result, backend)
+    assert not result.grads["logits"][2:].any() and result.grads["logits"][:2].all()
+
+
+@pytest.mark.parametrize("backend", OURS)
+@pytest.mark.parametrize("path", ["logits", "linear+lora"])
+def test_expanded_inputs(backend: str, path: str, rng, device) -> None:
+    """One row for all, of stride 0: as what is read, and as a leaf whose gradient is not."""
+    case = make_case(
+        rng, device, path=path, safety_rows="weights", ce_rows="weights", id_weights=True
+    )
+    options = dict(case.options)
+    for name in ("safety_row_weight", "ce_row_weight"):
+        options[name] = torch.full((), 0.7, device=device).expand(7)
+    leaves = dict(case.leaves)
+    first = next(iter(leaves))
+    leaves[first] = leaves[first][:1].expand(7, -1)
+    expanded = case.changed(
+        leaves=leaves,
+        target=case.target[:1].expand(7),
+        ref=case.ref[:1].expand(7, 5),
+        options=options,
+    )
+    dense = expanded.changed(
+        leaves={name: x.clone() for name, x in leaves.items()},
+        target=expanded.target.clone(),
+        ref=expanded.ref.clone(),
+    )
+    got, wanted = expanded.run(backend), dense.run(backend)
+    assert_matches_truth(dense, got, backend)
+    assert torch.equal(got.terms.loss, wanted.terms.loss)

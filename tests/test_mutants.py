@@ -276,7 +276,9 @@ def test_text_that_is_not_there_is_noticed(tmp_path) -> None:
 
 def test_a_mutant_runs_in_place_of_the_real_step(rng, device, tmp_path, monkeypatch) -> None:
     """Else every mutant would pass for the real one, or the real one for every mutant."""
-    mutant = load("rows_torch", tmp_path, ("norm_known = norm is not None", "raise KeyError('ran')"))
+    mutant = load(
+        "rows_torch", tmp_path, ("norm_known = norm is not None", "raise KeyError('ran')")
+    )
     with pytest.raises(KeyError, match="ran"):
         judge(make_case(rng, device), mutant, monkeypatch)
     assert torch.is_tensor(make_case(rng, device).loss({"logits": torch.zeros(7, 301)}, "eager").ce)

@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, make_case, pairwise
-from tolerance import assert_matches_truth, assert_terms_match, compare, parts_of, row_terms
+from third_statement import row_terms
+from tolerance import assert_matches_truth, assert_terms_match, compare, parts_of
 
 from str_kernels import (
     SafetyPenalty,
     autograd,
+    chunks,
     safety_cross_entropy,
     safety_linear_cross_entropy,
 )
@@ -141,8 +143,8 @@ def test_eager_is_torch_cross_entropy_plus_the_penalty(path, transform, ids, rng
         torch.testing.assert_close(got.grads[name], leaf.grad, **close)
     # and the rows that the tolerance is made of add up to the same
     rows = row_terms(case)
-    torch.testing.assert_close((rows[1] * w).sum() / w.sum(), penalty.detach(), **close)
-    torch.testing.assert_close(rows[0], per_row.detach(), **close)
+    torch.testing.assert_close((rows.penalty * w).sum() / w.sum(), penalty.detach(), **close)
+    torch.testing.assert_close(rows.ce, per_row.detach(), **close)
 
 
 @pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
@@ -190,9 +192,88 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(device, monkeypatch) -> Non
         return original(backend)
 
     original = autograd.row_step_of
-    monkeypatch.setattr(autograd, "row_step_of", spy)
+    for module in (autograd, chunks):
+        monkeypatch.setattr(module, "row_step_of", spy)
     target = torch.tensor([1], device=device)
     safety_cross_entropy(torch.zeros(1, 4, device=device), target)
     hidden, weight = torch.zeros(1, 2, device=device), torch.zeros(4, 2, device=device)
     safety_linear_cross_entropy(hidden, weight, target)
     assert picked == ["triton" if device.type == "cuda" else "torch"] * 2
+
+
+# Label smoothing and z-loss, against torch's own and one written by hand.
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("path", ["logits", "linear+lora"])
+@pytest.mark.parametrize(("smoothing", "zeta"), [(0.1, 0.0), (0.0, 0.03), (0.3, 0.03), (0.99, 1.0)])
+def test_smoothing_and_z_loss(backend, path, smoothing, zeta, rng, device) -> None:
+    double = backend != "triton"
+    case = make_case(
+        rng,
+        device,
+        path=path,
+        dtype=torch.float64 if double else torch.float32,
+        vocab=301 if double else 4103,  # past one Triton block
+        ce_rows="weights",
+        label_smoothing=smoothing,
+        z_loss_weight=zeta,
+    )
+    case = case.changed(ids=None, ref=None)
+    got = case.run(backend)
+    exact = case.in_dtype(torch.float64)
+    leaves = exact.live_leaves()
+    z = exact.changed(leaves=leaves).raw_logits()
+    ce = torch.nn.functional.cross_entropy(
+        z, case.target, reduction="none", label_smoothing=smoothing
+    )
+    kept = case.target != -100
+    c = torch.where(kept, case.options["ce_row_weight"], 0).double() / kept.sum()
+    z_loss = zeta * torch.log(z.exp().sum(1)).square()
+    loss = (c * (ce + z_loss)).sum()
+    loss.backward(torch.full_like(loss, case.upstream))
+    close = {"rtol": 1e-11, "atol": 1e-13} if double else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(got.terms.loss.double(), loss.detach(), **close)
+    # the z-loss is part of the loss, and not of the cross-entropy that is reported
+    torch.testing.assert_close(got.terms.ce.double(), (c * ce).sum().detach(), **close)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(got.grads[name].double(), leaf.grad, **close)
+    if not double:
+        assert_matches_truth(case, got, backend)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_smoothing_and_z_loss_of_one_word(backend: str, smoothing: float, device) -> None:
+    """V = 1: lse = z, no cross-entropy whatever the smoothing, and the z-loss's gradient alone."""
+    logits = torch.tensor([[3.0], [-2.0]], device=device, requires_grad=True)
+    options = {"label_smoothing": smoothing, "z_loss_weight": 0.25, "backend": backend}
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    terms = safety_cross_entropy(logits, target, reduction="sum", **options)
+    terms.loss.backward()
+    assert float(terms.ce) == 0.0
+    assert float(terms.loss.detach()) == pytest.approx(0.25 * (9 + 4))
+    assert logits.grad.tolist() == [[pytest.approx(1.5)], [pytest.approx(-1.0)]]
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_smoothing_where_the_z_loss_takes_the_softmax_away(backend: str, device) -> None:
+    """lse = -1 and zeta = 1/2: the factor 1 + 2 zeta lse of p is 0, of a row that takes part."""
+    logits = torch.tensor([[-1.0, -200.0]], device=device, requires_grad=True)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    options = {"label_smoothing": 0.5, "z_loss_weight": 0.5, "backend": backend}
+    safety_cross_entropy(logits, target, reduction="sum", **options).loss.backward()
+    assert logits.grad.tolist() == [[pytest.approx(-0.75), pytest.approx(-0.25)]]
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+@pytest.mark.parametrize("zeta", [0.0, 1e-2])
+def test_a_masked_vocabulary_without_smoothing(backend: str, zeta: float, device) -> None:
+    """-inf has a mean of -inf, which nobody looks at while the smoothing is 0."""
+    logits = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]], device=device, requires_grad=True)
+    target = torch.tensor([2], device=device)
+    options = {"z_loss_weight": zeta, "metrics": True, "backend": backend}
+    terms = safety_cross_entropy(logits, target, **options)
+    terms.loss.backward()
+    assert all(x.isfinite() for x in terms) and logits.grad.isfinite().all()
+    assert not logits.grad[0, [1, 3]].any()

@@ -15,11 +15,11 @@ else to it. So the error granted to eager is never less than the roundings it ca
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from cases import Case, Result, cap
+from cases import ON_LOG_PROBS, Case, Result
+from third_statement import Rows, row_terms
 from torch import Tensor
 
 FLOORS = 8
@@ -50,38 +50,62 @@ def assert_matches_truth(case: Case, got: Result, backend: str) -> None:
 
 
 def assert_terms_match(case: Case, got: Result, truth: Result) -> None:
-    """Compare loss, ce, penalty and max_drift; each error is bounded by the sum of its rows' own.
+    """Compare the terms, each of which is a sum over rows, a maximum, or one number per row.
 
-    The sum of the rows' absolute errors of eager in the same dtype, not the error of eager's sum:
-    that may cancel to nothing by chance, and would fail any other order of summation.
+    A sum's error is bounded by the sum of the rows' absolute errors of eager in the same dtype, not
+    by the error of eager's sum: that may cancel to nothing by chance, and would fail any other
+    order of summation. Rows one by one (reduction "none") are judged like a gradient: the largest
+    error by eager's largest, relative to the largest term.
     """
-    ce_bound, ce_size, penalty_bound, penalty_size = row_errors(case)
-    weight = float(case.options["penalty"].weight)
-    rows, exact = row_terms(case), row_terms(case.in_dtype(torch.float64))
-    takes_part = safety_weights(case) != 0
-    drift_error = (rows[2].double() - exact[2])[takes_part].abs()
-    drift_size = exact[3][takes_part]
-    largest = torch.zeros((), dtype=torch.float64)
-    bounds = {
-        "ce": (ce_bound, ce_size),
-        "penalty": (penalty_bound, penalty_size),
-        "loss": (ce_bound + weight * penalty_bound, ce_size + weight * penalty_size),
-        "max_drift": (
-            drift_error.amax() if drift_error.numel() else largest,
-            drift_size.amax() if drift_size.numel() else largest,
-        ),
-    }
+    assert_no_row_is_right_by_mistake(case, got, truth)
     accumulated = torch.promote_types(case.dtype, torch.float32)
-    for name, (error, size) in bounds.items():
+    each = case.options["reduction"] == "none"
+    for name, (error, size) in row_errors(case).items():
         mine, wanted = getattr(got.terms, name), getattr(truth.terms, name)
-        assert (mine.dtype, mine.dim()) == (accumulated, 0), name
-        bound = FACTOR * float(error) + floor_of(case.dtype) * float(size)
-        difference = abs(float(mine) - float(wanted))
+        assert (mine is None) == (wanted is None), name
+        if mine is None or wanted is None:
+            continue
+        shape = case.target.shape if each else ()
+        assert (mine.dtype, mine.shape) == (accumulated, shape), name
+        total = largest if each or name == "max_drift" else torch.sum
+        bound = FACTOR * float(total(error)) + floor_of(case.dtype) * float(total(size))
+        difference = float(largest((mine.double() - wanted.double()).abs().reshape(-1)))
         if not difference <= bound:
             raise OutOfTolerance(
-                f"{name}: {float(mine)!r} instead of {float(wanted)!r}; "
+                f"{name}: {mine.tolist()!r} instead of {wanted.tolist()!r}; "
                 f"{difference:.3g} > {bound:.3g}"
             )
+
+
+def assert_no_row_is_right_by_mistake(case: Case, got: Result, truth: Result) -> None:
+    """Compare the accuracy: exactly, but for the rows whose two largest logits rounding may swap.
+
+    On the logits path and without scale and cap nothing is rounded, and equal logits are equal.
+    """
+    mine, wanted = got.terms.token_accuracy, truth.terms.token_accuracy
+    assert (mine is None) == (wanted is None), "token_accuracy"
+    if mine is None or wanted is None:
+        return
+    assert mine.dtype == torch.promote_types(case.dtype, torch.float32)
+    same, exact = row_terms(case), row_terms(case.in_dtype(torch.float64))
+    rounding = unit(torch.promote_types(case.dtype, torch.float32))
+    shift = 2 * (same.ahead.double() - exact.ahead).abs() + 4 * rounding * exact.top.abs()
+    options = case.options
+    if not case.linear and options["logit_scale"] == 1 and options["softcap"] is None:
+        shift = torch.zeros_like(shift)
+    in_doubt = (exact.ahead.abs() < shift).double() * counted_rows(case)
+    # a quotient of two whole numbers: one rounding of the inverse count, one of the product
+    rounded = 4 * rounding * float(wanted.abs().amax()) if wanted.numel() else 0.0
+    if options["reduction"] == "none":
+        wrong = ((mine.double() - wanted).abs() > rounded) & (in_doubt == 0)
+    else:
+        wrong = (mine.double() - wanted).abs() > in_doubt.sum() + rounded
+    if bool(wrong.any()):
+        raise OutOfTolerance(f"token_accuracy: {mine.tolist()} instead of {wanted.tolist()}")
+
+
+def largest(values: Tensor) -> Tensor:
+    return values.amax() if values.numel() else values.new_zeros(())
 
 
 class Sizes(NamedTuple):
@@ -116,7 +140,7 @@ def compare(
     sizes = sizes or Sizes()
     assert (got.dtype, got.shape) == (same.dtype, same.shape), what
     truth = truth.double()
-    parts = {part: mask for part, mask in parts.items() if bool(mask.any())}
+    parts = {part: mask for part, mask in parts.items() if truth[mask].numel()}
     largest = {part: float(truth[mask].abs().max()) for part, mask in parts.items()}
     eager = {part: float((same.double() - truth)[mask].abs().max()) for part, mask in parts.items()}
     for part, mask in parts.items():
@@ -157,29 +181,48 @@ def unavoidable(dtype: torch.dtype, size: float, sizes: Sizes) -> float:
 def sizes_of(case: Case, name: str) -> Sizes:
     """Return what the rule has to know of a leaf's gradient."""
     c, w = row_weights(case)
-    magnitude = row_terms(case)[3]  # |z_S| + |r|, since they are subtracted
+    terms = row_terms(case)
     penalty = case.options["penalty"]
+    magnitude = torch.where(w != 0, terms.size, 0)  # |z_S| + |r|, since they are subtracted
     a = 1.0 if penalty.id_weights is None else float(penalty.id_weights.max())
-    pull = w * float(penalty.weight) * 2 * a * torch.where(w != 0, magnitude, 0)
-    pull = pull / max(1, 0 if case.ids is None else len(case.ids))
-    addend = max((float(x.abs().max()) for x in (c, pull) if x.numel()), default=0.0)
+    ids = max(1, 0 if case.ids is None else len(case.ids))
+    pull = w * float(penalty.weight) * 2 * a * magnitude / ids
+    if penalty.kind == "centered":  # another subtraction, of the mean
+        pull = 2 * pull
+    elif penalty.kind in ON_LOG_PROBS:
+        # Every column gets p_v times the sum of all pulls: the ids' own errors add up like the root
+        # of their number, that of lse is the same for all of them.
+        of_lse = w * float(penalty.weight) * 2 * a * torch.where(w != 0, terms.lse.abs(), 0)
+        pull = pull * (1 + ids**0.5) + of_lse
+    elif penalty.kind == "subset_kl":
+        # T (s - q), each s and q with the relative error of an exponential's argument
+        pull = w * float(penalty.weight) * (magnitude + 4 * penalty.temperature) * (w != 0)
+    zeta = case.options["z_loss_weight"]
+    if zeta:  # p_v times 1 + 2 zeta lse
+        c = c * (1 + 2 * zeta * torch.where(c != 0, terms.lse.abs(), 0))
+    upstream = abs(case.upstream)
+    if case.row_upstream is not None:
+        upstream = case.row_upstream.double().abs() * upstream
+    addend = max((float((x.abs() * upstream).max()) for x in (c, pull) if x.numel()), default=0.0)
     # d in [1, 2) and exp, and tanh with a cap, are good to one unit in the last place each, which
     # is two roundings.
     addend *= 6 if case.options["softcap"] else 4
-    addend *= case.options["logit_scale"] * abs(case.upstream)
+    addend *= case.options["logit_scale"]
     if not case.linear:
         return Sizes(addend)
 
     wide = case.in_dtype(torch.float64)
-    options = {key: value for key, value in wide.options.items() if key != "chunk_bytes"}
     logits = wide.raw_logits().detach()
-    of_logits = replace(wide, leaves={"logits": logits}, options=options).run("eager")
-    left = of_logits.grads["logits"]
+    left = wide.from_logits(logits).run("eager").grads["logits"]
     assert left is not None
     if name == "hidden":
         right = wide.leaves["linear_weight"]
     elif name == "linear_weight":
         left, right = left.t(), wide.leaves["hidden"]
+    elif name == "low_rank_t":
+        right = wide.leaves["low_rank_b"]
+    elif name == "low_rank_b":
+        left, right = left.t(), wide.leaves["low_rank_t"]
     else:
         left, right = left.t(), left.new_ones(left.shape[0], 1)
     left, right = (x.nan_to_num(0.0, 0.0, 0.0) for x in (left, right))
@@ -204,7 +247,7 @@ def floor_of(dtype: torch.dtype) -> float:
 
 
 def factor_of(case: Case, backend: str) -> float:
-    interpreted = backend == "triton" and case.target.device.type == "cpu"
+    interpreted = backend.startswith("triton") and case.target.device.type == "cpu"
     return FACTOR_TRUNCATED if interpreted and case.dtype == torch.bfloat16 else FACTOR
 
 
@@ -218,7 +261,7 @@ def parts_of(case: Case, name: str) -> dict[str, Tensor]:
         target[kept, case.target[kept]] = True
         safety = torch.zeros_like(target)
         safety[:, ids] = True
-    elif name in ("linear_weight", "linear_bias"):
+    elif name in ("linear_weight", "linear_bias", "low_rank_b"):
         target = torch.zeros(leaf.shape[0], dtype=torch.bool, device=leaf.device)
         safety = torch.zeros_like(target)
         target[case.target[kept]] = True
@@ -233,45 +276,55 @@ def safety_weights(case: Case) -> Tensor:  # (N,)
     return (case.target != case.options["ignore_index"]).float() if given is None else given
 
 
-def row_terms(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (N,)
-    """Return ce, penalty, drift and the size |z_S| + |r| of each row, in the case's dtype.
-
-    A third statement of the definition, beside eager and torch's cross_entropy; see test_ops.
-    """
-    wide = torch.promote_types(case.dtype, torch.float32)
-    z = cap(case.raw_logits().to(wide), case.options)
-    kept = case.target != case.options["ignore_index"]
-    column = torch.where(kept, case.target, 0)[:, None]
-    ce = torch.where(kept, z.logsumexp(1) - z.gather(1, column)[:, 0], 0)
-    if case.ids is None or not case.ids.numel() or case.ref is None:
-        return (ce, *torch.zeros(3, *ce.shape, dtype=wide, device=ce.device))
-    if case.linear:  # the safety logits are a product of their own, in full precision
-        z = cap(case.in_dtype(wide).raw_logits(), case.options)
-    z_s, ref = z[:, case.ids], case.ref.to(wide).expand(z.shape[0], -1)
-    a = case.options["penalty"].id_weights
-    squares = (z_s - ref).square()
-    penalty = (squares if a is None else squares * a).mean(1)
-    drift = (z_s - ref).abs().amax(1)
-    return ce, penalty, drift, (z_s.abs() + ref.abs()).amax(1)
-
-
-def row_errors(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return sum |row error| and sum |row term| of ce, then of penalty, divided by the counts."""
+def row_errors(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return of every term but the accuracy |row error| and |row term|, (N,), over the counts."""
     c, w = row_weights(case)
-    found = []
-    exact = row_terms(case.in_dtype(torch.float64))
-    # What roundings that eager may have been spared make of a row: four of d >= 1, a sum, in
-    # log d, and one of z_S and r in (z_S - r)^2.
+    same, exact = row_terms(case), row_terms(case.in_dtype(torch.float64))
+    # What roundings that eager may have been spared make of a row:
     rounding = unit(torch.promote_types(case.dtype, torch.float32))
-    spared = (torch.full_like(exact[0], 4 * rounding), rounding * 2 * exact[2] * exact[3])
-    for weight, same, truth, least in zip(
-        (c, w), row_terms(case)[:2], exact[:2], spared, strict=True
-    ):
-        taken = weight != 0  # other rows may hold inf and NaN
-        error = torch.maximum((same.double() - truth).abs(), least)[taken]
-        size = truth.abs()[taken]
-        found += [(weight[taken] * error).sum(), (weight[taken] * size).sum()]
-    return found[0], found[1], found[2], found[3]
+    # four of d >= 1, a sum, in log d, and in the entropy's two sums;
+    spared_ce = torch.full_like(exact.ce, 4 * rounding)
+    # of lse, which is m + log d, in lse^2;
+    zeta = case.options["z_loss_weight"]
+    spared_z = 2 * zeta * rounding * exact.lse.abs() * (4 + exact.lse.abs())
+
+    def weighted(weight: Tensor, name: str, spared: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.abs()
+        value, truth = getattr(same, name).double(), getattr(exact, name)
+        error = weight * torch.maximum((value - truth).abs(), spared)
+        # other rows may hold inf and NaN
+        return torch.where(weight != 0, error, 0), torch.where(weight != 0, weight * truth.abs(), 0)
+
+    ce = weighted(c, "ce", spared_ce)
+    z_loss = weighted(c, "z_loss", spared_z)
+    penalty = weighted(w, "penalty", rounding * spared_by_penalty(case, exact))
+    factor = float(case.options["penalty"].weight)
+    loss = tuple(x + y + factor * z for x, y, z in zip(ce, z_loss, penalty, strict=True))
+    takes_part = (safety_weights(case) != 0).double()
+    drift = weighted(takes_part, "drift", torch.zeros_like(exact.drift))
+    return {
+        "ce": ce,
+        "penalty": penalty,
+        "loss": (loss[0], loss[1]),
+        # relative to what is subtracted, of which little may be left
+        "max_drift": (drift[0], torch.where(takes_part != 0, exact.size, 0)),
+        "entropy": weighted(counted_rows(case), "entropy", spared_ce),
+    }
+
+
+def spared_by_penalty(case: Case, exact: Rows) -> Tensor:  # (N,), in roundings
+    """Return what one rounding of each of z_S and r (and lse) makes of a row's penalty at least."""
+    penalty = case.options["penalty"]
+    of_square = 2 * exact.drift * exact.size  # of (z_S - r)^2; the others' slopes are no larger
+    if penalty.kind == "centered":  # the mean d, which is subtracted, is rounded as d is
+        return 2 * of_square
+    if penalty.kind in ON_LOG_PROBS:  # and log d, as in the cross-entropy
+        return of_square + 2 * exact.drift * 4
+    if penalty.kind == "subset_kl":
+        # T^2 sum q (log q - log s), of which nothing is left where q = s: the logarithms' own
+        # errors, in T^2 times z/T, r/T and two log-sums of four roundings each
+        return penalty.temperature * exact.size + 8 * penalty.temperature**2
+    return of_square
 
 
 def row_weights(case: Case) -> tuple[Tensor, Tensor]:
@@ -281,9 +334,24 @@ def row_weights(case: Case) -> tuple[Tensor, Tensor]:
     given = options.get("ce_row_weight")
     c = kept if given is None else torch.where(kept != 0, given.double(), 0)
     w = safety_weights(case).double()
-    items, safety_items = options.get("num_items"), options.get("num_safety_items")
-    if options["reduction"] == "sum":
-        items = safety_items = 1
-    items = float(kept.sum() if items is None else items)
-    safety_items = float(w.sum() if safety_items is None else safety_items)
+    items, safety_items = counts(case)
     return c / items if items else c * 0, w / safety_items if safety_items else w * 0
+
+
+def counted_rows(case: Case) -> Tensor:  # (N,) float64
+    """Return what a row adds to the accuracy if it is right: keep / num_items."""
+    c, _ = row_weights(case)
+    items, _ = counts(case)
+    return (c != 0).double() / items if items else c * 0
+
+
+def counts(case: Case) -> tuple[float, float]:
+    """Return num_items and num_safety_items."""
+    options = case.options
+    if options["reduction"] != "mean":
+        return 1.0, 1.0
+    kept = (case.target != options["ignore_index"]).sum()
+    items, safety_items = options.get("num_items"), options.get("num_safety_items")
+    items = float(kept if items is None else items)
+    w = safety_weights(case).double().sum()
+    return items, float(w if safety_items is None else safety_items)

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
 
-def test_there_are_three_ways():
-    assert len(BLOCKS) == 3
+def test_there_are_three_ways_and_the_options():
+    assert len(BLOCKS) == 4
     for block in BLOCKS:  # "the loss in eight lines"
         lines = [line for line in block.splitlines() if line and "import" not in line]
         assert len(lines) <= 8
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["plain loop", "PEFT", "Trainer"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["plain loop", "options", "PEFT", "Trainer"])
 def test_block_runs(block, seed, tmp_path):
     folder = save_tiny_model(tmp_path / "model", seed)
     model, ref_model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
@@ -53,8 +53,13 @@ def test_block_runs(block, seed, tmp_path):
     }
     if "peft_model" in block:
         space["peft_model"] = fresh_lora(model).train()
+    if "lora_a" in block:  # goes on where the first block ends
+        exec(compile(BLOCKS[0], "README.md", "exec"), space)
+        space["lora_a"], space["lora_b"] = torch.randn(4, head.shape[1]), torch.zeros(len(head), 4)
     exec(compile(block, "README.md", "exec"), space)
-    if "terms" in space:
+    if "lora_a" in block:
+        assert float(space["terms"].entropy) > 0.0 and abs(float(space["terms"].penalty)) < 1e-10
+    elif "terms" in space:
         assert float(space["terms"].penalty) == 0.0 and head.grad is not None
     if "trainer" in space:
         assert "safety/penalty" in space["trainer"].state.log_history[0]
