@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -218,6 +219,38 @@ def traffic(
         f"{rows[0]['protocol']} No op can ask for less than 4V. The bound, 6V + 32K + 128, is "
         f"{bound(vocab, ids):,}. {', '.join(versions)}."
     )
+
+
+@app.command("compile")
+def compile_kernels(
+    every: Annotated[bool, typer.Option("--all", help="All configurations; minutes.")] = False,
+    lines: Annotated[
+        Path, typer.Option(help="JSON lines that --all adds to, and goes on from.")
+    ] = _ROOT / ".benchmarks" / "compile.jsonl",
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Compile the kernels for GPUs that are not here: registers, spills, width of the loads."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
+    from . import compile_report as made
+    from .results import origin
+
+    with tables.progress("compiling") as (started, advanced):
+        variants = made.every_variant() if every else made.sample()
+        found = made.report(
+            variants, lines=lines if every else None, started=started, advanced=advanced
+        )
+    runs = [row for target in ("sm_90", "gfx942") for row in made.launches_of_a_run(target)]
+    rows = [origin("cpu", made.PROTOCOL) | row for row in (*found, *runs)]
+    _keep(rows, save, results, "compile")
+    bad = [row for row in rows if row.get("bad")]
+    if as_json:
+        tables.print_json(rows)
+    else:
+        made.show(rows, runs)
+    raise typer.Exit(1 if bad else 0)
 
 
 @app.command()

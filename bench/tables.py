@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 
@@ -107,6 +109,14 @@ def print_json(rows: object) -> None:
     """Print JSON and nothing else."""
     json.dump(rows, sys.stdout, indent=2, default=str)
     sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
+    """Show a bar on stderr; yields what sets its length and what moves it on by one."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda total: bar.update(task, total=total), lambda: bar.advance(task)
 
 
 def markdown(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> str:

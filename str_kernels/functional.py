@@ -76,7 +76,7 @@ def safety_cross_entropy(
         logit_scale: factor c on the logits, > 0.
         softcap: t in logits, > 0, or None.
         metrics: also compute token_accuracy (the first largest logit is the target's) and entropy
-            of the rows with a cross-entropy, in the same pass.
+            of the rows with a cross-entropy (a target, and c not 0), in the same pass.
         inplace: let backward overwrite `logits` with their gradient, which saves N V elements.
             The forward never changes them; a second backward then raises.
         backend: "auto" (triton on a GPU, else torch), "triton", "torch", "eager" (the plain

@@ -205,7 +205,8 @@ def row_step_kernel(
         s = tl.load(SafetyIds + offs_k, mask=mask_k, other=-1)
         # Two values of one logit: the row's own, of which m and d are made, for the softmax, and
         # the finer one for the penalty. Mixed, they spoil p_y - 1 at y in S.
-        u_s = tl.load(Logits + s, mask=mask_k & (s >= 0) & (s < V), other=0.0)
+        mask_s = mask_k & (s >= 0) & (s < V)
+        u_s = tl.load(Logits + s, mask=mask_s, other=0.0)
         z_u = _scale_and_cap(u_s, logit_scale, softcap, HAS_SOFTCAP)
 
     offs_v = tl.arange(0, BLOCK_V)
@@ -292,7 +293,10 @@ def row_step_kernel(
             )  # fmt: skip
             slope_s = _slope(z_s, logit_scale, softcap, HAS_SOFTCAP)
             du_s += tl.where(pull != 0.0, pull * slope_s, 0.0)
-            tl.debug_barrier()  # every warp has read its safety columns
+            if HAS_STASH:
+                tl.store(Stash + pid_n * K + offs_k, du_s.to(Stash.dtype.element_ty), mask=mask_k)
+        if HAS_SAFETY or not HAS_NORM:
+            tl.debug_barrier()  # every warp has read its single columns
         if ON_CHIP:
             z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
             z = tl.where(offs_v < V, z, float("-inf"))
@@ -315,10 +319,6 @@ def row_step_kernel(
                 if PADDED:
                     du = tl.where(at < V, du, 0.0)
                 tl.store(Grad + at, du.to(Grad.dtype.element_ty), mask=at < v_padded)
-        if HAS_SAFETY:
-            if HAS_STASH:
-                tl.store(Stash + pid_n * K + offs_k, du_s.to(Stash.dtype.element_ty), mask=mask_k)
-            else:
-                tl.debug_barrier()  # other threads of this program wrote these columns just now
-                mask_s = mask_k & (s >= 0) & (s < V)
-                tl.store(Grad + s, du_s.to(Grad.dtype.element_ty), mask=mask_s)
+        if HAS_SAFETY and not HAS_STASH:
+            tl.debug_barrier()  # other threads of this program wrote these columns just now
+            tl.store(Grad + s, du_s.to(Grad.dtype.element_ty), mask=mask_s)

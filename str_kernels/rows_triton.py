@@ -19,7 +19,8 @@ from .row_kernel import row_step_kernel, scatter_kernel
 
 # A block is what a program holds in registers at a time, in float32 while it works on it: 16 logits
 # per thread, or 8 where the options of the loss ask for more numbers beside each. A row held whole
-# takes up to all 1,024 threads, each with 64 registers. `python -m bench compile` shows what spills.
+# takes up to all 1,024 threads, with 64 registers each: 64 bytes of it per thread, and fewer where
+# those do not fit. The numbers come from `python -m bench compile`: with them nothing spills.
 _THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
 _PER_THREAD = 16
@@ -31,6 +32,9 @@ THREADS_PER_WARP = 64 if torch.version.hip else 32
 # time; 1,024 threads have no more anyway, and told so it spills where it did not.
 CAPS_REGISTERS = bool(torch.version.cuda)
 _MAX_REGISTERS = 64
+# AMD's compiler moves a load past a barrier to where its value is used, which may be after another
+# warp has overwritten it; not past one that a store of what was made of it precedes.
+BARRIERS_HOLD_LOADS = not torch.version.hip
 
 
 class Launch(NamedTuple):
@@ -47,9 +51,10 @@ def launch_sizes(
     vocab: int,
     ids: int,
     itemsize: int,
+    options: RowOptions,
     *,
     one_launch: bool,
-    busy: bool = False,
+    padded: bool = False,
     cluster: bool = False,
 ) -> Launch:
     """Return the sizes for a vocabulary, a number of safety ids and the logits' bytes each.
@@ -58,8 +63,9 @@ def launch_sizes(
         vocab: V.
         ids: K.
         itemsize: bytes of a logit.
+        options: some need more registers per logit.
         one_launch: whether terms and gradient are made together, so that holding the row pays.
-        busy: whether there are options that need more registers per logit; see `is_busy`.
+        padded: as in `contracts.RowStep`.
         cluster: whether the row may be spread over a thread-block cluster.
 
     Raises:
@@ -67,19 +73,35 @@ def launch_sizes(
     """
     block_k = max(16, triton.next_power_of_2(ids))
     whole = max(128, triton.next_power_of_2(vocab))
-    per_thread = _PER_THREAD_BUSY if busy else _PER_THREAD
-    held = _MAX_THREADS * (_PER_THREAD_BUSY if busy else _HELD_BYTES // itemsize)
+    per_thread = _PER_THREAD_BUSY if _is_busy(options) else _PER_THREAD
+    # By the thread, of a row: two masks of an odd one, and a divergence beside it, take room too.
+    tight = (padded and vocab % 16 != 0) + (cluster and options.kind == "subset_kl")
+    held = (_HELD_BYTES // itemsize, _PER_THREAD, _PER_THREAD_BUSY)[tight]
+    if _is_busy(options):
+        held = _PER_THREAD_BUSY
+    per_thread = min(per_thread, held)
+    held *= _MAX_THREADS
     ctas = -(-whole // held)
     if one_launch and (ctas == 1 or cluster):
         if ctas > _MAX_CTAS:
             raise ValueError(
-                "`backend` must be one that can hold a row: 'triton_cluster' holds "
-                f"{_MAX_CTAS * held} logits of {itemsize} bytes with these options; got V = {vocab}"
+                "`backend` must be one that can hold a row: with these options 'triton_cluster' "
+                f"holds {_MAX_CTAS * held} logits of {itemsize} bytes; got V = {vocab}"
             )
         return Launch(whole, block_k, True, _warps(whole // ctas // per_thread), ctas)
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))
     block_v = min(threads * per_thread, whole)
     return Launch(block_v, block_k, False, _warps(block_v // per_thread), 1)
+
+
+def _is_busy(options: RowOptions) -> bool:
+    return bool(
+        options.softcap
+        or options.label_smoothing
+        or options.z_loss_weight
+        or options.metrics
+        or options.kind == "logprob"
+    )
 
 
 def _keywords(sizes: Launch) -> dict[str, int | bool]:
@@ -90,17 +112,6 @@ def _keywords(sizes: Launch) -> dict[str, int | bool]:
     if CAPS_REGISTERS and sizes.num_warps * THREADS_PER_WARP < _MAX_THREADS:
         keywords["maxnreg"] = _MAX_REGISTERS
     return keywords
-
-
-def is_busy(options: RowOptions) -> bool:
-    """Say whether the options need more registers per logit than the plain loss."""
-    return bool(
-        options.softcap
-        or options.label_smoothing
-        or options.z_loss_weight
-        or options.metrics
-        or options.kind == "logprob"
-    )
 
 
 def _warps(threads: int) -> int:
@@ -154,14 +165,15 @@ def row_step_triton(
         vocab,
         ids,
         logits.element_size(),
+        options,
         one_launch=terms_wanted and grad is not None,
-        busy=is_busy(options),
+        padded=padded,
         cluster=cluster,
     )
     safety_ids = safety_ids.to(torch.int32)  # half the bytes, in every row
     stash = None
-    if ids and out is not None and sizes.num_ctas > 1:
-        # A barrier orders one thread block, not a cluster: these columns wait for a second launch.
+    if ids and out is not None and (sizes.num_ctas > 1 or not BARRIERS_HOLD_LOADS):
+        # These columns wait for a second launch: a barrier orders one thread block, not a cluster.
         stash = out.new_empty((rows, ids))
     row_step_kernel[(rows,)](
         logits,
