@@ -171,7 +171,7 @@ def growth(
             Column("what grows", "grows"),
             Column("size", "size", "{:,}".format),
             Column("ms or MB", "shown", number),
-            Column("exponent", "exponent", "{:.2f}".format),
+            Column("off the\nline", "off", "{:.1%}".format),
         ],
     )
     tables.say(f"{rows[0]['protocol']} Figure: {figure}")
@@ -256,6 +256,7 @@ def compile_kernels(
 @app.command()
 def figure(
     head: Head = "smollm2",
+    dtype: Annotated[str, typer.Option(help="The run in this dtype.")] = "bfloat16",
     train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
     to: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "bench.png",
     results: Results = results.FOLDER,
@@ -269,7 +270,7 @@ def figure(
     if not path.exists():
         raise typer.BadParameter(f"`results` must have speed.csv; {path} is missing")
     try:
-        rows = last_run(read_rows(path), head, train_head)
+        rows = last_run(read_rows(path), head, dtype, train_head)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     draw(rows, to)

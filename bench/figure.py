@@ -17,19 +17,20 @@ _LONGEST = 2.5  # bars of time are cut at this many times eager, or one outlier 
 
 
 def last_run(
-    rows: Sequence[Mapping[str, str]], head: str, train_head: bool
+    rows: Sequence[Mapping[str, str]], head: str, dtype: str, train_head: bool
 ) -> list[dict[str, str]]:
-    """Return the rows of the newest run with this head.
+    """Return the rows of the newest run with this head and dtype.
 
     Raises:
         ValueError: there is none.
     """
-    mine = [
-        dict(row) for row in rows if row["head"] == head and row["train_head"] == str(train_head)
-    ]
+    wanted = {"head": head, "dtype": dtype, "train_head": str(train_head)}
+    mine = [dict(row) for row in rows if all(row[k] == v for k, v in wanted.items())]
     if not mine:
         kind = "trainable" if train_head else "frozen"
-        raise ValueError(f"no saved run with a {kind} head {head!r}: python -m bench speed --save")
+        raise ValueError(
+            f"no saved run with a {kind} head {head!r} in {dtype}: python -m bench speed --save"
+        )
     newest = max(row["date"] for row in mine)
     return [row for row in mine if row["date"] == newest]
 

@@ -1,11 +1,13 @@
-"""How time grows with N, V and D, and memory with N: one figure, and the exponents fitted to it."""
+"""How time grows with N, V and D, and memory with N: one figure, and the lines fitted to it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
@@ -19,7 +21,7 @@ from .memory import OURS
 from .providers import providers
 from .results import Row, origin
 from .speed import step_of
-from .timing import fitted_exponent, quartiles, rounds
+from .timing import quartiles, rounds
 
 SIZES: dict[str, tuple[int, ...]] = {
     "N": (512, 1024, 2048, 4096),
@@ -34,7 +36,8 @@ _COLOUR, _FIT = "#1b6ca8", "#888888"
 PROTOCOL = (
     "Ours, backend torch on a CPU and triton on a GPU, bfloat16, frozen head, K = 64, forward and "
     "backward. Time: {count} rounds of all sizes in turn, medians and quartiles. Memory: peak "
-    "above the inputs in a fresh process on the CPU. Exponent b: least squares for a size^b."
+    "above the inputs and the hidden states' gradient, in a fresh process on the CPU. Lines: least "
+    "squares of the relative errors."
 )
 
 
@@ -50,7 +53,7 @@ def measure(
 
     Returns:
         One row for each size: `grows`, `size`, milliseconds or bytes in `value`, `low` and `high`,
-        and the exponent of all sizes of its kind.
+        and the line through all sizes of its kind.
     """
     name = "ours (triton)" if device == "cuda" else OURS
     provider = next(p for p in providers() if p.name == name)
@@ -73,14 +76,15 @@ def measure(
     if every:
         head = HeadShape(_MIDDLE["V"], _MIDDLE["D"])
         of = functools.partial(peak_in_child, OURS, head, ids=_IDS, dtype=torch.bfloat16)
-        rows += _rows(base, "memory, N", every, [(of(tokens=n),) * 3 for n in every])
+        beyond = [of(tokens=n) - n * head.width * torch.bfloat16.itemsize for n in every]
+        rows += _rows(base, "memory, N", every, [(peak, peak, peak) for peak in beyond])
     return rows
 
 
 def _rows(
     base: Row, what: str, sizes: Sequence[int], values: Sequence[tuple[float, float, float]]
 ) -> list[Row]:
-    exponent = fitted_exponent(sizes, [middle for _, middle, _ in values])
+    line = fitted_line(sizes, [middle for _, middle, _ in values])
     return [
         base
         | {
@@ -90,7 +94,7 @@ def _rows(
             "low": low,
             "high": high,
             "unit": "bytes" if what.startswith("memory") else "ms",
-            "exponent": exponent,
+            **line._asdict(),
         }
         for size, (low, middle, high) in zip(sizes, values, strict=True)
     ]
@@ -110,24 +114,31 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             [(row["high"] - row["value"]) / unit for row in mine],
         ]
         axes.errorbar(x, y, yerr=spread, fmt="o", color=_COLOUR, capsize=3)
-        slope = mine[0]["exponent"]
-        centre = fitted_centre(x, y, slope)
-        axes.plot(x, [centre * size**slope for size in x], color=_FIT, linewidth=1, zorder=0)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            of(StrMethodFormatter("{x:g}"))  # not 6 x 10^1
-        axes.set_title(f"exponent {slope:.2f}", fontsize=10)
+        offset, slope, off = (mine[0][name] for name in Line._fields)
+        ends = (0, x[-1])
+        axes.plot(ends, [(offset + slope * n) / unit for n in ends], color=_FIT, zorder=0)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0, top=1.15 * max(y))
+        axes.set_xticks(x[-2:])
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_title(f"off the line by at most {off:.0%}", fontsize=10)
         axes.set_xlabel(what.removeprefix("memory, "))
-        axes.set_ylabel("peak memory, MB" if memory else "time, ms")
+        axes.set_ylabel("peak without the gradient, MB" if memory else "time, ms")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 
-def fitted_centre(sizes: Sequence[float], values: Sequence[float], exponent: float) -> float:
-    """Return a of the least-squares fit values = a sizes^exponent in logarithms."""
-    product = 1.0
-    for size, value in zip(sizes, values, strict=True):
-        product *= (value / size**exponent) ** (1 / len(sizes))
-    return product
+class Line(NamedTuple):
+    """A straight line, and how far the farthest value is from it, relative to that value."""
+
+    at_0: float
+    per_one: float
+    off: float
+
+
+def fitted_line(sizes: Sequence[float], values: Sequence[float]) -> Line:
+    """Fit value = at_0 + per_one size by least squares of the relative errors."""
+    per_one, at_0 = numpy.polyfit(sizes, values, 1, w=[1 / value for value in values])
+    off = max(abs(at_0 + per_one * x - y) / y for x, y in zip(sizes, values, strict=True))
+    return Line(float(at_0), float(per_one), float(off))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,9 +72,3 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Return b of the least-squares fit values = a sizes^b."""
-    x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
-    return statistics.linear_regression(x, y).slope

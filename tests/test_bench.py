@@ -15,7 +15,7 @@ from bench.heads import HEADS, HeadShape
 from bench.inputs import draw_inputs
 from bench.providers import EAGER, Provider, by_hand, missing, providers
 from bench.speed import Job, measure, penalty_pairs
-from bench.timing import fitted_exponent, rounds
+from bench.timing import rounds
 
 SMALL = HeadShape(vocab=307, width=32)
 CAPPED = HeadShape(vocab=307, width=32, logit_scale=0.5, softcap=3.0)
@@ -171,11 +171,6 @@ def test_the_peak_of_eager_is_that_of_its_logits():
 def test_a_failed_child_is_an_error_with_its_reason():
     with pytest.raises(RuntimeError, match=r"memory of nobody failed: ValueError: .*got 'nobody'"):
         child.peak_in_child("nobody", SMALL, 1, 1)
-
-
-def test_the_exponent_of_a_power():
-    sizes = [1, 2, 4, 8]
-    assert fitted_exponent(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)
 
 
 def test_heads_are_json():

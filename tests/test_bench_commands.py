@@ -56,7 +56,8 @@ def test_speed_saves_rows_and_the_figure_is_made_of_the_last(tiny, tmp_path):
 def test_the_figure_says_what_to_do_without_a_run(tmp_path):
     done = CliRunner().invoke(app, ["figure", "--results", str(tmp_path)])
     assert done.exit_code == 2 and "speed.csv" in done.output
-    append_rows(tmp_path / "speed.csv", [{"head": "another", "train_head": False}])
+    another = {"head": "another", "dtype": "bfloat16", "train_head": False}
+    append_rows(tmp_path / "speed.csv", [another])
     done = CliRunner().invoke(app, ["figure", "--results", str(tmp_path)])
     assert done.exit_code == 2 and "speed" in done.output and "--save" in done.output
 
@@ -125,8 +126,10 @@ def test_growth_fits_and_draws(monkeypatch, tmp_path):
     assert [(row["grows"], row["size"]) for row in rows] == [
         (what, size) for what, every in sizes.items() for size in every
     ]
-    assert rows[-1]["exponent"] == pytest.approx(2.0)
-    assert growth.fitted_centre([10, 100], [300, 30000], 2.0) == pytest.approx(3.0)
+    assert rows[-1]["value"] == 3 * 1000**2 - 1000 * 8 * 2  # without the gradient
+    assert rows[-1]["off"] > 0.5  # a parabola is no line
+    line = growth.fitted_line([10, 20, 40], [35, 65, 125])
+    assert line == pytest.approx((5.0, 3.0, 0.0), abs=1e-9)
     growth.draw(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes().startswith(PNG)
 
