@@ -24,6 +24,7 @@ from .projection import Head
 _ARGS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LossArgs).items())
 _N_ARGS = len(LossArgs._fields)
 _N_TERMS = len(SafetyLoss._fields)
+_ROWS_SCALED = 8192
 _N_HEAD = 1 + len(Head._fields)  # hidden, and what it is multiplied with
 
 
@@ -154,7 +155,7 @@ def _linear_grad_op(*inputs: Any) -> tuple[Tensor, ...]:
     factor, ce_scale, penalty_scale = _scales(args, inputs[-1])
     _, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale)
     return tuple(
-        _scaled(grad, factor).to(grad.dtype if leaf is None else leaf.dtype)
+        _scaled(grad, factor, grad.dtype if leaf is None else leaf.dtype)
         for grad, leaf in zip(grads, (hidden, *head), strict=True)
     )
 
@@ -205,7 +206,7 @@ def _linear_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tens
     *grads, factor = ctx.saved_tensors
     scale = factor * grad_loss
     scaled = (
-        _scaled(grad, scale).to(dtype) if need else None
+        _scaled(grad, scale, dtype) if need else None
         for grad, dtype, need in zip(grads, ctx.dtypes, ctx.needs, strict=True)
     )
     return (*scaled, *nothing)
@@ -351,6 +352,13 @@ def _scales(args: LossArgs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return factor, args.row_ce * (ce / factor), args.row_safety * (penalty / factor)
 
 
-def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
-    """Multiply; a GPU rounds a 0-d scale to float16 first, in which 65,536 is inf."""
-    return (grad if grad.device.type == "cpu" else grad.to(scale.dtype)) * scale
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in float32 and round to the leaf's dtype, some rows at a time.
+
+    Left to itself torch makes a float32 copy of the whole, and a GPU rounds a 0-d scale to float16
+    first, in which 65,536 is inf.
+    """
+    out = torch.empty_like(grad, dtype=dtype)
+    for part, block in zip(out.split(_ROWS_SCALED), grad.split(_ROWS_SCALED), strict=True):
+        part.copy_(block.to(scale.dtype) * scale)
+    return out

@@ -19,6 +19,7 @@ from .projection import Head, project_head
 # the head again for every chunk; docs/log.md has the CPU's measurement.
 _CHUNK_ROWS_CPU = 256
 _CHUNK_BYTES_CPU = 64 << 20
+_MORE_FOR_THE_HEAD = 4  # times: each chunk reads and writes all of the head's float32 gradient
 _CHUNK_BYTES = 256 << 20
 _MIN_CHUNK_ROWS = 1024
 _TILE = 128 * 128  # of a product, per multiprocessor: fewer leave some of them idle
@@ -56,13 +57,16 @@ def row_bytes(hidden: Tensor, vocab: int) -> int:
     return _padded(vocab) * hidden.dtype.itemsize
 
 
-def rows_per_chunk(hidden: Tensor, vocab: int, chunk_bytes: int | None) -> int:
+def rows_per_chunk(
+    hidden: Tensor, vocab: int, chunk_bytes: int | None, head_gradient: bool = False
+) -> int:
     """Return how many rows' logits fit the byte budget; at least 1."""
     of_row = row_bytes(hidden, vocab)
     if chunk_bytes is not None:
         return max(1, min(chunk_bytes // of_row, max(hidden.shape[0], 1)))
     if hidden.device.type == "cpu":
-        return max(1, min(_CHUNK_ROWS_CPU, _CHUNK_BYTES_CPU // of_row))
+        times = _MORE_FOR_THE_HEAD if head_gradient else 1
+        return max(1, min(times * _CHUNK_ROWS_CPU, times * _CHUNK_BYTES_CPU // of_row))
     rows = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // of_row)
     if hidden.device.type == "cuda":
         processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count

@@ -245,7 +245,8 @@ def safety_linear_cross_entropy(
     if args.backend == "eager":
         return eager_linear_cross_entropy(hidden, head, args)
     pack = hidden.device.type == "cpu" if pack_rows is None else pack_rows
-    chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes)
+    train_head = torch.is_grad_enabled() and linear_weight.requires_grad
+    chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes, train_head)
     return autograd.linear_cross_entropy(hidden, head, args, chunk_rows, pack)
 
 
