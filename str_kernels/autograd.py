@@ -358,6 +358,8 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Left to itself torch makes a float32 copy of the whole, and a GPU rounds a 0-d scale to float16
     first, in which 65,536 is inf.
     """
+    if grad.dtype == scale.dtype == dtype:
+        return grad * scale
     out = torch.empty_like(grad, dtype=dtype)
     for part, block in zip(out.split(_ROWS_SCALED), grad.split(_ROWS_SCALED), strict=True):
         part.copy_(block.to(scale.dtype) * scale)
