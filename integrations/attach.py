@@ -68,7 +68,8 @@ def attach(
         ValueError: the model cannot be attached to exactly; the message says why and what to use.
 
     Notes:
-        The output's `logits` are None in training, since they are never made.
+        The output's `logits` are None in training, since they are never made. nn.DataParallel,
+        which Trainer falls back to with several GPUs and no launcher, does not work: use torchrun.
 
     References:
         Bach and Tran 2026, arXiv:2604.17210.
@@ -195,7 +196,9 @@ class _SafetyForward:
         num_items = batch.get("num_items_in_batch")
         for name in _LOSS_ARGUMENTS:
             batch.pop(name, None)
+        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
         target = _shift(labels) if shift_labels is None else shift_labels
+        target = target.to(self.head.module.weight.device)
         as_tuple = batch.pop("return_dict", None) is False
         _check_logits_to_keep(batch)
 
@@ -204,7 +207,7 @@ class _SafetyForward:
         ref = self._reference(safety_ids, batch) if len(self.safety_tokens) else None
         with capture_hidden(self.head.module) as captured:
             output = self.original(**batch, return_dict=True)
-        hidden = captured.take()  # (B, T, D)
+        hidden = captured.take().to(target.device)  # (B, T, D)
         if hidden.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(hidden.shape[:2])}, one per position; "
@@ -252,7 +255,7 @@ class _SafetyForward:
         if self.positions == "all":
             inside = torch.ones_like(target, dtype=torch.bool)
             if isinstance(attention_mask, Tensor) and attention_mask.shape == target.shape:
-                inside = attention_mask.bool()
+                inside = attention_mask.to(target.device).bool()
             follows = nn.functional.pad(inside[:, 1:], (0, 1), value=False)
             return (inside & follows).flatten().float()
         kept = target != IGNORE_INDEX

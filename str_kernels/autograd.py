@@ -24,7 +24,8 @@ from .projection import Head
 _ARGS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LossArgs).items())
 _N_ARGS = len(LossArgs._fields)
 _N_TERMS = len(SafetyLoss._fields)
-_ROWS_SCALED = 8192
+_ROWS_SCALED = 2048
+_PULL_ROOM = 64  # in float16 a pull of |d| = 256 at K = 1 still fits
 _N_HEAD = 1 + len(Head._fields)  # hidden, and what it is multiplied with
 
 
@@ -340,11 +341,12 @@ def _scales(args: LossArgs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return a factor f and, divided by it, what the rows' ce and penalty are multiplied with.
 
     The gradient is stored divided by f, about 1 / num_items, and multiplied by it at the end: with
-    it folded in, most float16 entries would underflow. A power of two rounds nothing. It follows
-    the larger of the two scales, so that neither part of the stored gradient can overflow.
+    it folded in, most float16 entries would underflow. A power of two rounds nothing. The penalty's
+    scale counts where it is much larger, as with few anchor rows: its pull must not overflow.
     """
     ce, penalty = args.inv_items * upstream, args.penalty_weight * args.inv_safety_items * upstream
-    wanted = torch.maximum(ce.abs(), penalty.abs())
+    held = torch.where(ce == 0, penalty, penalty / _PULL_ROOM).abs()
+    wanted = torch.maximum(ce.abs(), held)
     if wanted.dim():
         wanted = wanted.amax() if wanted.numel() else wanted.new_zeros(())
     finite = (wanted > 0) & wanted.isfinite()
@@ -355,10 +357,10 @@ def _scales(args: LossArgs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply in float32 and round to the leaf's dtype, some rows at a time.
 
-    Left to itself torch makes a float32 copy of the whole, and a GPU rounds a 0-d scale to float16
-    first, in which 65,536 is inf.
+    Left to itself torch makes a float32 copy of a whole tensor that changes its dtype, and a GPU
+    rounds a 0-d scale to float16 first, in which 65,536 is inf.
     """
-    if grad.dtype == scale.dtype == dtype:
+    if grad.dtype == dtype and (grad.device.type == "cpu" or scale.dtype == dtype):
         return grad * scale
     out = torch.empty_like(grad, dtype=dtype)
     for part, block in zip(out.split(_ROWS_SCALED), grad.split(_ROWS_SCALED), strict=True):

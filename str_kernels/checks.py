@@ -44,14 +44,16 @@ def check_plain(name: str, value: Tensor) -> None:
         raise ValueError(f"`{name}` must be a dense tensor; got layout {value.layout}")
 
 
-def check_float(name: str, value: Tensor, like: torch.dtype | None = None) -> None:
+def check_float(
+    name: str, value: Tensor, like: torch.dtype | None = None, of: str = "logits"
+) -> None:
     """Check that `value` is float32, bfloat16, float16 or float64, and of dtype `like` if given."""
     if value.dtype not in _FLOATS:
         raise TypeError(
             f"`{name}` must be float32, bfloat16, float16 or float64; got {value.dtype}"
         )
     if like is not None and value.dtype != like:
-        raise TypeError(f"`{name}` must have the dtype of the logits, {like}; got {value.dtype}")
+        raise TypeError(f"`{name}` must have the dtype of `{of}`, {like}; got {value.dtype}")
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -77,6 +77,21 @@ class SafetyPenalty:
             check_number(name, getattr(self, name), positive=True)
         if self.id_weights is not None:
             check_id_weights(self.id_weights)
+
+    def id_weights_on(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """Return `id_weights` there: copied once, for a copy in each step waits for the device."""
+        a = self.id_weights
+        if a is None or (a.device == device and a.dtype == dtype):
+            return a
+        if torch.compiler.is_compiling():
+            return a.detach().to(device, dtype)
+        # the version: somebody may write into the tensor
+        key = (device, dtype, a._version)
+        copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
+        if key not in copies:
+            copies.clear()
+            copies[key] = a.detach().to(device, dtype)
+        return copies[key]
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:

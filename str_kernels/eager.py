@@ -56,10 +56,13 @@ def eager_cross_entropy(
     if safety_logits is None:
         raw_s = raw.index_select(1, args.safety_ids)
         safety_logits = scale_and_cap(raw_s, args.logit_scale, args.softcap)
+    # weight 0 leaves plain cross-entropy, and the gradient of a penalty that may be inf or NaN out
+    has_weight = args.penalty_weight != 0
+    safety_logits = torch.where(has_weight, safety_logits, safety_logits.detach())
     lse = None
     if args.kind in ON_LOG_PROBS:
         held_top, held_lse = _norm(scale_and_cap(raw, args.logit_scale, args.softcap))
-        lse = held_top + held_lse
+        lse = held_top + torch.where(has_weight, held_lse, held_lse.detach())
     ref = _rows_where(takes_penalty, args.ref)
     subset = subset_of(
         _rows_where(takes_penalty, safety_logits), ref, args.id_weights, lse, args.options

@@ -78,11 +78,13 @@ def safety_cross_entropy(
         metrics: also compute token_accuracy (the first largest logit is the target's) and entropy
             of the rows with a cross-entropy (a target, and c not 0), in the same pass.
         inplace: let backward overwrite `logits` with their gradient, which saves N V elements.
-            The forward never changes them; a second backward then raises.
+            The forward never changes them; a second backward then raises. For logits that a model
+            made: a leaf would get its own memory as its gradient.
         backend: "auto" (triton on a GPU, else torch), "triton", "torch", "eager" (the plain
             definition), "compiled" (torch through torch.compile: faster on a CPU, needs a C++
             compiler and some seconds at first) or "triton_cluster" (a row is read once; Triton
-            3.8 and a GPU with thread-block clusters; not run on one yet).
+            3.8 and a GPU with thread-block clusters). Neither of the Triton backends has run on a
+            GPU yet; `str-kernels doctor` checks them there in seconds.
 
     Returns:
         SafetyLoss with 0-d float32 tensors (float64 for float64 logits; (N,) with reduction
@@ -325,6 +327,6 @@ def _checked_head(
     names = ("linear_weight", "linear_bias", "low_rank", "low_rank")
     for name, value in zip(names, head, strict=True):
         if value is not None:
-            check_float(name, value, like=hidden.dtype)
+            check_float(name, value, like=hidden.dtype, of="hidden")
     check_chunk_bytes(chunk_bytes, row_bytes(hidden, linear_weight.shape[0]))
     return hidden, head

@@ -60,7 +60,7 @@ def make_loss_args(
         safety_ids = target.new_empty(0)
         ref = like.new_empty((rows, 0), dtype=dtype)
     ids = safety_ids.shape[0]
-    id_weights = penalty.id_weights
+    id_weights = penalty.id_weights_on(like.device, dtype)
     if id_weights is None:
         id_weights = like.new_ones(ids, dtype=dtype)
     elif id_weights.shape[0] != ids:
@@ -86,7 +86,7 @@ def make_loss_args(
         ref=ref.detach().to(dtype).expand(rows, ids),
         row_ce=row_ce,
         row_safety=row_safety,
-        id_weights=id_weights.detach().to(like.device, dtype),
+        id_weights=id_weights.detach(),
         penalty_weight=_scalar(penalty.weight, like, dtype),
         inv_items=_inverse(items),
         inv_safety_items=_inverse(safety_items),
@@ -106,7 +106,7 @@ def make_loss_args(
 
 def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().to(like.device, dtype)
+        return value.detach().to(like.device, dtype, non_blocking=True)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 

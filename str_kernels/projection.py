@@ -59,29 +59,39 @@ def project(
         of 0.125, more than the drift that the penalty has to see. Under autocast the operands are
         first rounded to autocast's dtype, as the head itself would do.
     """
-    head = Head(linear_weight, linear_bias, *(low_rank or ()))
-    hidden, head = cast_for_autocast(hidden, head)
-    return project_head(hidden, head, safety_ids, logit_scale, softcap)
+    head = _rows_of(Head(linear_weight, linear_bias, *(low_rank or ())), safety_ids)
+    hidden, head = cast_for_autocast(hidden, head)  # of K rows, not of the whole head
+    return _project_rows(hidden, head, logit_scale, softcap)
 
 
 def project_head(
     hidden: Tensor, head: Head, safety_ids: Tensor, logit_scale: float, softcap: float | None
 ) -> Tensor:  # (N, K)
     """Compute `project` of operands that are already what autocast makes of them."""
+    return _project_rows(hidden, _rows_of(head, safety_ids), logit_scale, softcap)
+
+
+def _rows_of(head: Head, ids: Tensor) -> Head:
+    weight, bias, t, b = head
+    bias, b = (None if x is None else x.index_select(0, ids) for x in (bias, b))
+    return Head(weight.index_select(0, ids), bias, t, b)
+
+
+def _project_rows(
+    hidden: Tensor, head: Head, logit_scale: float, softcap: float | None
+) -> Tensor:  # (N, K)
     dtype = accumulation_dtype(hidden.dtype)
+    if not head.weight.shape[0]:
+        return hidden.new_empty((hidden.shape[0], 0), dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-
-        def of_ids(x: Tensor) -> Tensor:
-            return x.index_select(0, safety_ids).to(dtype)
-
-        weight = of_ids(head.weight)
-        bias = None if head.bias is None else of_ids(head.bias)
+        weight = head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
         blocks = [
             torch.nn.functional.linear(block.to(dtype), weight, bias)
             for block in hidden.split(_ROWS_PER_BLOCK)
         ]
         if head.t is not None and head.b is not None:
-            b = of_ids(head.b).t()
+            b = head.b.to(dtype).t()
             blocks = [
                 torch.addmm(block, t.to(dtype), b)
                 for block, t in zip(blocks, head.t.split(_ROWS_PER_BLOCK), strict=True)

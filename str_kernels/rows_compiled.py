@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contracts import RowOptions, RowTerms
+from .contracts import RowOptions, RowTerms, accumulation_dtype
 from .projection import scale_and_cap
-from .rows_torch import Soft, Wide, row_step_torch
+from .rows_torch import Scratch, Soft, Wide, row_step_torch
 
 _BLOCK_BYTES = 8 << 20  # larger than eager's: a call of compiled code costs as much as some rows do
 
@@ -27,7 +27,7 @@ def row_step_compiled(*args: Any, **kwargs: Any) -> RowTerms:
 
 def _block_step(
     logits: Tensor,
-    scratch: Tensor | None,
+    scratch: Scratch,
     wide: Wide,
     options: RowOptions,
     *,
@@ -35,34 +35,36 @@ def _block_step(
     soft: Soft | None,
     grad: Tensor | None,
 ) -> None:
-    nothing = wide.top.new_empty(0)
-    per_row = [nothing] * 4
-    if soft is not None:
-        per_row = [nothing if x is None else x for x in soft]
+    dtype = wide.top.dtype
+    in_place = grad is not None and grad.data_ptr() == logits.data_ptr()
     with torch.no_grad():
+        z, scale = logits, options.logit_scale
         if options.softcap:
             # once, into cache: the loops below would each take the tanh anew
-            z = torch.empty_like(logits, dtype=wide.top.dtype) if scratch is None else scratch
+            z = scratch.like(logits, "z", dtype)
             _capped(options.logit_scale, options.softcap)(logits, z)
-            logits = z
-        elif grad is not None and grad.data_ptr() == logits.data_ptr():
-            grad = None
-        loops = _loops(
-            norm_known,
-            soft is not None,
-            soft is not None and soft.per_lse is not None,
-            soft is not None and soft.flat is not None,
-            1.0 if options.softcap else options.logit_scale,
-            options.logit_scale,
-            options.softcap,
-            wide.mean.dim() == 1,
-            wide.right.dim() == 1,
-        )
-        found = loops(logits, wide.target, wide.top, wide.log_total, *per_row, grad)
-    if not norm_known:
-        for mine, value in zip(wide[1:], found, strict=True):
-            if mine.dim() == 1:
-                mine.copy_(value)
+            scale = 1.0
+        # By itself inductor would allocate memory for exp in every call, and have it cleared.
+        e = None if norm_known or soft is None else scratch.like(logits, "e", dtype)
+        if not norm_known:
+            find = _terms(scale, e is not None, wide.mean.dim() == 1, wide.right.dim() == 1)
+            for mine, value in zip(wide[1:], find(z, wide.target, e), strict=True):
+                if mine.dim() == 1:
+                    mine.copy_(value)
+        if soft is not None and grad is not None:
+            write = _gradient(
+                e is not None,
+                soft.per_lse is not None,
+                soft.flat is not None,
+                scale,
+                options.logit_scale,
+                options.softcap,
+            )
+            nothing = wide.top.new_empty(0)
+            per_row = (nothing if x is None else x for x in soft)
+            # one tensor twice would be two to the compiler, which then copies to be safe
+            target = None if in_place and not options.softcap else grad
+            write(z, e, wide.top, wide.log_total, *per_row, target)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,22 +93,48 @@ def _capped(logit_scale: float, softcap: float) -> Callable[..., None]:
 
 
 @functools.cache
-def _loops(
-    norm_known: bool,
-    wants_grad: bool,
+def _terms(
+    scale: float, keeps_exp: bool, wants_mean: bool, wants_metrics: bool
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Compile one variant; its sizes stay symbolic, so a last, shorter block does not recompile."""
+
+    def terms(logits: Tensor, target: Tensor, exp: Tensor | None) -> tuple[Tensor, ...]:
+        z = scale_and_cap(logits.to(accumulation_dtype(logits.dtype)), scale, None)
+        top = z.amax(dim=1)
+        shifted = z - top.unsqueeze(1)
+        e = shifted.exp()
+        if keeps_exp and exp is not None:
+            exp.copy_(e)
+        total = e.sum(dim=1)
+        log_total = total.log()
+        mean = right = entropy = top
+        if wants_mean:
+            mean = shifted.mean(dim=1)
+        if wants_metrics:
+            # of equal maxima the first is the prediction; an argmax would not be vectorised
+            column = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
+            is_top = z == top.unsqueeze(1)
+            right = torch.where(is_top, column, z.shape[1]).amin(dim=1) == target
+            # 0 (-inf) is 0: a masked column has no part in the entropy
+            products = torch.where(e > 0, e * shifted, 0.0)
+            entropy = log_total - products.sum(dim=1) / total
+        return top, log_total, mean, right, entropy
+
+    return _compile(terms)
+
+
+@functools.cache
+def _gradient(
+    has_exp: bool,
     has_per_lse: bool,
     has_flat: bool,
     scale: float,
     logit_scale: float,
     softcap: float,
-    wants_mean: bool,
-    wants_metrics: bool,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Compile one variant; its sizes stay symbolic, so a last, shorter block does not recompile."""
-
-    def loops(
+) -> Callable[..., None]:
+    def gradient(
         logits: Tensor,
-        target: Tensor,
+        exp: Tensor | None,
         top: Tensor,
         log_total: Tensor,
         takes: Tensor,
@@ -114,40 +142,22 @@ def _loops(
         per_lse: Tensor,
         flat: Tensor,
         grad: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> None:
         z = scale_and_cap(logits.to(top.dtype), scale, None)
-        mean = right = entropy = top
-        of_exp = at_0
-        if norm_known:
-            e = ((z - top.unsqueeze(1)) - log_total.unsqueeze(1)).exp()
+        factor = at_0
+        if has_per_lse:
+            factor = factor + torch.where(per_lse != 0, per_lse * (top + log_total), 0.0)
+        if has_exp and exp is not None:
+            dz = exp * (factor * (-log_total).exp()).unsqueeze(1)
         else:
-            top = z.amax(dim=1)
-            shifted = z - top.unsqueeze(1)
-            e = shifted.exp()
-            total = e.sum(dim=1)
-            log_total = total.log()
-            if wants_mean:
-                mean = shifted.mean(dim=1)
-            if wants_metrics:
-                # of equal maxima the first is the prediction; an argmax would not be vectorised
-                column = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
-                is_top = z == top.unsqueeze(1)
-                right = torch.where(is_top, column, z.shape[1]).amin(dim=1) == target
-                # 0 (-inf) is 0: a masked column has no part in the entropy
-                products = torch.where(e > 0, e * shifted, 0.0)
-                entropy = log_total - products.sum(dim=1) / total
-        if wants_grad:
-            if has_per_lse:
-                of_exp = of_exp + torch.where(per_lse != 0, per_lse * (top + log_total), 0.0)
-            dz = e * (of_exp if norm_known else of_exp / total).unsqueeze(1)
-            if has_flat:
-                dz = dz - flat.unsqueeze(1)
-            if softcap:
-                dz = dz * (logit_scale * (1.0 - (z / softcap).square()))
-            elif logit_scale != 1.0:
-                dz = dz * logit_scale
-            dz = torch.where(takes.unsqueeze(1), dz, 0.0)
-            (logits if grad is None else grad).copy_(dz)
-        return top, log_total, mean, right, entropy
+            dz = ((z - top.unsqueeze(1)) - log_total.unsqueeze(1)).exp() * factor.unsqueeze(1)
+        if has_flat:
+            dz = dz - flat.unsqueeze(1)
+        if softcap:
+            dz = dz * (logit_scale * (1.0 - (z / softcap).square()))
+        elif logit_scale != 1.0:
+            dz = dz * logit_scale
+        dz = torch.where(takes.unsqueeze(1), dz, 0.0)
+        (logits if grad is None else grad).copy_(dz)
 
-    return _compile(loops)
+    return _compile(gradient)

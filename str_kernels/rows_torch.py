@@ -47,13 +47,26 @@ class Wide(NamedTuple):
     entropy: Tensor
 
 
+class Scratch:
+    """Memory for blocks of rows, the same for every block of a call."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def like(self, block: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """Return memory of the block's shape; the first block is the largest."""
+        if name not in self._held:
+            self._held[name] = block.new_empty(block.shape, dtype=dtype)
+        return self._held[name][: block.shape[0]]
+
+
 class BlockStep(Protocol):
     """The part of width V of some rows: fill what `wide` asks for, write the soft gradient."""
 
     def __call__(
         self,
         logits: Tensor,  # (n, V)
-        scratch: Tensor | None,  # (n, V) in the accumulation dtype; None: work on the logits
+        scratch: Scratch,
         wide: Wide,
         options: RowOptions,
         *,
@@ -144,7 +157,7 @@ def row_step_torch(
             is_target = (safety_ids == target.unsqueeze(1)).to(dtype)
             on_ids = _column(p_s, is_target, row_safety_logits, soft, ce_scale, lse, options)
             pull = _where_nonzero(penalty_scale.unsqueeze(1), KINDS[options.kind].slope(subset))
-            on_ids += pull * _slope(z_s, options)
+            on_ids += torch.where(pull != 0, pull * _slope(z_s, options), 0.0)
             grad[row.unsqueeze(1), safety_ids] = on_ids.to(grad.dtype)
     return terms
 
@@ -195,7 +208,8 @@ def _column(
         dz = dz + _where_nonzero(along(extra), p)
     if soft.flat is not None:
         dz = dz - along(soft.flat)
-    return dz * _slope(z, options)
+    # not a product: with a cap the slope of a masked row's NaN is NaN too
+    return torch.where(dz != 0, dz * _slope(z, options), 0.0)
 
 
 def _in_blocks(
@@ -208,16 +222,13 @@ def _in_blocks(
     soft: Soft | None,
     grad: Tensor | None,
 ) -> None:
-    rows, vocab = logits.shape
-    dtype = wide.top.dtype
-    # float32 logits that are to become their gradient are worked on where they are
-    owned = grad is not None and logits.dtype == dtype and grad.data_ptr() == logits.data_ptr()
-    scratch = None if owned else logits.new_empty((min(n_block, rows), vocab), dtype=dtype)
+    rows = logits.shape[0]
+    scratch = Scratch()
     for start in range(0, rows, n_block):
         part = slice(start, min(start + n_block, rows))
         step(
             logits[part],
-            None if scratch is None else scratch[: part.stop - start],
+            scratch,
             Wide(*(x[part] for x in wide)),
             options,
             norm_known=norm_known,
@@ -228,7 +239,7 @@ def _in_blocks(
 
 def _block_step(
     logits: Tensor,
-    scratch: Tensor | None,
+    scratch: Scratch,
     wide: Wide,
     options: RowOptions,
     *,
@@ -236,7 +247,10 @@ def _block_step(
     soft: Soft | None,
     grad: Tensor | None,
 ) -> None:
-    z = logits if scratch is None else scratch.copy_(logits)
+    # float32 logits that are to become their gradient are worked on where they are
+    dtype = wide.top.dtype
+    owned = grad is not None and logits.dtype == dtype and grad.data_ptr() == logits.data_ptr()
+    z = logits if owned else scratch.like(logits, "z", dtype).copy_(logits)
     z = _scale_and_cap_(z, options)
     slope = _slope(z, options) if soft is not None else None
     total = None
@@ -268,7 +282,7 @@ def _block_step(
             z.sub_(soft.flat.unsqueeze(1))
         z.mul_(slope)
     _zero_rows_(z, ~soft.takes)
-    if scratch is not None:
+    if not owned:
         grad.copy_(z)
 
 

@@ -8,6 +8,7 @@ No kernel has run on a GPU yet: they are tested in Triton's interpreter and comp
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -175,54 +176,62 @@ def row_step_triton(
     if ids and out is not None and (sizes.num_ctas > 1 or not BARRIERS_HOLD_LOADS):
         # These columns wait for a second launch: a barrier orders one thread block, not a cluster.
         stash = out.new_empty((rows, ids))
-    row_step_kernel[(rows,)](
-        logits,
-        target.contiguous(),
-        safety_ids,
-        safety_logits,
-        ref,
-        id_weights.contiguous(),
-        norm,
-        found,
-        ce_scale,
-        penalty_scale,
-        out,
-        stash,
-        logits.stride(0),
-        0 if safety_logits is None else safety_logits.stride(0),
-        ref.stride(0),
-        0 if out is None else out.stride(0),
-        rows,
-        vocab,
-        -(-vocab // 16) * 16 if padded else vocab,
-        ids,
-        1.0 / max(ids, 1),
-        options.ignore_index,
-        options.logit_scale,
-        options.softcap,
-        options.label_smoothing,
-        options.z_loss_weight,
-        options.temperature,
-        options.delta,
-        HAS_SAFETY=ids > 0,
-        HAS_SAFETY_LOGITS=safety_logits is not None,
-        HAS_SOFTCAP=options.softcap != 0.0,
-        HAS_SMOOTHING=options.label_smoothing > 0.0,
-        HAS_Z_LOSS=options.z_loss_weight > 0.0,
-        HAS_METRICS=metrics,
-        HAS_NORM=not terms_wanted,
-        HAS_GRAD=out is not None,
-        HAS_STASH=stash is not None,
-        PADDED=padded and vocab % 16 != 0,
-        KIND=options.kind,
-        # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
-        enable_fp_fusion=True,
-        **_keywords(sizes),
-    )
-    if stash is not None and out is not None:
-        scatter_kernel[(triton.cdiv(rows, 16),)](
-            stash, safety_ids, out, out.stride(0), rows, vocab, ids, 16, sizes.BLOCK_K
+    # Triton launches on the current device, wherever its arguments are.
+    with _current(logits.device):
+        row_step_kernel[(rows,)](
+            logits,
+            target.contiguous(),
+            safety_ids,
+            safety_logits,
+            ref,
+            id_weights.contiguous(),
+            norm,
+            found,
+            ce_scale,
+            penalty_scale,
+            out,
+            stash,
+            logits.stride(0),
+            0 if safety_logits is None else safety_logits.stride(0),
+            ref.stride(0),
+            0 if out is None else out.stride(0),
+            rows,
+            vocab,
+            -(-vocab // 16) * 16 if padded else vocab,
+            ids,
+            1.0 / max(ids, 1),
+            options.ignore_index,
+            options.logit_scale,
+            options.softcap,
+            options.label_smoothing,
+            options.z_loss_weight,
+            options.temperature,
+            options.delta,
+            HAS_SAFETY=ids > 0,
+            HAS_SAFETY_LOGITS=safety_logits is not None,
+            HAS_SOFTCAP=options.softcap != 0.0,
+            HAS_SMOOTHING=options.label_smoothing > 0.0,
+            HAS_Z_LOSS=options.z_loss_weight > 0.0,
+            HAS_METRICS=metrics,
+            HAS_NORM=not terms_wanted,
+            HAS_GRAD=out is not None,
+            HAS_STASH=stash is not None,
+            PADDED=padded and vocab % 16 != 0,
+            KIND=options.kind,
+            # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
+            enable_fp_fusion=True,
+            **_keywords(sizes),
         )
+        if stash is not None and out is not None:
+            scatter_kernel[(triton.cdiv(rows, 16),)](
+                stash, safety_ids, out, out.stride(0), rows, vocab, ids, 16, sizes.BLOCK_K
+            )
     if grad is not None and out is not None and out is not grad:
         grad.copy_(out)
     return terms
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    return torch.xpu.device(device) if device.type == "xpu" else contextlib.nullcontext()

@@ -12,8 +12,15 @@ import pytest
 import torch
 from cases import make_case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from str_kernels import SafetyPenalty, autograd, safety_cross_entropy, safety_linear_cross_entropy
+from str_kernels import (
+    SafetyPenalty,
+    autograd,
+    project,
+    safety_cross_entropy,
+    safety_linear_cross_entropy,
+)
 from str_kernels.contracts import RowOptions
 from str_kernels.loss_args import make_loss_args
 from str_kernels.rows_torch import row_step_torch
@@ -72,6 +79,43 @@ def test_the_row_step_by_itself(no_autocast) -> None:
     ids = on_meta(4, dtype=torch.int64)
     given = on_meta(3, 50), on_meta(3, dtype=torch.int64), ids, None, on_meta(3, 4), on_meta(4)
     assert row_step_torch(*given, RowOptions(metrics=True), **rows).entropy.shape == (3,)
+
+
+def test_the_tokens_weights_are_copied_once() -> None:
+    penalty = SafetyPenalty(id_weights=torch.tensor([1.0, 2.0]))
+    device = torch.device("meta")
+    copy = penalty.id_weights_on(device, torch.float32)
+    assert copy.is_meta and penalty.id_weights_on(device, torch.float32) is copy
+    penalty.id_weights[0] = 3.0  # written to since
+    assert penalty.id_weights_on(device, torch.float32) is not copy
+    here = penalty.id_weights
+    assert penalty.id_weights_on(here.device, here.dtype) is here
+    wide = penalty.id_weights_on(here.device, torch.float64)
+    assert wide.tolist() == [3.0, 2.0] and wide.dtype == torch.float64
+
+
+class Casts(TorchDispatchMode):
+    """Note the shapes of what changes its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.add(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_project_casts_the_ids_rows_and_not_the_head(device) -> None:
+    hidden, head = torch.randn(3, 8, device=device), torch.randn(100, 8, device=device)
+    ids = torch.tensor([5, 50], device=device)
+    with Casts() as casts, torch.autocast(device.type, dtype=torch.bfloat16):
+        found = project(hidden, head, ids)
+    rounded = (x.bfloat16().float() for x in (hidden, head))
+    wanted = torch.nn.functional.linear(*rounded)[:, ids]
+    torch.testing.assert_close(found, wanted)
+    assert (2, 8) in casts.shapes and (100, 8) not in casts.shapes
 
 
 @pytest.mark.gpu

@@ -251,3 +251,21 @@ def test_float16_holds_when_the_two_counts_are_far_apart(counts, rng, device) ->
     assert all(grad.isfinite().all() for grad in result.grads.values())
     hidden = case.changed(frozen=frozenset({"linear_weight"}))
     assert_matches_truth(hidden, hidden.run("torch"), "torch")
+
+
+@pytest.mark.parametrize("weight", [1.0, 10.0, 100.0])
+def test_few_anchor_rows_do_not_drown_the_cross_entropy_in_float16(weight, rng, device) -> None:
+    """One anchor among 2,048 rows: its penalty is divided by 1, their cross-entropy by 2,047."""
+    case = make_case(
+        rng, device, path="linear", dtype=torch.float16, rows=2048, vocab=2000, dim=32, ids=5
+    )
+    on = torch.zeros(2048, device=device)
+    on[7] = 1.0
+    case.target[7] = -100
+    penalty = SafetyPenalty(weight)
+    case = case.with_options(safety_row_weight=on, penalty=penalty).changed(upstream=1.0)
+    truth = case.in_dtype(torch.float64).run("eager").grads["hidden"]
+    grad = case.run("torch").grads["hidden"].double()
+    for rows in (on == 0, on == 1):
+        error = (grad - truth)[rows].norm() / truth[rows].norm()
+        assert error < 2e-3, f"{float(error):.1e}"
