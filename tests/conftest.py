@@ -20,6 +20,10 @@ if not torch.cuda.is_available():  # Triton kernels then run in its interpreter,
         raise pytest.UsageError("triton was imported before conftest could set TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torch.compile in the test's own process: its pool of workers would outlive the test that made it,
+# and a warning of their open pipes would fail whichever test runs when they are collected.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 pytest.register_assert_rewrite("cases", "tolerance")
 
 from cases import SEED_VARIABLE, generator_of  # noqa: E402 - only after the lines above

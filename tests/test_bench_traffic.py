@@ -66,6 +66,23 @@ def test_the_penalty_costs_bytes_for_its_ids_only(rows):
             assert 0 < per_id <= 40, row["op"]
 
 
+def test_a_row_that_fits_one_program_is_read_once():
+    """On the linear path; the largest such row in 16 bits is 32,768 logits."""
+    for row in traffic.measure(32768, IDS, tokens=2):
+        if row["op"].startswith("ours, linear path"):
+            assert traffic.minimum(32768) <= row["bytes"] <= 4 * 32768 + 20 * IDS + 128
+
+
+def test_the_penalty_adds_less_than_one_percent_at_the_size_of_llama():
+    added = {
+        row["op"]: row["penalty_percent"]
+        for row in traffic.measure(128256, 64, tokens=1)
+        if row.get("penalty_percent") is not None
+    }
+    assert added.keys() == {"ours, logits path", "ours, linear path"}
+    assert all(0 < percent < 1 for percent in added.values())
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="liger_kernel is not installed"
 )

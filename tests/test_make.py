@@ -64,7 +64,7 @@ def start(project: Path, what: str = "dev", pip: str = "", by: Path | None = Non
 
 def run(project: Path, what: str = "dev", pip: str = "", by: Path | None = None) -> tuple[int, str]:
     process = start(project, what, pip, by)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=240)[1]
     return process.returncode, message
 
 
@@ -144,7 +144,7 @@ def test_an_install_cut_short_is_started_over(project: Path, number: signal.Sign
         time.sleep(0.01)
     (project / ".venv" / "half a package").touch()
     os.killpg(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     code, message = run(project)
     assert code == 0
     assert "starting over" in message
@@ -163,7 +163,7 @@ def test_two_at_once_install_one_after_the_other(project: Path) -> None:
     by = python(project)
     both = [start(project, pip="slow", by=by) for _ in range(2)]
     for process in both:
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert [process.returncode for process in both] == [0, 0]
     assert len(pip_calls(project)) == 2  # the second found the first one's work
 
