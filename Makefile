@@ -48,10 +48,12 @@ bench-compare: ## the last two runs of `make bench`, side by side
 	    --group-by=group,name --name=short $(ARGS)
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
-# warnings are not ours to turn into errors.
+# warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers
+# do sooner, where pytest-xdist is there.
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && printf '%s' '-n 8')
 gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it is, nothing installed
 	@$(GPU_PYTHON) -c "$$NEEDS_GPU"
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W default -m gpu \
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W default -m 'gpu and not slow' $(GPU_WORKERS) \
 	  $(or $(shell grep -l 'mark\.gpu' tests/*.py),$(error no test is marked gpu))
 	PYTHONPATH=. $(GPU_PYTHON) -m bench.gpu $(RESULTS)
 
