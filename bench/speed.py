@@ -71,15 +71,7 @@ def measure(
     steps: dict[str, Step] = {p.name: step_of(p, inputs) for p in right}
     steps[FLOOR] = functools.partial(bare_products, inputs)
     times, failed = rounds(steps, count, job.device)
-    base = origin(job.device, PROTOCOL.format(count=count)) | {
-        "N": job.tokens,
-        "D": job.shape.width,
-        "V": job.shape.vocab,
-        "K": job.ids,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "train_head": job.train_head,
-        "rounds": count,
-    }
+    base = _base(job, PROTOCOL.format(count=count), count)
     rows = []
     for provider in [*listed, Provider(FLOOR, lambda x: x.hidden)]:
         name = provider.name
@@ -117,15 +109,7 @@ def penalty_pairs(job: Job, count: int = 31, *, only: Sequence[str] = ()) -> lis
     rows = []
     found = {p.name: p for p in providers()}
     protocol = f"{count} pairs, with and without the penalty, either first in turn; ratio per pair"
-    base = origin(job.device, protocol) | {
-        "N": job.tokens,
-        "D": job.shape.width,
-        "V": job.shape.vocab,
-        "K": job.ids,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "train_head": job.train_head,
-        "rounds": count,
-    }
+    base = _base(job, protocol, count)
     for name, provider in found.items():
         without = found.get(f"{name}, no penalty")
         if without is None or not name.startswith(tuple(only) or ""):
@@ -156,6 +140,19 @@ def step_of(provider: Provider, inputs: Inputs) -> Step:
         torch.autograd.grad(provider.loss(inputs), leaves)
 
     return step
+
+
+def _base(job: Job, protocol: str, count: int) -> Row:
+    """Return what all rows of a job share."""
+    return origin(job.device, protocol) | {
+        "N": job.tokens,
+        "D": job.shape.width,
+        "V": job.shape.vocab,
+        "K": job.ids,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "train_head": job.train_head,
+        "rounds": count,
+    }
 
 
 def _inputs(job: Job, log_probs: bool = False) -> Inputs:
