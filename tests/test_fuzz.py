@@ -276,7 +276,8 @@ def test_a_malformed_call_is_named_or_works(function: Any, data: st.DataObject) 
                 assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
 
 
-WEIGHTS = st.sampled_from([0.0, 1.0, 0.5]) | NUMBERS
+# torch.tensor itself refuses an int past 64 bits
+WEIGHTS = st.sampled_from([0.0, 1.0, 0.5]) | NUMBERS.filter(lambda x: x != 2**70)
 
 
 @hypothesis.seed(SEED)
