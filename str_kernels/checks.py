@@ -12,7 +12,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .contracts import Backend, Reduction, check_number
+from .contracts import Backend, Reduction, check_number, check_plain
 from .projection import Head
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,17 +31,6 @@ def check_tensor(name: str, value: object, shape: tuple[int | str, ...]) -> Tens
         wanted = ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "")
         raise ValueError(f"`{name}` must have shape ({wanted}); got {sizes}")
     return value
-
-
-def check_plain(name: str, value: Tensor) -> None:
-    """Check that `value` is dense, and whole on this rank."""
-    if hasattr(value, "placements"):  # a DTensor: its shape is the whole's, its memory a part
-        raise ValueError(
-            f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
-            "gather it first (full_tensor())"
-        )
-    if value.layout != torch.strided:
-        raise ValueError(f"`{name}` must be a dense tensor; got layout {value.layout}")
 
 
 def check_float(
@@ -116,13 +105,21 @@ def check_count(name: str, value: object, device: torch.device) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"`{name}` must be a number or a 0-d tensor; got {_brief(value)}")
-        if value.device.type not in ("cpu", device.type):
-            raise ValueError(f"`{name}` must be on device {device} or cpu; got {value.device}")
+        check_plain(name, value)
+        if value.is_complex():
+            raise TypeError(f"`{name}` must be a real number; got {value.dtype}")
+        check_device_of_number(name, value, device)
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number or a 0-d tensor; got {type(value).__name__}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"`{name}` must be finite and >= 0; got {value}")
+    check_number(name, value)
+
+
+def check_device_of_number(name: str, value: object, device: torch.device) -> None:
+    """Check that a 0-d tensor is on a device like the loss's, or on the CPU: it is copied there."""
+    if isinstance(value, Tensor) and value.device.type not in ("cpu", device.type):
+        wanted = device if device.type == "cpu" else f"{device} or cpu"
+        raise ValueError(f"`{name}` must be on device {wanted}; got {value.device}")
 
 
 def check_head(hidden: object, head: Head) -> None:
@@ -187,7 +184,7 @@ def check_options(
     ignore_index: int,
 ) -> None:
     """Check the options that are plain numbers and names."""
-    if reduction not in get_args(Reduction):
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
         raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}")
     check_number("z_loss_weight", z_loss_weight)
     if check_number("label_smoothing", label_smoothing) >= 1:
@@ -204,7 +201,7 @@ def check_options(
 
 def check_backend(backend: str) -> None:
     """Check that the name is one of the backends."""
-    if backend not in get_args(Backend):
+    if not isinstance(backend, str) or backend not in get_args(Backend):
         names = ", ".join(get_args(Backend))
         raise ValueError(f"`backend` must be one of {names}; got {backend!r}")
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
+_LARGEST = torch.finfo(torch.float32).max
+
 IGNORE_INDEX = -100
 """The target that means "this row has no cross-entropy", as in torch's own cross_entropy."""
 
@@ -69,7 +71,7 @@ class SafetyPenalty:
     id_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(PenaltyKind):
+        if not isinstance(self.kind, str) or self.kind not in get_args(PenaltyKind):
             kinds = ", ".join(get_args(PenaltyKind))
             raise ValueError(f"`kind` must be one of {kinds}; got {self.kind!r}")
         _check_weight(self.weight)
@@ -99,9 +101,22 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
     # by comparing: dynamo cannot trace math.isfinite of a number that it keeps symbolic
-    if not 0 <= value < float("inf") or (positive and value == 0):
-        raise ValueError(f"`{name}` must be finite and {'>' if positive else '>='} 0; got {value}")
+    if not 0 <= value <= _LARGEST or (positive and value == 0):
+        wide = ", which is inf in float32" if _LARGEST < value < float("inf") else ""
+        rule = f"finite and {'>' if positive else '>='} 0"
+        raise ValueError(f"`{name}` must be {rule}; got {value}{wide}")
     return float(value)
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Check that `value` is dense, and whole on this rank."""
+    if hasattr(value, "placements"):  # a DTensor: its shape is the whole's, its memory a part
+        raise ValueError(
+            f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
+            "gather it first (full_tensor())"
+        )
+    if value.layout != torch.strided:
+        raise ValueError(f"`{name}` must be a dense tensor; got layout {value.layout}")
 
 
 def _check_weight(weight: float | Tensor) -> None:
@@ -110,6 +125,7 @@ def _check_weight(weight: float | Tensor) -> None:
             raise TypeError(f"`weight` must be a floating-point tensor; got {weight.dtype}")
         if weight.dim() != 0:
             raise ValueError(f"`weight` must be a 0-d tensor; got shape {tuple(weight.shape)}")
+        check_plain("weight", weight)
         return  # its value is not read: that would wait for the device
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"`weight` must be a number or a 0-d tensor; got {type(weight).__name__}")
@@ -123,6 +139,9 @@ def check_id_weights(id_weights: Tensor) -> None:
         raise TypeError(f"`id_weights` must be a floating-point tensor; got {got}")
     if id_weights.dim() != 1:
         raise ValueError(f"`id_weights` must have shape (K,); got {tuple(id_weights.shape)}")
+    check_plain("id_weights", id_weights)
+    if id_weights.is_meta:
+        raise ValueError("`id_weights` must hold values; got a tensor on device meta")
     values = id_weights.detach().to(device="cpu", dtype=torch.float64)  # once, at construction
     if not bool((torch.isfinite(values) & (values >= 0)).all()):
         raise ValueError(f"`id_weights` must be finite and >= 0; got {values.tolist()}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from .backends import choose_backend
 from .checks import (
     check_count,
+    check_device_of_number,
     check_options,
     check_row_weight,
     check_rows,
@@ -54,6 +55,7 @@ def make_loss_args(
     check_count("num_safety_items", num_safety_items, like.device)
     if not isinstance(penalty, SafetyPenalty):
         raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(penalty).__name__}")
+    check_device_of_number("weight", penalty.weight, like.device)
     dtype = accumulation_dtype(like.dtype)
     rows = like.shape[0]
     if safety_ids is None or ref is None:

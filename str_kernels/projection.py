@@ -6,6 +6,7 @@ states then give bitwise equal safety logits, and the penalty is exactly 0.0 bef
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,8 @@ def _project_rows(
     dtype = accumulation_dtype(hidden.dtype)
     if not head.weight.shape[0]:
         return hidden.new_empty((hidden.shape[0], 0), dtype=dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    kind = hidden.device.type
+    with torch.autocast(kind, enabled=False) if _has_autocast(kind) else nullcontext():
         weight = head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
         blocks = [
@@ -105,6 +107,11 @@ def scale_and_cap(raw: Tensor, logit_scale: float, softcap: float | None) -> Ten
     return torch.tanh(scaled / softcap) * softcap if softcap else scaled
 
 
+def _has_autocast(device_type: str) -> bool:
+    """Say whether autocast knows the device: "meta", where shapes are tried out, it refuses."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Round the operands to autocast's dtype where autocast is on; else leave them as they are.
 
@@ -112,7 +119,9 @@ def cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     rounding happens here, in view of autograd.
     """
     device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or hidden.dtype == torch.float64:
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+        return hidden, head
+    if hidden.dtype == torch.float64:
         return hidden, head
     dtype = torch.get_autocast_dtype(device_type)
     weight, *rest = head

@@ -69,6 +69,27 @@ def row_terms(case: Case) -> Rows:
     return Rows(ce, z_loss, phi, (z_s - ref).abs().amax(1), size, **common)
 
 
+def pulls(case: Case, scale: Tensor) -> Tensor:  # (N, K)
+    """Return the gradient of sum scale phi at the raw safety logits, with lse held still.
+
+    On the linear path that is what goes through `project`; what goes through lse does not. `scale`
+    is (N,) float64, as the result.
+    """
+    rows, penalty = scale.shape[0], case.options["penalty"]
+    if case.ids is None or case.ref is None or not case.ids.numel() or not rows:
+        return scale.new_zeros(rows, 0 if case.ids is None else case.ids.numel())
+    raw = case.in_dtype(torch.float64).raw_logits().detach()
+    raw_s = raw[:, case.ids].requires_grad_()
+    z_s = cap(raw_s, case.options)
+    if penalty.kind in ON_LOG_PROBS:
+        z_s = z_s - cap(raw, case.options).logsumexp(1, keepdim=True)
+    a = penalty.id_weights
+    a = raw.new_ones(case.ids.numel()) if a is None else a.to(raw.dtype)
+    phi = phi_of(penalty, z_s, case.ref.to(raw.dtype).expand(rows, -1), a)
+    (pull,) = torch.autograd.grad(phi.sum(), raw_s)
+    return torch.where(scale[:, None] != 0, scale[:, None] * pull, 0)
+
+
 def phi_of(penalty: SafetyPenalty, z_s: Tensor, ref: Tensor, a: Tensor) -> Tensor:  # (N,)
     """Return docs/loss.md's phi; for "logprob" z_s are log-probabilities as ref is."""
     loss = torch.nn.functional

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from cases import ON_LOG_PROBS, Case, Result
-from third_statement import Rows, row_terms
+from third_statement import Rows, pulls, row_terms
 from torch import Tensor
 
 FLOORS = 8
@@ -117,6 +117,7 @@ class Sizes(NamedTuple):
         length: the number of terms of the sum that an element of the gradient is.
         absolute: for each element, the sum of its terms' absolute values.
         quadratic: for each element, the root of the sum of its terms' squares.
+        pulled: for each element, what comes of the safety logits' own product, absolute.
     """
 
     addend: float = 0.0
@@ -124,6 +125,7 @@ class Sizes(NamedTuple):
     length: int = 1
     absolute: Tensor | None = None
     quadratic: Tensor | None = None
+    pulled: Tensor | None = None
 
 
 def compare(
@@ -148,7 +150,8 @@ def compare(
         if sizes.absolute is not None and sizes.quadratic is not None:
             absolute = float(sizes.absolute[mask].max())
             quadratic = max(quadratic, float(sizes.quadratic[mask].max()))
-        granted = max(eager[part], unavoidable(got.dtype, quadratic, sizes))
+        pulled = 0.0 if sizes.pulled is None else float(sizes.pulled[mask].max())
+        granted = max(eager[part], unavoidable(got.dtype, quadratic, sizes, pulled))
         bound = factor * granted + floor_of(got.dtype) * absolute
         difference = float((got.double() - truth)[mask].abs().max())  # NaN where got has one
         if not difference <= bound:
@@ -158,11 +161,15 @@ def compare(
             )
 
 
-def unavoidable(dtype: torch.dtype, size: float, sizes: Sizes) -> float:
+def unavoidable(dtype: torch.dtype, size: float, sizes: Sizes, pulled: float = 0.0) -> float:
     """Return the error that no implementation avoids, the largest of the following.
 
     A rounding of the result to its dtype, and on the linear path one of the logits' gradient before
-    it. In float32: roundings of addends; of the logits where they are products (an error of u in a
+    it. (Eager adds two products there, each rounded to the dtype: that of the logits' gradient, and
+    `pulled`, of the safety logits' own. In logprob they cancel, as far as the ids' softmax is near
+    1. Eager's error is then one of its roundings of `pulled`, or 0 if they happen to be alike, and
+    says nothing of what the rounding of the logits does to the difference of the two.)
+    In float32: roundings of addends; of the logits where they are products (an error of u in a
     logit is a relative error of u in its probability); and of the partial sums of a product, whose
     order is the library's own, so that they add up like the root of their number. A rounding of the
     logits to bfloat16 or float16 is the same in eager and here, and is not granted again.
@@ -173,7 +180,10 @@ def unavoidable(dtype: torch.dtype, size: float, sizes: Sizes) -> float:
     step = torch.finfo(dtype)
     subnormal = step.smallest_normal * step.eps / 2  # half of float16's last step below 6e-5
     return (
-        max(roundings * unit(dtype) * size, unit(wide) * max(inside * size, sizes.addend))
+        max(
+            roundings * unit(dtype) * max(size, pulled),
+            unit(wide) * max(inside * size, sizes.addend),
+        )
         + subnormal
     )
 
@@ -215,24 +225,28 @@ def sizes_of(case: Case, name: str) -> Sizes:
     logits = wide.raw_logits().detach()
     left = wide.from_logits(logits).run("eager").grads["logits"]
     assert left is not None
+    pull = pulls(case, w * float(penalty.weight) * upstream)
+    at_ids = torch.zeros_like(left)
+    if pull.numel():
+        at_ids[:, case.ids] = pull
     if name == "hidden":
         right = wide.leaves["linear_weight"]
-    elif name == "linear_weight":
-        left, right = left.t(), wide.leaves["hidden"]
     elif name == "low_rank_t":
         right = wide.leaves["low_rank_b"]
-    elif name == "low_rank_b":
-        left, right = left.t(), wide.leaves["low_rank_t"]
-    else:
-        left, right = left.t(), left.new_ones(left.shape[0], 1)
-    left, right = (x.nan_to_num(0.0, 0.0, 0.0) for x in (left, right))
+    else:  # a leaf with a row for each token
+        left, at_ids = left.t(), at_ids.t()
+        of_rows = {"linear_weight": "hidden", "low_rank_b": "low_rank_t"}
+        bias = left.new_ones(left.shape[1], 1)
+        right = wide.leaves[of_rows[name]] if name in of_rows else bias
+    left, right, at_ids = (x.nan_to_num(0.0, 0.0, 0.0) for x in (left, right, at_ids))
     absolute, quadratic = left.abs() @ right.abs(), (left.square() @ right.square()).sqrt()
+    pulled = (at_ids @ right).abs()
     if name == "linear_bias":
-        absolute, quadratic = absolute.squeeze(1), quadratic.squeeze(1)
+        absolute, quadratic, pulled = (x.squeeze(1) for x in (absolute, quadratic, pulled))
     finite = logits[logits.isfinite()]
     deviation = float(finite.square().mean().sqrt()) if finite.numel() else 0.0
     addend *= float(right.abs().max()) if right.numel() else 0.0
-    return Sizes(addend, 2 * deviation, left.shape[1], absolute, quadratic)
+    return Sizes(addend, 2 * deviation, left.shape[1], absolute, quadratic, pulled)
 
 
 def unit(dtype: torch.dtype) -> float:
