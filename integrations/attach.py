@@ -13,13 +13,25 @@ from torch import Tensor, nn
 
 from ..checks import check_backend
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from ..functional import safety_linear_cross_entropy, safety_log_probs
 from ..penalties import ON_LOG_PROBS
-from ..projection import project
 from ..safety_tokens import SafetyTokens
-from .hf_models import Head, capture_hidden, probe_head
-from .peft_adapters import base_of, check_adapters, is_peft_model
-from .references import AdaptersOff, FrozenModel
+from .hf_models import auxiliary_loss, shift
+from .loss_paths import LossPath, PathName, check_path, make_path
+from .peft_adapters import (
+    base_of,
+    check_adapters,
+    check_student,
+    has_adapters,
+    is_prompt_learning,
+)
+from .references import (
+    AdaptersOff,
+    CallableReference,
+    FrozenModel,
+    PromptOff,
+    Reference,
+    ReferenceFunction,
+)
 
 Positions = Literal["response", "all"] | int
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
@@ -31,7 +43,9 @@ def attach(
     *,
     penalty: SafetyPenalty | None = None,
     ref_model: nn.Module | None = None,
+    reference: ReferenceFunction | None = None,
     positions: Positions = "response",
+    path: PathName = "linear",
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> SafetyHandle:
@@ -52,10 +66,16 @@ def attach(
         safety_tokens: the ids to hold; their vocabulary must be the model's.
         penalty: kind and weight; the defaults of SafetyPenalty when None. Its id_weights, when
             None, are those of `safety_tokens`.
-        ref_model: the frozen aligned model. None takes `model` with its adapters off, which
-            costs no memory and needs a PeftModel with frozen base weights.
+        ref_model: the frozen aligned model, on any device. None takes `model` with its adapters
+            off, which costs no memory and needs adapters on frozen base weights.
+        reference: instead of a model, a function from the safety ids (K,) and the batch without
+            labels to the frozen model's logits on them, (B, T, K); log-probabilities for penalty
+            kind "logprob".
         positions: where the penalty is taken: "response" (every label), "all" (every position
             whose next token is not padding) or the first m labels of each response.
+        path: "linear" reads the head's weight and never makes the full logits; "logits" takes
+            the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
+            or DoRA), and keeps them all in memory. docs/support.md says which model needs which.
         chunk_bytes: memory for one chunk's logits, bytes; None picks a size for the device.
         backend: as in `safety_linear_cross_entropy`.
 
@@ -68,8 +88,11 @@ def attach(
         ValueError: the model cannot be attached to exactly; the message says why and what to use.
 
     Notes:
-        The output's `logits` are None in training, since they are never made. nn.DataParallel,
-        which Trainer falls back to with several GPUs and no launcher, does not work: use torchrun.
+        On the linear path the output's `logits` are None in training, since they are never made.
+        In 16 bits the logits path sees drifts no smaller than a step of the logits, 0.125 at 20.
+        nn.DataParallel, which Trainer falls back to with several GPUs and no launcher, does not
+        work: use torchrun. Under torch.compile the model's layers are compiled, the loss is an op
+        of its own.
 
     References:
         Bach and Tran 2026, arXiv:2604.17210.
@@ -84,31 +107,60 @@ def attach(
     penalty = safety_tokens.weigh(penalty)
     _check_positions(positions)
     check_backend(backend)
+    check_path(path)
     inner = base_of(model)
     if isinstance(vars(inner).get("forward"), _SafetyForward):
         raise ValueError("`model` must not be attached twice; call remove() on the first handle")
-    head = probe_head(inner)
-    _check_vocabulary("model", head, safety_tokens)
-    reference: AdaptersOff | FrozenModel
-    if ref_model is not None:
-        ref_inner = base_of(ref_model)
-        if ref_inner is inner:
-            raise ValueError("`ref_model` must be another model than `model`; got the same one")
-        ref_head = probe_head(ref_inner)
-        _check_vocabulary("ref_model", ref_head, safety_tokens)
-        reference = FrozenModel(ref_inner, ref_head)
-    elif is_peft_model(model):
+    check_student(model)
+    if reference is None and ref_model is None and has_adapters(model):
         check_adapters(model)
-        reference = AdaptersOff(model, inner, inner.forward, head)
+    student = make_path(inner, path, chunk_bytes, backend)
+    _check_vocabulary("model", student.vocab_size, safety_tokens)
+    frozen: Reference
+    if reference is not None:
+        if ref_model is not None or not callable(reference):
+            raise ValueError(
+                "`reference` must be a function, and given without `ref_model`; got "
+                f"{type(reference).__name__}, ref_model {type(ref_model).__name__}"
+            )
+        frozen = CallableReference(reference)
+    elif ref_model is not None:
+        frozen = _second_model(inner, ref_model, safety_tokens, path, chunk_bytes, backend)
+    elif has_adapters(model):
+        off = PromptOff if is_prompt_learning(model) else AdaptersOff
+        frozen = off(model, inner, inner.forward, student)
     else:
         raise ValueError(
             "`ref_model` must be given for a model without adapters: the frozen aligned model to "
             "compare with (a copy made before training); got None"
         )
-    forward = _SafetyForward(
-        inner, head, reference, safety_tokens, penalty, positions, chunk_bytes, backend
+    return SafetyHandle(
+        inner, _SafetyForward(inner, student, frozen, safety_tokens, penalty, positions)
     )
-    return SafetyHandle(inner, forward)
+
+
+def _second_model(
+    inner: nn.Module, ref_model: nn.Module, safety_tokens: SafetyTokens, *path: Any
+) -> FrozenModel:
+    """Look at a frozen second model as the reference."""
+    ref_inner = base_of(ref_model)
+    if ref_inner is inner:
+        raise ValueError("`ref_model` must be another model than `model`; got the same one")
+    if is_prompt_learning(ref_model):
+        raise ValueError(
+            "`ref_model` must not have virtual tokens in front of its input; got a PeftModel with "
+            "prompt learning. Pass a function that calls it as `reference`."
+        )
+    trained = {id(p): name for name, p in inner.named_parameters() if p.requires_grad}
+    shared = [trained[id(p)] for p in ref_inner.parameters() if id(p) in trained]
+    if shared:
+        raise ValueError(
+            "`ref_model` must share no trainable parameter with `model`, it would move with it; "
+            f"shared is {shared[0]}"
+        )
+    ref_path = make_path(ref_inner, *path)
+    _check_vocabulary("ref_model", ref_path.vocab_size, safety_tokens)
+    return FrozenModel(ref_inner, ref_path)
 
 
 class SafetyHandle:
@@ -119,6 +171,8 @@ class SafetyHandle:
         self._forward = forward
         self._previous = vars(inner).get("forward")  # set by somebody before us, or None
         inner.forward = forward
+        forward.path.open()
+        forward.reference.open()
 
     @property
     def last(self) -> SafetyLoss | None:
@@ -137,6 +191,8 @@ class SafetyHandle:
     def remove(self) -> None:
         """Put the model's own forward back. A second call does nothing."""
         self._forward.active = False  # for those who wrapped it meanwhile, as accelerate does
+        self._forward.path.close()
+        self._forward.reference.close()
         if vars(self._inner).get("forward") is not self._forward:
             return
         if self._previous is None:
@@ -162,24 +218,20 @@ class _SafetyForward:
     def __init__(
         self,
         inner: nn.Module,
-        head: Head,
-        reference: AdaptersOff | FrozenModel,
+        path: LossPath,
+        reference: Reference,
         safety_tokens: SafetyTokens,
         penalty: SafetyPenalty,
         positions: Positions,
-        chunk_bytes: int | None,
-        backend: str,
     ) -> None:
         self.inner = inner
         self.original = inner.forward
         self.signature = inspect.signature(self.original)
-        self.head = head
+        self.path = path
         self.reference = reference
         self.safety_tokens = safety_tokens
         self.penalty = penalty
         self.positions = positions
-        self.chunk_bytes = chunk_bytes
-        self.backend = backend
         self.active = True
         self.last: SafetyLoss | None = None
         # Trainer reads the signature to choose columns and to see whether **kwargs are taken.
@@ -187,103 +239,99 @@ class _SafetyForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the safety loss where there is one to compute; else call the model's forward."""
-        names = list(self.signature.parameters)
-        batch = {**dict(zip(names, args, strict=False)), **kwargs}
-        labels = batch.get("labels")
-        shift_labels = batch.get("shift_labels")
+        batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
+        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
         if not (self.active and self.inner.training) or (labels is None and shift_labels is None):
             return self.original(*args, **kwargs)
         num_items = batch.get("num_items_in_batch")
         for name in _LOSS_ARGUMENTS:
             batch.pop(name, None)
-        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
-        target = _shift(labels) if shift_labels is None else shift_labels
-        target = target.to(self.head.module.weight.device)
         as_tuple = batch.pop("return_dict", None) is False
         _check_logits_to_keep(batch)
+        target = shift(labels) if shift_labels is None else shift_labels  # (B, T)
+        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
+        target = target.to(self.path.device or target.device)
 
         safety_ids = self.safety_tokens.ids_on(target.device)
         # no ids: plain cross-entropy, and the pass of the reference is spared
-        ref = self._reference(safety_ids, batch) if len(self.safety_tokens) else None
-        with capture_hidden(self.head.module) as captured:
-            output = self.original(**batch, return_dict=True)
-        hidden = captured.take().to(target.device)  # (B, T, D)
-        if hidden.shape[:2] != target.shape:
+        ref = None
+        if len(self.safety_tokens):
+            ref = self.reference(safety_ids, batch, self.penalty.kind in ON_LOG_PROBS)
+        output, states = self.path.run(self.original, {**batch, "return_dict": True})
+        if states.shape[:2] != target.shape:
             raise ValueError(
-                f"`labels` must have shape {tuple(hidden.shape[:2])}, one per position; "
+                f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
                 f"got {tuple(target.shape)}"
             )
         if num_items is None:
             num_items = (target != IGNORE_INDEX).sum()
-        terms = safety_linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.head.module.weight,
+        row_weight = self._row_weight(target, batch.get("attention_mask"))
+        if ref is not None:
+            ref, row_weight = _beside(ref, target, row_weight)
+        terms = self.path.loss(
+            states,
             target.flatten(),
             None if ref is None else safety_ids,
-            ref,
-            linear_bias=self.head.module.bias,
+            None if ref is None else ref.flatten(0, 1),
             penalty=self.penalty,
-            safety_row_weight=self._row_weight(target, batch.get("attention_mask")),
+            safety_row_weight=None if row_weight is None else row_weight.flatten().float(),
             num_items=num_items,
             num_safety_items=num_items,
-            logit_scale=self.head.logit_scale,
-            softcap=self.head.softcap,
-            chunk_bytes=self.chunk_bytes,
-            backend=self.backend,
         )
         self.last = terms.detach()
-        # Made anew, since a field that was None would otherwise come last in a tuple. The logits
-        # are of one position only: better absent than mistaken for the batch's.
+        # Made anew, since a field that was None would otherwise come last in a tuple. Of one
+        # position, the logits are better absent than mistaken for the batch's.
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-        loss = terms.loss + _auxiliary_loss(self.inner, output)
-        output = type(output)(**{**fields, "loss": loss, "logits": None})
+        fields["loss"] = terms.loss + auxiliary_loss(self.inner, output)
+        if not self.path.keeps_logits:
+            fields["logits"] = None
+        output = type(output)(**fields)
         return output.to_tuple() if as_tuple else output
 
-    def _reference(self, safety_ids: Tensor, batch: dict[str, Any]) -> Tensor:  # (B * T, K)
-        """Return what the penalty compares with: logits, or for its kind log-probabilities."""
-        if self.penalty.kind not in ON_LOG_PROBS:
-            return self.reference(safety_ids, batch, project)
-        measure = functools.partial(
-            safety_log_probs, chunk_bytes=self.chunk_bytes, backend=self.backend
-        )
-        return self.reference(safety_ids, batch, measure)
-
-    def _row_weight(self, target: Tensor, attention_mask: Any) -> Tensor | None:  # (B * T,)
+    def _row_weight(self, target: Tensor, attention_mask: Any) -> Tensor | None:  # (B, T)
         """Return w: None for every label, or a mask of the positions asked for."""
         if self.positions == "response":
             return None
         if self.positions == "all":
             inside = torch.ones_like(target, dtype=torch.bool)
-            if isinstance(attention_mask, Tensor) and attention_mask.shape == target.shape:
-                inside = attention_mask.to(target.device).bool()
+            length = target.shape[1]
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+                # the last columns: before them may be those of a cache that prefix tuning fills
+                inside = attention_mask[:, -length:].to(target.device).bool()
             follows = nn.functional.pad(inside[:, 1:], (0, 1), value=False)
-            return (inside & follows).flatten().float()
+            return inside & follows
         kept = target != IGNORE_INDEX
         count = kept.cumsum(dim=1)
         # labels counted before the present run of labels: each response starts again at 1
         before = torch.where(kept, 0, count).cummax(dim=1).values
-        return (kept & (count - before <= self.positions)).flatten().float()
+        return kept & (count - before <= self.positions)
 
 
-def _shift(labels: Any) -> Tensor:  # (B, T)
-    """Position t predicts label t + 1; the last one predicts nothing."""
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+def _beside(
+    ref: Tensor, target: Tensor, row_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # (B, T, K), (B, T)
+    """Align the reference with the student, whose first positions may be virtual tokens.
 
-
-def _auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
-    """Return what a mixture-of-experts model adds to its loss by itself."""
-    auxiliary = getattr(output, "aux_loss", None)
-    coefficient = getattr(model, "router_aux_loss_coef", None)
-    if not isinstance(auxiliary, Tensor) or coefficient is None:
-        return 0.0
-    return auxiliary * float(coefficient)
-
-
-def _check_vocabulary(name: str, head: Head, safety_tokens: SafetyTokens) -> None:
-    largest = int(safety_tokens.ids.max()) if len(safety_tokens) else -1
-    if largest >= head.vocab_size:
+    The reference has no such positions: nothing is compared there.
+    """
+    virtual = target.shape[1] - ref.shape[1]
+    if ref.shape[0] != target.shape[0] or virtual < 0:
         raise ValueError(
-            f"`safety_tokens` must lie inside the vocabulary of `{name}`, {head.vocab_size} "
+            f"`ref_model` must have a position for each of {tuple(target.shape)} labels; it has "
+            f"{tuple(ref.shape[:2])}"
+        )
+    if virtual == 0:
+        return ref, row_weight
+    weight = target != IGNORE_INDEX if row_weight is None else row_weight
+    real = torch.arange(target.shape[1], device=target.device) >= virtual
+    return nn.functional.pad(ref, (0, 0, virtual, 0)), weight & real
+
+
+def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -> None:
+    largest = int(safety_tokens.ids.max()) if len(safety_tokens) else -1
+    if largest >= vocab_size:
+        raise ValueError(
+            f"`safety_tokens` must lie inside the vocabulary of `{name}`, {vocab_size} "
             f"tokens; got id {largest}"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
 from ..evals.drift import drift_statistics
-from ..projection import project
 from ..safety_tokens import SafetyTokens
 from .chat_data import render_prompts
-from .hf_models import evaluation_mode, probe_head
+from .hf_models import evaluation_mode
+from .loss_paths import HeadPath
 from .peft_adapters import adapters_off, is_peft_model
-from .references import reference_logits
+from .references import read_safety_logits
 
 _BATCH = 32
 
@@ -58,27 +59,23 @@ def _pairs(
     model: Any, tokenizer: Any, tokens: SafetyTokens, prompts: Sequence[str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     inner = model.get_base_model()
-    head = probe_head(inner)
     ids = tokens.ids_on(model.device)
-    for start in range(0, len(prompts), _BATCH):
-        batch = tokenizer(
-            render_prompts(tokenizer, prompts[start : start + _BATCH]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",  # so that every prompt's last position is the last
-            add_special_tokens=False,
-        ).to(model.device)
-        inputs = {**batch, "position_ids": _position_ids(batch["attention_mask"])}
-        rows = batch["input_ids"].shape[0]
-
-        def last(inputs: dict[str, Tensor] = inputs, rows: int = rows) -> Tensor:
-            logits = reference_logits(inner, inner.forward, head, ids, inputs, project)
-            positions: Tensor = logits.unflatten(0, (rows, -1))  # (B, T, K)
-            return positions[:, -1]
-
-        now = last()
-        with adapters_off(model):
-            yield now, last()
+    path = HeadPath(inner)
+    path.open()
+    with contextlib.closing(path):
+        for start in range(0, len(prompts), _BATCH):
+            batch = tokenizer(
+                render_prompts(tokenizer, prompts[start : start + _BATCH]),
+                return_tensors="pt",
+                padding=True,
+                padding_side="left",  # so that every prompt's last position is the last
+                add_special_tokens=False,
+            ).to(model.device)
+            inputs = {**batch, "position_ids": _position_ids(batch["attention_mask"])}
+            now = read_safety_logits(inner, inner.forward, path, ids, inputs)
+            with adapters_off(model):
+                before = read_safety_logits(inner, inner.forward, path, ids, inputs)
+            yield now[:, -1], before[:, -1]
 
 
 def _position_ids(attention_mask: Tensor) -> Tensor:

@@ -1,77 +1,48 @@
-"""What is known of a Hugging Face causal LM: its head, and the hidden state the head is given.
+"""What is known of a Hugging Face causal LM: what it makes of its head's output, and its loss.
 
 Nothing is believed from a config alone. `probe_head` feeds the head a chosen hidden state, looks at
 the logits that the model makes of it, and keeps the (scale, softcap) that reproduces them; a model
-that none reproduces is refused with the reason.
+that none reproduces is refused with the reason. So is one whose own loss is another than the one
+that is to take its place.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import cross_entropy, linear
 
+from ..contracts import IGNORE_INDEX
 from ..projection import scale_and_cap
+from .heads import Head, find_head, reason_against
 
 # The largest raw logit of the probe. Far above ordinary caps (30), so that a cap shows even in
 # bfloat16, and far below where float16 overflows.
 _PROBE_LOGIT = 100.0
 _PROBE_TOKENS = 8
+# What a model that cannot take the probe may raise: anything its own code does with a short batch.
+_PROBE_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,  # NotImplementedError is one
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ImportError,
+)
+_INSTEAD = {
+    "linear": "attach(..., path='logits') may do: it asks for no head and keeps all logits.",
+    "logits": "Compute logits yourself and use str_kernels.safety_cross_entropy on them.",
+}
 
 
-@dataclass(frozen=True)
-class Head:
-    """A language-model head: z = cap(logit_scale * (hidden W^T + b)).
-
-    Attributes:
-        module: the nn.Linear; its weight is read at each step, never kept.
-        logit_scale: factor on its output.
-        softcap: cap in logits, or None.
-    """
-
-    module: nn.Linear
-    logit_scale: float
-    softcap: float | None
-
-    @property
-    def vocab_size(self) -> int:
-        """Return V, the rows of the weight (config.vocab_size may differ after a resize)."""
-        return int(self.module.weight.shape[0])
-
-
-class Captured:
-    """Holds the hidden state that a forward handed to its head."""
-
-    hidden: Tensor | None = None  # (B, T, D)
-
-    def take(self) -> Tensor:
-        """Return the state and forget it."""
-        hidden, self.hidden = self.hidden, None
-        if hidden is None:
-            raise RuntimeError("the model's forward did not call its output embeddings")
-        return hidden
-
-
-@contextlib.contextmanager
-def capture_hidden(head: nn.Module) -> Iterator[Captured]:
-    """Catch the head's input and pass on one position, so that the model makes (B, 1, V) logits."""
-    captured = Captured()
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        captured.hidden = args[0]
-        # contiguous: on a strided (B, 1, D) the CPU's linear copies the whole head for every row
-        return (args[0][:, :1].contiguous(), *args[1:])
-
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        yield captured
-    finally:
-        handle.remove()
+def refuse(path: str, rule: str) -> ValueError:
+    """Return the error of a model that cannot be attached to, which says what may be used."""
+    return ValueError(f"`model` must {rule}. {_INSTEAD[path]}")
 
 
 @contextlib.contextmanager
@@ -81,8 +52,7 @@ def contiguous_head_input(model: nn.Module) -> Iterator[None]:
     On a CPU torch's linear of a strided (B, 1, D) copies the whole head for every row; 16 rows and
     a head of 28 M elements in bfloat16 took 4.80 s instead of 0.03 s (docs/log.md).
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
+    head = find_head(model)
     if head is None:
         yield
         return
@@ -106,104 +76,170 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def probe_head(model: nn.Module, forward: Any = None) -> Head:
+def probe_head(model: nn.Module) -> Head:
     """Find the head of a causal LM and what the model does to its output.
 
     Args:
         model: a Hugging Face causal LM (not a PeftModel: its base).
-        forward: the model's own forward, if `model.forward` is no longer it.
 
     Returns:
         The Head.
 
     Raises:
-        ValueError: the model has no plain linear head, or its logits are not scale and cap of it.
-            The message says which and what can be used instead.
+        ValueError: the head's operands cannot be read, the logits are not scale and cap of its
+            output, or the model's own loss is not next-token cross-entropy. The message says
+            which and what can be used instead.
     """
-    head = find_linear_head(model)
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    vocab = head.weight.shape[0]
-    device = head.weight.device
-    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device).remainder(vocab).unsqueeze(0)
+    module = find_head(model)
+    reason = reason_against(module, model)
+    if reason is not None or module is None:
+        raise refuse("linear", reason or "have output embeddings")
+    head = Head(module)
     seen: dict[str, Tensor] = {}
 
     def replace_hidden(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen["hidden"] = _spread(args[0], head)
-        return (seen["hidden"], *args[1:])
+        if "raw" in seen:
+            raise RuntimeError("its forward called its output embeddings more than once")
+        hidden = args[0]
+        spread = hidden * (_PROBE_LOGIT / _raw_logits(head, hidden).abs().max().clamp(min=1e-6)).to(
+            hidden.dtype
+        )
+        seen["raw"] = _raw_logits(head, spread)
+        return (spread, *args[1:])
 
-    handle = head.register_forward_pre_hook(replace_hidden)
+    handle = module.register_forward_pre_hook(replace_hidden)
     try:
-        with torch.no_grad(), evaluation_mode(model):
-            output = (forward or model.forward)(input_ids=ids, return_dict=True)
-            logits = getattr(output, "logits", None)
-            hidden = seen.get("hidden")
-            raw = None if hidden is None else linear(hidden, head.weight, head.bias).float()
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(
-            f"`model` must run on input_ids alone to be attached to; {name} raised "
-            f"{type(error).__name__}: {error}. {_INSTEAD}"
-        ) from error
+        logits, ids, own_loss = _run_probe(model, "linear", head.device)
     finally:
         handle.remove()
-    if raw is None or not isinstance(logits, Tensor) or logits.shape != raw.shape:
-        got = "no logits" if not isinstance(logits, Tensor) else f"logits {tuple(logits.shape)}"
-        raise ValueError(
-            f"`model` must make its logits by its output embeddings; {name} made {got}. {_INSTEAD}"
+    name = type(model).__name__
+    raw = seen.get("raw")
+    if raw is None or logits.shape != raw.shape:
+        raise refuse(
+            "linear",
+            f"make its logits by its output embeddings; {name} made logits {tuple(logits.shape)}",
         )
+    head = _with_scale_and_cap(head, raw, logits, model)
+    _check_own_loss(model, "linear", logits, ids, own_loss)
+    return head
+
+
+def probe_logits(model: nn.Module) -> int:
+    """Check that a model's loss is next-token cross-entropy of its logits.
+
+    Args:
+        model: as in `probe_head`.
+
+    Returns:
+        V, the width of its logits.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    device = next(model.parameters()).device
+    logits, ids, own_loss = _run_probe(model, "logits", device)
+    _check_own_loss(model, "logits", logits, ids, own_loss)
+    return int(logits.shape[-1])
+
+
+def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
+    """Return what a mixture-of-experts model adds to its loss by itself."""
+    auxiliary = getattr(output, "aux_loss", None)
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    coefficient = next((x for name in names if (x := getattr(model, name, None)) is not None), None)
+    if not isinstance(auxiliary, Tensor) or coefficient is None:
+        return 0.0  # the probe has compared the model's own loss with this
+    return auxiliary * float(coefficient)
+
+
+def shift(labels: Any) -> Tensor:  # (B, T)
+    """Position t predicts label t + 1; the last one predicts nothing."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _run_probe(model: nn.Module, path: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Return logits, ids and the model's own loss without what it adds to the cross-entropy."""
+    name = type(model).__name__
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            output = model.forward(input_ids=ids, labels=ids, return_dict=True)
+            logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
+            if isinstance(loss, Tensor):
+                loss = float(loss - auxiliary_loss(model, output))
+    except _PROBE_ERRORS as error:
+        raise refuse(
+            path,
+            f"run on input_ids and labels alone to be attached to; {name} raised "
+            f"{type(error).__name__}: {error}",
+        ) from error
+    if not isinstance(logits, Tensor) or not isinstance(loss, float):
+        got = "no logits" if not isinstance(logits, Tensor) else "no loss"
+        raise refuse(path, f"return logits and a loss when given labels; {name} returned {got}")
+    return logits, ids, loss
+
+
+def _check_own_loss(
+    model: nn.Module, path: str, logits: Tensor, ids: Tensor, own_loss: float
+) -> None:
+    """Refuse a model whose loss we would silently replace by another one."""
+    if logits.shape[:2] != ids.shape:
+        raise refuse(
+            path,
+            f"return one row of logits per token; {type(model).__name__} returned "
+            f"{tuple(logits.shape)} for {ids.shape[1]} tokens",
+        )
+    target = shift(ids).to(logits.device).flatten()
+    expected = float(cross_entropy(logits.flatten(0, 1).float(), target, ignore_index=IGNORE_INDEX))
+    # Some models compute theirs in 16 bits. An unshifted loss is off by nats.
+    exact = logits.dtype in (torch.float32, torch.float64)
+    if not abs(own_loss - expected) <= (1e-4 if exact else 3e-2) * max(abs(expected), 1.0):
+        raise refuse(
+            path,
+            "have next-token cross-entropy as its own loss, which is what takes its place; that "
+            f"of {type(model).__name__} is {own_loss:.6g} where cross-entropy is {expected:.6g}",
+        )
+
+
+def _raw_logits(head: Head, hidden: Tensor) -> Tensor:
+    rows = hidden.flatten(0, -2)
+    weight, bias, low_rank = head.operands(rows)
+    raw = linear(rows, weight, bias).float()
+    if low_rank is not None:
+        raw = raw + low_rank[0].float() @ low_rank[1].float().t()
+    return raw.unflatten(0, hidden.shape[:-1])
+
+
+def _with_scale_and_cap(head: Head, raw: Tensor, logits: Tensor, model: nn.Module) -> Head:
     misses = []
-    for scale, cap in _candidates(config):
+    for scale, cap in _candidates(getattr(model, "config", None)):
         expected = scale_and_cap(raw, scale, cap)
         miss = float((expected - logits.float()).abs().max() / expected.abs().max())
         misses.append(f"scale {scale:g} cap {cap}: {miss:.1e}")
         if miss <= _tolerance(logits.dtype):
-            return Head(head, scale, cap)
-    raise ValueError(
-        f"`model` must make its logits by scale and cap of its head's output; those of {name} are "
-        f"not reproduced ({'; '.join(misses)}). {_INSTEAD}"
+            return Head(head.module, scale, cap)
+    raise refuse(
+        "linear",
+        f"make its logits by scale and cap of its head's output; those of {type(model).__name__} "
+        f"are not reproduced ({'; '.join(misses)})",
     )
 
 
-_INSTEAD = "Compute logits yourself and use str_kernels.safety_cross_entropy on them."
-
-
-def find_linear_head(model: nn.Module) -> nn.Linear:
-    """Return the output embeddings, which must be an untouched nn.Linear."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if head is None:
-        raise ValueError(
-            "`model` must be a Hugging Face causal LM with output embeddings; got "
-            f"{type(model).__name__}. {_INSTEAD}"
-        )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(
-            "`model` must have a plain nn.Linear as its head (no adapter on it, not quantised); "
-            f"got {type(head).__module__}.{type(head).__name__}. {_INSTEAD}"
-        )
-    return head
-
-
-def _spread(hidden: Tensor, head: nn.Linear) -> Tensor:
-    """Blow the hidden state up until its largest raw logit is _PROBE_LOGIT."""
-    raw = linear(hidden, head.weight).float()
-    return hidden * (_PROBE_LOGIT / raw.abs().max().clamp(min=1e-6)).to(hidden.dtype)
+# What configs call the factor on the head's output (or the divisor: both are tried) and its cap.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def _candidates(config: Any) -> list[tuple[float, float | None]]:
     """List the (scale, softcap) pairs that this config's numbers allow, the plainest first."""
     text_config = getattr(config, "text_config", None) or config
-    scales = [1.0]
-    scale = getattr(text_config, "logit_scale", None)  # cohere multiplies
-    if isinstance(scale, (int, float)) and scale:
-        scales.append(float(scale))
-    divisor = getattr(text_config, "logits_scaling", None)  # granite divides
-    if isinstance(divisor, (int, float)) and divisor:
-        scales.append(1.0 / divisor)
-    caps: list[float | None] = [None]
-    cap = getattr(text_config, "final_logit_softcapping", None)  # gemma 2
-    if isinstance(cap, (int, float)) and cap:
-        caps.append(float(cap))
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        values = [getattr(text_config, name, None) for name in names]
+        return [float(x) for x in values if isinstance(x, (int, float)) and x > 0]
+
+    scales = [1.0, *(y for x in numbers(_SCALES) for y in (x, 1 / x))]
+    caps = [None, *numbers(_CAPS)]
     return [(scale, cap) for scale in dict.fromkeys(scales) for cap in caps]
 
 

@@ -1,84 +1,172 @@
-"""Where the reference's safety logits come from: adapters off, or a second model.
+"""Where the reference's safety logits come from: adapters off, a second model, or a callable.
 
-Both run the reference in eval mode without gradient, catch the hidden state before the head, and
-project it onto the safety ids alone: the reference never holds logits of the full vocabulary.
+The two models run in eval mode and without gradient, and are met where the student is (see
+loss_paths): on the path of the hidden states the reference never holds logits of all tokens.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .hf_models import Head, capture_hidden, evaluation_mode
-from .peft_adapters import adapters_off
+from .hf_models import evaluation_mode
+from .loss_paths import LossPath
+from .peft_adapters import adapters_off, check_adapters
 
-Measure = Callable[..., Tensor]
-"""`project` or `safety_log_probs`: from hidden states, head and ids to (N, K)."""
+ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
+"""From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
+
+Logits, or for penalty kind "logprob" log-probabilities. Called without gradient.
+"""
 
 
-def reference_logits(
+class Reference(Protocol):
+    """Anything that says what the frozen model thinks of the safety ids in a batch."""
+
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        """Return (B, T, K), logits or log-probabilities."""
+
+    def open(self) -> None:
+        """Put in place what has to be there while the student is attached."""
+
+    def close(self) -> None:
+        """Undo it."""
+
+
+def read_safety_logits(
     model: nn.Module,
     forward: Callable[..., Any],
-    head: Head,
-    safety_ids: Tensor,
+    path: LossPath,
+    ids: Tensor,
     batch: dict[str, Any],
-    measure: Measure,
-) -> Tensor:  # (B * T, K)
-    """Run `forward` without gradient in eval mode and measure what reaches the head."""
+    log_probs: bool = False,
+) -> Tensor:  # (B, T, K)
+    """Run `forward` without gradient in eval mode and read the safety logits off it."""
+    # the cache of keys and values would be made and thrown away
+    if "use_cache" in inspect.signature(forward).parameters:
+        batch = {**batch, "use_cache": False}
     with torch.no_grad(), evaluation_mode(model):
-        with capture_hidden(head.module) as captured:
-            forward(**_without_cache(forward, batch))
-        hidden = captured.take()
-        return measure(
-            hidden.flatten(0, 1),
-            head.module.weight,
-            safety_ids,
-            linear_bias=head.module.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-        )
+        _, states = path.run(forward, {**batch, "return_dict": True})
+        return path.safety_logits(states, ids, log_probs)
 
 
 class AdaptersOff:
     """The model's own weights with its adapters switched off."""
 
-    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, head: Head) -> None:
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
         self.peft_model = peft_model
         self.inner = inner
         self.forward = forward
-        self.head = head
+        self.path = path
+        self._checked = tuple(peft_model.peft_config)
 
-    def __call__(self, safety_ids: Tensor, batch: dict[str, Any], measure: Measure) -> Tensor:
-        """Return the reference's (B * T, K) safety logits for a batch."""
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        names = tuple(self.peft_model.peft_config)
+        if names != self._checked:  # one was added since, which may have moved the base
+            check_adapters(self.peft_model)
+            self._checked = names
         with adapters_off(self.peft_model):
-            return reference_logits(self.inner, self.forward, self.head, safety_ids, batch, measure)
+            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+
+class PromptOff:
+    """The model without the virtual tokens that prompt learning puts before the input.
+
+    What reaches the inner model has them already, as embeddings or in the cache, so the reference
+    is given the batch that the PeftModel was called with.
+    """
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        self.peft_model = peft_model
+        self.inner = inner
+        self.forward = forward
+        self.path = path
+        self._outer: dict[str, Any] | None = None
+        self._hooks: list[Any] = []
+
+    def open(self) -> None:
+        self._hooks = [
+            self.peft_model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.peft_model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self._outer.update(self._outer.pop("kwargs", {}))
+
+    def _leave(self, *_: Any) -> None:
+        self._outer = None
+
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        if self._outer is not None:
+            for_peft = ("labels", "shift_labels", "num_items_in_batch", "task_ids", "return_dict")
+            batch = {
+                name: value
+                for name, value in self._outer.items()
+                if name not in for_peft and value is not None
+            }
+        return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 
 
 class FrozenModel:
     """A second model, on the same device or on another one."""
 
-    def __init__(self, model: nn.Module, head: Head) -> None:
+    def __init__(self, model: nn.Module, path: LossPath) -> None:
         self.model = model
-        self.head = head
+        self.path = path
 
-    def __call__(self, safety_ids: Tensor, batch: dict[str, Any], measure: Measure) -> Tensor:
-        """Return the reference's (B * T, K) safety logits for a batch, on the batch's device."""
-        device = self.head.module.weight.device
-        home = safety_ids.device
+    def open(self) -> None:
+        self.path.open()
+
+    def close(self) -> None:
+        self.path.close()
+
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        device = self.path.device or next(self.model.parameters()).device
         moved = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
-        ids = safety_ids.to(device)
-        return reference_logits(self.model, self.model.forward, self.head, ids, moved, measure).to(
-            home
-        )
+        return read_safety_logits(
+            self.model, self.model.forward, self.path, ids.to(device), moved, log_probs
+        ).to(ids.device)
 
 
-def _without_cache(forward: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Any]:
-    accepts = "use_cache" in inspect.signature(forward).parameters
-    return {**batch, "use_cache": False} if accepts else batch
+class CallableReference:
+    """The caller's own function, checked at each step for its shape."""
+
+    def __init__(self, function: ReferenceFunction) -> None:
+        self.function = function
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        with torch.no_grad():
+            values = self.function(ids, batch)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"`reference` must return a floating-point tensor; got {values!r}")
+        if values.dim() != 3 or values.shape[2] != len(ids):
+            raise ValueError(
+                f"`reference` must return (B, T, {len(ids)}), a logit per position and safety id; "
+                f"got {tuple(values.shape)}"
+            )
+        return values.detach().to(ids.device)

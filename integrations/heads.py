@@ -1,0 +1,238 @@
+"""The head of a causal LM: what it multiplies, with or without an adapter on it.
+
+`safety_linear_cross_entropy` needs the operands of z = cap(scale * (h W^T + b + t B^T)), not the
+module. `Head.operands` reads them off a plain nn.Linear and off what PEFT puts around one: a LoRA
+or DoRA layer (whose own `.weight` is the base weight alone), or a trained copy (modules_to_save).
+They are read at each use, since "adapters off" changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# PEFT's layer on an nn.Linear, by name, so that peft need not be there. Its subclasses compute
+# something else.
+_LORA_LINEAR = ("peft.tuners.lora.layer", "Linear")
+_NORM_ROWS = 4096  # of the head at once, for DoRA's norms
+
+
+class Operands(NamedTuple):
+    """What `safety_linear_cross_entropy` calls linear_weight, linear_bias and low_rank."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    low_rank: tuple[Tensor, Tensor] | None  # (N, r), (V, r)
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """Return the two that are optional, by the names the functions have for them."""
+        return {"linear_bias": self.bias, "low_rank": self.low_rank}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: z = cap(logit_scale * (hidden W^T + b + t B^T)).
+
+    Attributes:
+        module: an nn.Linear, or PEFT's layer around one.
+        logit_scale: factor on its output.
+        softcap: cap in logits, or None.
+    """
+
+    module: nn.Module
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Return V, the rows of the weight (config.vocab_size may differ after a resize)."""
+        return int(_linear_in(self.module).weight.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weight is, and so where the loss is made."""
+        return _linear_in(self.module).weight.device
+
+    def operands(self, hidden: Tensor) -> Operands:
+        """Return the operands as they are now: adapters on or off, dropout drawn anew.
+
+        Args:
+            hidden: (N, D), what the head is given; an adapter's first matrix is applied to it.
+        """
+        layer = _copy_in_use(self.module)
+        if not _is_lora(layer):
+            return Operands(layer.weight, layer.bias, None)
+        return _lora_operands(layer, hidden)
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """Return the output embeddings of a Hugging Face model, None where there are none."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if callable(find) else None
+    except (AttributeError, NotImplementedError):  # some classes have the method and no head
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def reason_against(head: nn.Module | None, model: nn.Module) -> str | None:
+    """Say why a head's operands cannot be read off it; None where they can."""
+    if head is None:
+        return f"have output embeddings; {type(model).__name__} has none"
+    copies = getattr(head, "modules_to_save", None)
+    layers = [head] if copies is None else [head.original_module, *copies.values()]
+    for layer in layers:
+        reason = _reason_against_layer(layer)
+        if reason:
+            return reason
+    return None
+
+
+def _reason_against_layer(layer: Any) -> str | None:
+    name = f"{type(layer).__module__}.{type(layer).__name__}"
+    linear = layer
+    if (type(layer).__module__, type(layer).__name__) == _LORA_LINEAR:
+        linear = layer.get_base_layer()
+        if layer.merged:
+            return "have no merged adapter on its head (call unmerge_adapter()); got one"
+        for adapter, variant in layer.lora_variant.items():
+            if adapter not in layer.lora_magnitude_vector:
+                return f"have a plain LoRA or DoRA on its head; got {type(variant).__name__}"
+            if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+                return (
+                    "have lora_dropout 0 with DoRA on its head, where the dropout is applied to "
+                    "the frozen weight's product too; got some"
+                )
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        return f"have a plain nn.Linear as its head, or a LoRA or DoRA on one; got {name}"
+    if linear.weight.is_meta:
+        return "have its head's weight in memory while it trains; got one that is offloaded"
+    return None
+
+
+def _copy_in_use(module: Any) -> Any:
+    """Return the layer that computes, where PEFT trains a copy of it (modules_to_save)."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None:
+        return module
+    active = module.active_adapters
+    if module.disable_adapters or not active or any(name not in copies for name in active):
+        return module.original_module
+    return copies[active[0]]
+
+
+def _is_lora(layer: nn.Module) -> bool:
+    return hasattr(layer, "lora_A")
+
+
+def _linear_in(module: nn.Module) -> Any:
+    layer = _copy_in_use(module)
+    return layer.get_base_layer() if _is_lora(layer) else layer
+
+
+def _lora_operands(layer: Any, hidden: Tensor) -> Operands:
+    """Read W, b, t and B off a LoRA or DoRA layer.
+
+    LoRA adds s B A h, so t = s A(dropout(h)). DoRA multiplies row v of W + s B A by
+    m_v = magnitude_v / ||W_v + s (B A)_v||, the norm being a constant; as PEFT does for several
+    adapters, what each adds to the base is summed:
+
+        z = (1 + sum (m_i - 1)) (W h) + b + sum m_i s_i B_i A_i h,    m_i = 1 for LoRA
+
+    so a DoRA, and only a DoRA, makes a scaled copy of W.
+    """
+    base = layer.get_base_layer()
+    weight, bias = base.weight, base.bias
+    factor: Tensor | None = None  # (V, 1)
+    ts: list[Tensor] = []
+    bs: list[Tensor] = []
+    for name in [] if layer.disable_adapters else layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        t = a(layer.lora_dropout[name](hidden.to(a.weight.dtype))) * scaling
+        second, added = b.weight, b.bias  # LoraConfig(lora_bias=True) gives B a bias
+        if name in layer.lora_magnitude_vector:
+            norm = _row_norms(base.weight, a.weight, second, scaling)
+            magnitude = (layer.lora_magnitude_vector[name].weight / norm).unsqueeze(1)
+            factor = magnitude if factor is None else factor + magnitude - 1
+            second = magnitude * second
+            added = None if added is None else magnitude.squeeze(1) * added
+        if added is not None:
+            added = (added * scaling).to(hidden.dtype)
+            bias = added if bias is None else bias + added
+        ts.append(t.to(hidden.dtype))
+        bs.append(second.to(hidden.dtype))
+    if factor is not None:
+        weight = (weight.to(factor.dtype) * factor).to(hidden.dtype)
+    return Operands(weight, bias, (torch.cat(ts, dim=1), torch.cat(bs, dim=1)) if ts else None)
+
+
+@torch.no_grad()
+def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:  # (V,)
+    """Return ||W_v + s (B A)_v||, a block of rows at a time: B A is as large as W."""
+    blocks = zip(weight.split(_NORM_ROWS), b.split(_NORM_ROWS), strict=True)
+    return torch.cat(
+        [torch.linalg.norm(w.to(a.dtype) + scaling * (rows @ a), dim=1) for w, rows in blocks]
+    )
+
+
+class Tap:
+    """Catches the hidden states that a forward hands to the head, as a context manager.
+
+    It passes on one position, so that the model makes (B, 1, V) logits. The hook is on the head
+    from `open` to `close`, and not only while it catches: torch.compile traces hooks, and does not
+    look again whether they are still the same.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._hook: Any = None
+        self._armed = False
+        self._hidden: Tensor | None = None  # (B, T, D)
+
+    def open(self) -> None:
+        """Put the hook on the head."""
+        if self._hook is None:
+            self._hook = self._module.register_forward_pre_hook(self._catch)
+
+    def close(self) -> None:
+        """Take it off. A second call does nothing."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def take(self) -> Tensor:
+        """Return the states of the last forward, and forget them."""
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            raise RuntimeError("the model's forward did not call its output embeddings")
+        return hidden
+
+    def __enter__(self) -> Tap:
+        self._armed, self._hidden = True, None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._armed = False
+        if kind is not None:
+            self._hidden = None
+
+    def _catch(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self._armed:
+            return None
+        if self._hidden is not None:
+            raise RuntimeError("the model's forward called its output embeddings more than once")
+        self._hidden = args[0]
+        # contiguous: on a strided (B, 1, D) the CPU's linear copies the whole head for every row
+        return (args[0][:, :1].contiguous(), *args[1:])

@@ -1,0 +1,157 @@
+"""The two places where a model's forward can be met: before its head, or at its logits.
+
+Both run a forward, read the safety logits off what it leaves, and make the loss of it. HeadPath is
+the one for memory: the full logits never exist. LogitsPath asks nothing of the head, and is for
+the models and adapters that HeadPath cannot read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import SafetyLoss, accumulation_dtype
+from ..functional import (
+    safety_cross_entropy,
+    safety_linear_cross_entropy,
+    safety_log_probs,
+)
+from ..projection import project
+from .heads import Tap
+from .hf_models import probe_head, probe_logits
+
+PathName = Literal["linear", "logits"]
+
+
+class LossPath(Protocol):
+    """How a model's forward is met; one object per model."""
+
+    keeps_logits: bool
+    vocab_size: int
+
+    def open(self) -> None:
+        """Put in place what has to be there while the model is attached."""
+
+    def close(self) -> None:
+        """Undo it."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the loss is made; None for wherever the states are."""
+
+    def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Call the forward; return its output and the states (B, T, D or V)."""
+
+    def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
+        """Return the logits (or log-probabilities) of the ids, (B, T, K)."""
+
+    def loss(
+        self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
+    ) -> SafetyLoss:
+        """Return the loss of states, target (B * T,) and the reference's logits (B * T, K)."""
+
+
+def make_path(model: nn.Module, path: PathName, chunk_bytes: int | None, backend: str) -> LossPath:
+    """Look at a model and return the way to meet it; ValueError says why there is none."""
+    if path == "linear":
+        return HeadPath(model, chunk_bytes, backend)
+    return LogitsPath(model, backend)
+
+
+def check_path(path: object) -> None:
+    """Raise ValueError unless it is the name of a path."""
+    if path not in get_args(PathName):
+        raise ValueError(f"`path` must be one of {', '.join(get_args(PathName))}; got {path!r}")
+
+
+class HeadPath:
+    """Hidden states before the head, a chunk of rows of logits at a time."""
+
+    keeps_logits = False
+
+    def __init__(
+        self, model: nn.Module, chunk_bytes: int | None = None, backend: str = "auto"
+    ) -> None:
+        self.head = probe_head(model)
+        self._tap = Tap(self.head.module)
+        self._run_as: dict[str, Any] = {"chunk_bytes": chunk_bytes, "backend": backend}
+        self._transform: dict[str, Any] = {
+            "logit_scale": self.head.logit_scale,
+            "softcap": self.head.softcap,
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.vocab_size
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.head.device
+
+    def open(self) -> None:
+        self._tap.open()
+
+    def close(self) -> None:
+        self._tap.close()
+
+    def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        with self._tap:
+            output = forward(**batch)
+        return output, self._tap.take().to(self.head.device)
+
+    def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
+        rows = states.flatten(0, 1)
+        weight, *_ = operands = self.head.operands(rows)
+        options = {**operands.extras, **self._transform}
+        if log_probs:
+            values = safety_log_probs(rows, weight, ids, **options, **self._run_as)
+        else:
+            values = project(rows, weight, ids, **options)
+        return values.unflatten(0, states.shape[:2])
+
+    def loss(
+        self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
+    ) -> SafetyLoss:
+        rows = states.flatten(0, 1)
+        weight, *_ = operands = self.head.operands(rows)
+        return safety_linear_cross_entropy(
+            rows, weight, target, ids, ref,
+            **operands.extras, **self._transform, **self._run_as, **options,
+        )  # fmt: skip
+
+
+class LogitsPath:
+    """All logits, as the model returns them."""
+
+    keeps_logits = True
+    device = None
+
+    def __init__(self, model: nn.Module, backend: str = "auto") -> None:
+        self.vocab_size = probe_logits(model)
+        self._backend = backend
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        output = forward(**batch)
+        return output, output.logits
+
+    def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
+        wide = accumulation_dtype(states.dtype)
+        values = states[..., ids.to(states.device)].to(wide)
+        if log_probs:  # row by row of the batch: no second copy of all logits
+            values = values - torch.stack([row.to(wide).logsumexp(-1, True) for row in states])
+        return values
+
+    def loss(
+        self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
+    ) -> SafetyLoss:
+        rows = states.flatten(0, 1)
+        return safety_cross_entropy(rows, target, ids, ref, backend=self._backend, **options)
