@@ -56,7 +56,8 @@ class Head:
     @property
     def device(self) -> torch.device:
         """Return where the weight is, and so where the loss is made."""
-        return _linear_in(self.module).weight.device
+        device: torch.device = _linear_in(self.module).weight.device
+        return device
 
     def operands(self, hidden: Tensor) -> Operands:
         """Return the operands as they are now: adapters on or off, dropout drawn anew.

@@ -207,7 +207,8 @@ def _raw_logits(head: Head, hidden: Tensor) -> Tensor:
     raw = linear(rows, weight, bias).float()
     if low_rank is not None:
         raw = raw + low_rank[0].float() @ low_rank[1].float().t()
-    return raw.unflatten(0, hidden.shape[:-1])
+    logits: Tensor = raw.unflatten(0, hidden.shape[:-1])
+    return logits
 
 
 def _with_scale_and_cap(head: Head, raw: Tensor, logits: Tensor, model: nn.Module) -> Head:

@@ -7,11 +7,13 @@ the models and adapters that HeadPath cannot read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ..contracts import SafetyLoss, accumulation_dtype
 from ..functional import (
@@ -26,11 +28,20 @@ from .hf_models import probe_head, probe_logits
 PathName = Literal["linear", "logits"]
 
 
-class LossPath(Protocol):
+class LossPath(ABC):
     """How a model's forward is met; one object per model."""
 
     keeps_logits: bool
-    vocab_size: int
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """V, of the logits or of the head's rows."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the loss is made; None for wherever the states are."""
+        return None
 
     def open(self) -> None:
         """Put in place what has to be there while the model is attached."""
@@ -38,16 +49,15 @@ class LossPath(Protocol):
     def close(self) -> None:
         """Undo it."""
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the loss is made; None for wherever the states are."""
-
+    @abstractmethod
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
         """Call the forward; return its output and the states (B, T, D or V)."""
 
+    @abstractmethod
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         """Return the logits (or log-probabilities) of the ids, (B, T, K)."""
 
+    @abstractmethod
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:
@@ -67,7 +77,7 @@ def check_path(path: object) -> None:
         raise ValueError(f"`path` must be one of {', '.join(get_args(PathName))}; got {path!r}")
 
 
-class HeadPath:
+class HeadPath(LossPath):
     """Hidden states before the head, a chunk of rows of logits at a time."""
 
     keeps_logits = False
@@ -84,24 +94,30 @@ class HeadPath:
         }
 
     @property
+    @override
     def vocab_size(self) -> int:
         return self.head.vocab_size
 
     @property
+    @override
     def device(self) -> torch.device | None:
         return self.head.device
 
+    @override
     def open(self) -> None:
         self._tap.open()
 
+    @override
     def close(self) -> None:
         self._tap.close()
 
+    @override
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
         with self._tap:
             output = forward(**batch)
         return output, self._tap.take().to(self.head.device)
 
+    @override
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         rows = states.flatten(0, 1)
         weight, *_ = operands = self.head.operands(rows)
@@ -110,8 +126,10 @@ class HeadPath:
             values = safety_log_probs(rows, weight, ids, **options, **self._run_as)
         else:
             values = project(rows, weight, ids, **options)
-        return values.unflatten(0, states.shape[:2])
+        by_batch: Tensor = values.unflatten(0, states.shape[:2])
+        return by_batch
 
+    @override
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:
@@ -123,26 +141,26 @@ class HeadPath:
         )  # fmt: skip
 
 
-class LogitsPath:
+class LogitsPath(LossPath):
     """All logits, as the model returns them."""
 
     keeps_logits = True
-    device = None
 
     def __init__(self, model: nn.Module, backend: str = "auto") -> None:
-        self.vocab_size = probe_logits(model)
+        self._vocab_size = probe_logits(model)
         self._backend = backend
 
-    def open(self) -> None:
-        pass
+    @property
+    @override
+    def vocab_size(self) -> int:
+        return self._vocab_size
 
-    def close(self) -> None:
-        pass
-
+    @override
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
         output = forward(**batch)
         return output, output.logits
 
+    @override
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         wide = accumulation_dtype(states.dtype)
         values = states[..., ids.to(states.device)].to(wide)
@@ -150,6 +168,7 @@ class LogitsPath:
             values = values - torch.stack([row.to(wide).logsumexp(-1, True) for row in states])
         return values
 
+    @override
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:

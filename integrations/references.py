@@ -7,11 +7,13 @@ loss_paths): on the path of the hidden states the reference never holds logits o
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from .hf_models import evaluation_mode
 from .loss_paths import LossPath
@@ -24,9 +26,10 @@ Logits, or for penalty kind "logprob" log-probabilities. Called without gradient
 """
 
 
-class Reference(Protocol):
+class Reference(ABC):
     """Anything that says what the frozen model thinks of the safety ids in a batch."""
 
+    @abstractmethod
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         """Return (B, T, K), logits or log-probabilities."""
 
@@ -54,7 +57,7 @@ def read_safety_logits(
         return path.safety_logits(states, ids, log_probs)
 
 
-class AdaptersOff:
+class AdaptersOff(Reference):
     """The model's own weights with its adapters switched off."""
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
@@ -64,12 +67,7 @@ class AdaptersOff:
         self.path = path
         self._checked = tuple(peft_model.peft_config)
 
-    def open(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
+    @override
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         names = tuple(self.peft_model.peft_config)
         if names != self._checked:  # one was added since, which may have moved the base
@@ -79,7 +77,7 @@ class AdaptersOff:
             return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 
 
-class PromptOff:
+class PromptOff(Reference):
     """The model without the virtual tokens that prompt learning puts before the input.
 
     What reaches the inner model has them already, as embeddings or in the cache, so the reference
@@ -94,12 +92,14 @@ class PromptOff:
         self._outer: dict[str, Any] | None = None
         self._hooks: list[Any] = []
 
+    @override
     def open(self) -> None:
         self._hooks = [
             self.peft_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.peft_model.register_forward_hook(self._leave, always_call=True),
         ]
 
+    @override
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -112,6 +112,7 @@ class PromptOff:
     def _leave(self, *_: Any) -> None:
         self._outer = None
 
+    @override
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         if self._outer is not None:
             for_peft = ("labels", "shift_labels", "num_items_in_batch", "task_ids", "return_dict")
@@ -123,19 +124,22 @@ class PromptOff:
         return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 
 
-class FrozenModel:
+class FrozenModel(Reference):
     """A second model, on the same device or on another one."""
 
     def __init__(self, model: nn.Module, path: LossPath) -> None:
         self.model = model
         self.path = path
 
+    @override
     def open(self) -> None:
         self.path.open()
 
+    @override
     def close(self) -> None:
         self.path.close()
 
+    @override
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         device = self.path.device or next(self.model.parameters()).device
         moved = {
@@ -147,18 +151,13 @@ class FrozenModel:
         ).to(ids.device)
 
 
-class CallableReference:
+class CallableReference(Reference):
     """The caller's own function, checked at each step for its shape."""
 
     def __init__(self, function: ReferenceFunction) -> None:
         self.function = function
 
-    def open(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
+    @override
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         with torch.no_grad():
             values = self.function(ids, batch)

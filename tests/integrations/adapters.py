@@ -170,7 +170,9 @@ PROMPTS = {
     "Prefix tuning, projected": _prompt(
         "PrefixTuningConfig", prefix_projection=True, encoder_hidden_size=16
     ),
-    "Multitask prompt tuning": _prompt("MultitaskPromptTuningConfig", num_tasks=1, inputs=("task_ids",)),
+    "Multitask prompt tuning": _prompt(
+        "MultitaskPromptTuningConfig", num_tasks=1, inputs=("task_ids",)
+    ),
     "Cartridge": _prompt("CartridgeConfig"),
     "CPT": _prompt(
         "CPTConfig", "computes another", cpt_token_ids=[5, 6, 7], cpt_mask=[1] * 3,
