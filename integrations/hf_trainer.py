@@ -11,6 +11,8 @@ from transformers import Trainer
 from ..contracts import SafetyPenalty
 from ..safety_tokens import SafetyTokens
 from .attach import Positions, SafetyHandle, attach
+from .loss_paths import PathName
+from .references import ReferenceFunction
 
 
 class SafetyTrainer(Trainer):
@@ -25,8 +27,7 @@ class SafetyTrainer(Trainer):
         safety_tokens: the ids to hold.
         penalty: kind and weight.
         ref_model: the frozen aligned model; None takes the model with its adapters off.
-        positions: as in `attach`.
-        backend: as in `attach`.
+        reference, positions, path, chunk_bytes, backend: as in `attach`.
         kwargs: as for Trainer.
 
     Raises:
@@ -39,7 +40,10 @@ class SafetyTrainer(Trainer):
         safety_tokens: SafetyTokens,
         penalty: SafetyPenalty | None = None,
         ref_model: nn.Module | None = None,
+        reference: ReferenceFunction | None = None,
         positions: Positions = "response",
+        path: PathName = "linear",
+        chunk_bytes: int | None = None,
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
@@ -48,7 +52,10 @@ class SafetyTrainer(Trainer):
             "safety_tokens": safety_tokens,
             "penalty": penalty,
             "ref_model": ref_model,
+            "reference": reference,
             "positions": positions,
+            "path": path,
+            "chunk_bytes": chunk_bytes,
             "backend": backend,
         }
         self._safety: SafetyHandle | None = None

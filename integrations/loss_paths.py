@@ -43,10 +43,10 @@ class LossPath(ABC):
         """Where the loss is made; None for wherever the states are."""
         return None
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - most need nothing
         """Put in place what has to be there while the model is attached."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Undo it."""
 
     @abstractmethod

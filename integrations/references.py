@@ -33,10 +33,10 @@ class Reference(ABC):
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         """Return (B, T, K), logits or log-probabilities."""
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 - most need nothing
         """Put in place what has to be there while the student is attached."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Undo it."""
 
 

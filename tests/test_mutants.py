@@ -204,10 +204,10 @@ def case_of(path: str, module: str, options: dict[str, Any], rng, device) -> Cas
     # The second block of V has the larger logits, so that the running maximum moves there.
     leaf = case.leaves["logits"].t() if path == "logits" else case.leaves["linear_weight"]
     leaf[4096:] *= 1.5
-    # Row 2, whose target is a safety id, takes part in both sums, and so does the last row, which
-    # may be alone in its block.
-    for name in ("safety_row_weight", "ce_row_weight"):
-        case.options[name][[2, -1]] = 1.0
+    # Row 2, whose target is a safety id, takes part in both sums. No row is without a weight: the
+    # linear path would pack it away, and the rest might fill their blocks, with none cut short.
+    case.options["ce_row_weight"][2] = 1.0
+    case.options["safety_row_weight"].clamp_(min=0.25)
     return case
 
 
