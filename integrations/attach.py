@@ -15,7 +15,7 @@ from ..checks import check_backend
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from ..safety_tokens import SafetyTokens
-from .hf_models import auxiliary_loss, shift
+from .hf_models import auxiliary_loss, runs_the_model, shift
 from .loss_paths import LossPath, PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
@@ -237,6 +237,7 @@ class _SafetyForward:
         # Trainer reads the signature to choose columns and to see whether **kwargs are taken.
         functools.update_wrapper(self, self.original)
 
+    @runs_the_model
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the safety loss where there is one to compute; else call the model's forward."""
         batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}

@@ -45,6 +45,11 @@ def refuse(path: str, rule: str) -> ValueError:
     return ValueError(f"`model` must {rule}. {_INSTEAD[path]}")
 
 
+# For our own functions that call a model's forward: torch.compile leaves them as they are, with
+# their hooks and modes, and compiles the model's own code below them.
+runs_the_model = torch.compiler.disable(recursive=False)
+
+
 @contextlib.contextmanager
 def contiguous_head_input(model: nn.Module) -> Iterator[None]:
     """Let the head see contiguous states, as in generate()'s first step it does not.

@@ -23,7 +23,7 @@ from ..functional import (
 )
 from ..projection import project
 from .heads import Tap
-from .hf_models import probe_head, probe_logits
+from .hf_models import probe_head, probe_logits, runs_the_model
 
 PathName = Literal["linear", "logits"]
 
@@ -112,6 +112,7 @@ class HeadPath(LossPath):
         self._tap.close()
 
     @override
+    @runs_the_model
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
         with self._tap:
             output = forward(**batch)
@@ -156,6 +157,7 @@ class LogitsPath(LossPath):
         return self._vocab_size
 
     @override
+    @runs_the_model
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
         output = forward(**batch)
         return output, output.logits

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
 
 # Of peft.PeftType: the types whose removal gives back the model that was loaded, each held by a
@@ -126,13 +128,31 @@ def adapters_off(model: Any) -> Iterator[None]:
     """
     _check_state(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter() if is_peft_model(model) else _native_off(model):
+    with contextlib.ExitStack() as stack:
+        stack.callback(_restore, before)
+        off = model.disable_adapter() if is_peft_model(model) else _native_off(model)
+        _enter(stack, off)
+        try:
             yield
-    finally:
-        for parameter, requires_grad in before:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+        finally:
+            _leave(stack)
+
+
+# torch.compile has nothing to gain in PEFT's switches, and fails to trace them.
+@torch.compiler.disable
+def _enter(stack: contextlib.ExitStack, context: AbstractContextManager[Any]) -> None:
+    stack.enter_context(context)
+
+
+@torch.compiler.disable
+def _leave(stack: contextlib.ExitStack) -> None:
+    stack.close()
+
+
+def _restore(before: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in before:
+        if parameter.requires_grad != requires_grad:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .hf_models import evaluation_mode
+from .hf_models import evaluation_mode, runs_the_model
 from .loss_paths import LossPath
 from .peft_adapters import adapters_off, check_adapters
 
@@ -40,6 +40,7 @@ class Reference(ABC):
         """Undo it."""
 
 
+@runs_the_model
 def read_safety_logits(
     model: nn.Module,
     forward: Callable[..., Any],
@@ -68,6 +69,7 @@ class AdaptersOff(Reference):
         self._checked = tuple(peft_model.peft_config)
 
     @override
+    @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         names = tuple(self.peft_model.peft_config)
         if names != self._checked:  # one was added since, which may have moved the base
@@ -113,6 +115,7 @@ class PromptOff(Reference):
         self._outer = None
 
     @override
+    @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         if self._outer is not None:
             for_peft = ("labels", "shift_labels", "num_items_in_batch", "task_ids", "return_dict")
@@ -140,6 +143,7 @@ class FrozenModel(Reference):
         self.path.close()
 
     @override
+    @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         device = self.path.device or next(self.model.parameters()).device
         moved = {
@@ -158,6 +162,7 @@ class CallableReference(Reference):
         self.function = function
 
     @override
+    @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         with torch.no_grad():
             values = self.function(ids, batch)
