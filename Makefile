@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 TYPES := .venv/types
 
-.PHONY: help demo test check lint types bench bench-compare gpu clean
+.PHONY: help demo test check lint types bench bench-compare sweep compat support gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -46,6 +46,18 @@ bench-compare: ## the last two runs of `make bench`, side by side
 	  test $$# -eq 2 || { echo "make bench-compare: two saved runs are needed, there is $$#" >&2; exit 1; }; \
 	  .venv/bin/pytest-benchmark --storage=.benchmarks compare "$$@" --columns=median,iqr,rounds \
 	    --group-by=group,name --name=short $(ARGS)
+
+sweep: ## attach() on every model type of transformers, tiny: docs/support/models.csv (ARGS: --types ...)
+	@$(READY) dev
+	OMP_NUM_THREADS=1 $(RUN) tests/integrations/sweep.py $(ARGS)
+
+compat: ## the tests of integrations/ on older and newer releases, in .nox (ARGS: options of nox)
+	@$(READY) dev
+	$(RUN) -m nox -s compat $(ARGS)
+
+support: ## docs/support.md, from what sweep, compat and the tests hold
+	@$(READY) dev
+	PYTHONPATH=. $(RUN) tests/integrations/support.py
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers

@@ -144,6 +144,42 @@ def memory(
 
 
 @app.command()
+def attach(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in the one row.")] = 4096,
+    ids: Ids = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """A training step of the built-in model: its own loss, attached, the reference's pass."""
+    from .attach_cost import measure
+
+    device = _device()
+    # not every CPU multiplies bfloat16, and one that does not takes minutes for a step
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    rows = measure(tokens, ids, rounds, dtype, device)
+    _keep(rows, save, results, "attach")
+    if as_json:
+        return tables.print_json(rows)
+    tables.show(
+        f"SmolLM2-135M, LoRA, 1 x {tokens:,} tokens, K {ids}, {rows[0]['dtype']}, "
+        f"{rows[0]['device']}",
+        rows,
+        [
+            Column("step", "who"),
+            Column("ms", "median_ms", number),
+            Column("quartiles", "low_ms", number, upto="high_ms"),
+            Column("/ own\nloss", "against_own", times),
+            Column("added /\nreference", "added", times),
+            Column("quartiles", "added_low", times, upto="added_high"),
+            Column("peak\nMB", "peak_bytes", megabytes),
+        ],
+    )
+    tables.say(rows[0]["protocol"])
+
+
+@app.command()
 def growth(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "growth.png",

@@ -15,7 +15,7 @@ from ..checks import check_backend
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from ..safety_tokens import SafetyTokens
-from .hf_models import auxiliary_loss, runs_the_model, shift
+from .hf_models import auxiliary_loss, not_compiled, runs_the_model, shift
 from .loss_paths import LossPath, PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
@@ -241,24 +241,47 @@ class _SafetyForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the safety loss where there is one to compute; else call the model's forward."""
         batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
-        labels, shift_labels = batch.get("labels"), batch.get("shift_labels")
-        if not (self.active and self.inner.training) or (labels is None and shift_labels is None):
+        labelled = batch.get("labels") is not None or batch.get("shift_labels") is not None
+        if not (self.active and self.inner.training and labelled):
             return self.original(*args, **kwargs)
-        num_items = batch.get("num_items_in_batch")
-        for name in _LOSS_ARGUMENTS:
-            batch.pop(name, None)
         as_tuple = batch.pop("return_dict", None) is False
-        _check_logits_to_keep(batch)
-        target = shift(labels) if shift_labels is None else shift_labels  # (B, T)
-        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
-        target = target.to(self.path.device or target.device)
-
+        target, num_items = self._prepare(batch)
         safety_ids = self.safety_tokens.ids_on(target.device)
         # no ids: plain cross-entropy, and the pass of the reference is spared
         ref = None
         if len(self.safety_tokens):
             ref = self.reference(safety_ids, batch, self.penalty.kind in ON_LOG_PROBS)
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
+        output = self._finish(
+            output, states, target, num_items, ref, safety_ids, batch.get("attention_mask")
+        )
+        return output.to_tuple() if as_tuple else output
+
+    @not_compiled
+    def _prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Take the labels out of the batch; return the target (B, T) and the divisor or None."""
+        labels, shift_labels, num_items = (batch.pop(name, None) for name in _LOSS_ARGUMENTS)
+        _check_logits_to_keep(batch)
+        if "use_cache" in self.signature.parameters and batch.get("use_cache") is None:
+            # In training it would be made and thrown away. And position_ids that start again mean
+            # packed rows only without a cache: reference and student must be told the same.
+            batch["use_cache"] = False
+        target = shift(labels) if shift_labels is None else shift_labels
+        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
+        return target.to(self.path.device or target.device), num_items
+
+    @not_compiled
+    def _finish(
+        self,
+        output: Any,
+        states: Tensor,  # (B, T, D or V)
+        target: Tensor,  # (B, T)
+        num_items: Any,
+        ref: Tensor | None,  # (B, T, K)
+        safety_ids: Tensor,
+        attention_mask: Any,
+    ) -> Any:
+        """Make the loss, keep its terms, and put it into the model's output."""
         if states.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
@@ -266,7 +289,7 @@ class _SafetyForward:
             )
         if num_items is None:
             num_items = (target != IGNORE_INDEX).sum()
-        row_weight = self._row_weight(target, batch.get("attention_mask"))
+        row_weight = self._row_weight(target, attention_mask)
         if ref is not None:
             ref, row_weight = _beside(ref, target, row_weight)
         terms = self.path.loss(
@@ -286,8 +309,7 @@ class _SafetyForward:
         fields["loss"] = terms.loss + auxiliary_loss(self.inner, output)
         if not self.path.keeps_logits:
             fields["logits"] = None
-        output = type(output)(**fields)
-        return output.to_tuple() if as_tuple else output
+        return type(output)(**fields)
 
     def _row_weight(self, target: Tensor, attention_mask: Any) -> Tensor | None:  # (B, T)
         """Return w: None for every label, or a mask of the positions asked for."""

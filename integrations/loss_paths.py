@@ -23,7 +23,7 @@ from ..functional import (
 )
 from ..projection import project
 from .heads import Tap
-from .hf_models import probe_head, probe_logits, runs_the_model
+from .hf_models import not_compiled, probe_head, probe_logits, runs_the_model
 
 PathName = Literal["linear", "logits"]
 
@@ -119,6 +119,7 @@ class HeadPath(LossPath):
         return output, self._tap.take().to(self.head.device)
 
     @override
+    @not_compiled
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         rows = states.flatten(0, 1)
         weight, *_ = operands = self.head.operands(rows)
@@ -131,6 +132,7 @@ class HeadPath(LossPath):
         return by_batch
 
     @override
+    @not_compiled
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:
@@ -163,6 +165,7 @@ class LogitsPath(LossPath):
         return output, output.logits
 
     @override
+    @not_compiled
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         wide = accumulation_dtype(states.dtype)
         values = states[..., ids.to(states.device)].to(wide)
@@ -171,6 +174,7 @@ class LogitsPath(LossPath):
         return values
 
     @override
+    @not_compiled
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:

@@ -14,8 +14,9 @@ from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import nn
+
+from .hf_models import not_compiled
 
 # Of peft.PeftType: the types whose removal gives back the model that was loaded, each held by a
 # test against a copy from before PEFT saw the model (docs/support.md). What is in none of the lists
@@ -139,12 +140,12 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 # torch.compile has nothing to gain in PEFT's switches, and fails to trace them.
-@torch.compiler.disable
+@not_compiled
 def _enter(stack: contextlib.ExitStack, context: AbstractContextManager[Any]) -> None:
     stack.enter_context(context)
 
 
-@torch.compiler.disable
+@not_compiled
 def _leave(stack: contextlib.ExitStack) -> None:
     stack.close()
 

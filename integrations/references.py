@@ -50,9 +50,11 @@ def read_safety_logits(
     log_probs: bool = False,
 ) -> Tensor:  # (B, T, K)
     """Run `forward` without gradient in eval mode and read the safety logits off it."""
-    # the cache of keys and values would be made and thrown away
+    batch = dict(batch)
     if "use_cache" in inspect.signature(forward).parameters:
-        batch = {**batch, "use_cache": False}
+        batch.setdefault("use_cache", False)  # it would be thrown away
+    else:  # a second model may be of another class
+        batch.pop("use_cache", None)
     with torch.no_grad(), evaluation_mode(model):
         _, states = path.run(forward, {**batch, "return_dict": True})
         return path.safety_logits(states, ids, log_probs)

@@ -217,7 +217,7 @@ def errors(
     The first is relative; the second a part of the largest entry of that parameter's gradient,
     beyond a rounding's part of the largest of all.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: x for name, x in batch.items() if name not in ("labels", "task_ids")}
     with torch.no_grad():
         ref_logits = pristine(**inputs).logits
 
