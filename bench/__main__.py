@@ -145,7 +145,10 @@ def memory(
 
 @app.command()
 def attach(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens in the one row.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in the row that is timed.")] = 1024,
+    memory_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in the row whose memory is measured.")
+    ] = 4096,
     ids: Ids = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     save: Save = False,
@@ -158,7 +161,7 @@ def attach(
     device = _device()
     # not every CPU multiplies bfloat16, and one that does not takes minutes for a step
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    rows = measure(tokens, ids, rounds, dtype, device)
+    rows = measure(tokens, memory_tokens, ids, rounds, dtype, device)
     _keep(rows, save, results, "attach")
     if as_json:
         return tables.print_json(rows)
@@ -173,7 +176,7 @@ def attach(
             Column("/ own\nloss", "against_own", times),
             Column("added /\nreference", "added", times),
             Column("quartiles", "added_low", times, upto="added_high"),
-            Column("peak\nMB", "peak_bytes", megabytes),
+            Column(f"peak MB,\n{memory_tokens:,}", "peak_bytes", megabytes),
         ],
     )
     tables.say(rows[0]["protocol"])

@@ -39,7 +39,8 @@ PROTOCOL = (
 
 
 def measure(
-    tokens: int = 4096,
+    tokens: int = 1024,
+    memory_tokens: int = 4096,
     ids: int = 64,
     count: int = 7,
     dtype: torch.dtype = torch.float32,
@@ -48,7 +49,8 @@ def measure(
     """Time a step with the model's own loss, attached, and the reference's pass by itself.
 
     Args:
-        tokens: T, in one row.
+        tokens: in the row that is timed.
+        memory_tokens: in the row whose memory is measured, on a CPU.
         ids: K.
         count: rounds.
         dtype: of the model.
@@ -56,10 +58,11 @@ def measure(
 
     Returns:
         A row for each, with quartiles in ms, `added` (None for the first and the last), and the
-        peak in bytes, on a CPU.
+        peak in bytes of the steps, on a CPU.
     """
     base = origin(device, PROTOCOL.format(count=count)) | {
         "tokens": tokens,
+        "memory_tokens": memory_tokens,
         "K": ids,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -87,7 +90,8 @@ def measure(
         )
     if device == "cpu":
         for row in rows:
-            row["peak_bytes"] = _peak_in_child(row["who"], tokens, ids, dtype)
+            if row["who"] != REFERENCE:
+                row["peak_bytes"] = _peak_in_child(row["who"], memory_tokens, ids, dtype)
     return rows
 
 
@@ -130,7 +134,9 @@ def _reference_pass(model: Any, batch: dict[str, Any], safety_ids: torch.Tensor)
 def _model(dtype: torch.dtype) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar for each model loaded
     model = AutoModelForCausalLM.from_pretrained(builtin_model_folder(), dtype=dtype)
     lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     return get_peft_model(model, lora)

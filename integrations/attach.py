@@ -262,10 +262,6 @@ class _SafetyForward:
         """Take the labels out of the batch; return the target (B, T) and the divisor or None."""
         labels, shift_labels, num_items = (batch.pop(name, None) for name in _LOSS_ARGUMENTS)
         _check_logits_to_keep(batch)
-        if "use_cache" in self.signature.parameters and batch.get("use_cache") is None:
-            # In training it would be made and thrown away. And position_ids that start again mean
-            # packed rows only without a cache: reference and student must be told the same.
-            batch["use_cache"] = False
         target = shift(labels) if shift_labels is None else shift_labels
         # labels may be elsewhere, with a model spread over devices; the loss is made at the head
         return target.to(self.path.device or target.device), num_items

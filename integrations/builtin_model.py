@@ -30,7 +30,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _MANIFEST = "manifest.json"
 # Part of the folder's name: raise it when the conversion below writes something else, and folders
 # made by an older version are left alone.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class BuiltinModelMissing(ValueError):
@@ -137,7 +137,7 @@ def _read(gguf: Path) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise BuiltinModelMissing(
             "the package gguf must be installed to unpack the model; got none. Run: pip install "
-            "'gguf>=0.10'"
+            "'gguf>=0.17.1'"
         )
     import torch
     import transformers
@@ -148,7 +148,9 @@ def _read(gguf: Path) -> tuple[Any, Any]:
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The reader draws its tqdm bars whatever transformers' logging is set to.
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
+            gguf.parent, gguf_file=gguf.name
+        )
         model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
         )
@@ -162,7 +164,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import GenerationConfig
 
-    _repair_tokenizer(tokenizer)
+    tokenizer = _plain_tokenizer(tokenizer)
     tokenizer.save_pretrained(folder)
 
     # model.save_pretrained refuses a model that came from a quantized file, so its parts are
@@ -225,18 +227,39 @@ def _find_fault(folder: Path) -> str | None:
     return None
 
 
-def _repair_tokenizer(tokenizer: Any) -> None:
-    from tokenizers import pre_tokenizers
+def _plain_tokenizer(read: Any) -> Any:
+    """Keep the vocabulary, merges and chat template, and say the rest as the model has it.
 
+    transformers reads the rest differently from release to release: 5.0 takes the file for
+    CodeLlama's, adds five tokens of its own and has <|im_start|> end a turn.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(read.backend_tokenizer.to_str())
+    vocab, merges = state["model"]["vocab"], state["model"]["merges"]
+    plain = Tokenizer(models.BPE(vocab, [tuple(pair) for pair in merges]))
     # The GGUF names its rule, tokenizer.ggml.pre = "smollm": single digits, then GPT-2's pattern.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    plain.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = 8192
+    plain.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
+    plain.decoder = decoders.ByteLevel()
+    special = [token["content"] for token in state["added_tokens"] if token["content"] in vocab]
+    plain.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+        chat_template=read.chat_template,
+    )
 
 
 def _install(made: Path, folder: Path, scratch: Path) -> None:

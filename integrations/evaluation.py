@@ -72,6 +72,7 @@ def _pairs(
                 add_special_tokens=False,
             ).to(model.device)
             inputs = {**batch, "position_ids": _position_ids(batch["attention_mask"])}
+            inputs["use_cache"] = False  # it would be thrown away
             now = read_safety_logits(inner, inner.forward, path, ids, inputs)
             with adapters_off(model):
                 before = read_safety_logits(inner, inner.forward, path, ids, inputs)

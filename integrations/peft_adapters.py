@@ -50,7 +50,11 @@ def is_peft_model(model: nn.Module) -> bool:
 
 def has_adapters(model: Any) -> bool:
     """Tell a model with PEFT's adapters, in a PeftModel or by transformers' own add_adapter."""
-    return bool(getattr(model, "peft_config", None))
+    if not getattr(model, "peft_config", None):
+        return False
+    # merge_and_unload() of PEFT 0.18 leaves the configs behind
+    layers = (hasattr(module, "adapter_layer_names") for module in model.modules())
+    return is_peft_model(model) or any(layers)
 
 
 def base_of(model: Any) -> nn.Module:

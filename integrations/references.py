@@ -49,12 +49,12 @@ def read_safety_logits(
     batch: dict[str, Any],
     log_probs: bool = False,
 ) -> Tensor:  # (B, T, K)
-    """Run `forward` without gradient in eval mode and read the safety logits off it."""
-    batch = dict(batch)
-    if "use_cache" in inspect.signature(forward).parameters:
-        batch.setdefault("use_cache", False)  # it would be thrown away
-    else:  # a second model may be of another class
-        batch.pop("use_cache", None)
+    """Run `forward` without gradient in eval mode and read the safety logits off it.
+
+    The batch is left as it is. `use_cache=False` would save the cache that is made and thrown away,
+    but transformers takes position_ids that start again for packed rows only without a cache, and
+    the reference must see the rows as the student does.
+    """
     with torch.no_grad(), evaluation_mode(model):
         _, states = path.run(forward, {**batch, "return_dict": True})
         return path.safety_logits(states, ids, log_probs)

@@ -139,6 +139,6 @@ class _StepCallback(TrainerCallback):
 
 
 def _printer() -> Any:
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import PrinterCallback
 
     return PrinterCallback  # prints every log entry; the command line shows progress itself

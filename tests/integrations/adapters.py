@@ -184,8 +184,11 @@ ADAPTERS = {**LORA, **LAYERS, **PROMPTS}
 
 def is_there(adapter: Adapter) -> bool:
     """Say whether this release of PEFT has the class and every option."""
-    cls = getattr(peft, adapter.config, None)
-    return cls is not None and set(adapter.options) <= set(cls.__dataclass_fields__)
+    fields = getattr(getattr(peft, adapter.config, None), "__dataclass_fields__", {})
+    init = adapter.options.get("init_lora_weights")
+    if isinstance(init, str) and init not in str(fields["init_lora_weights"].type):
+        return False
+    return bool(fields) and set(adapter.options) <= set(fields)
 
 
 def build(adapter: Adapter, seed: int) -> tuple[Any, Any]:

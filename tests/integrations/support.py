@@ -121,8 +121,8 @@ def _models(title: str, rows: Sequence[dict[str, str]]) -> str:
         f"## {title}",
         f"{len(rows)} types of {versions} (`make sweep`): {len(exact)} exact, {len(logits)} on the "
         f"logits alone, {len(refused)} refused, {len(absent)} not built, "
-        f"{len(rows) - len(exact) - len(logits) - len(refused) - len(absent)} wrong. Largest errors "
-        f"of the exact ones: loss {errors[0]:.0e}, gradients {errors[1]:.0e}.",
+        f"{len(rows) - len(exact) - len(logits) - len(refused) - len(absent)} wrong. Largest "
+        f"errors of the exact ones: loss {errors[0]:.0e}, gradients {errors[1]:.0e}.",
         "**Exact:** " + ", ".join(f"`{row['model_type']}`" for row in exact) + ".",
     ]
     if pictured:
@@ -178,8 +178,8 @@ def _releases() -> str:
     return "\n\n".join(
         (
             "## Releases",
-            "The tests of `integrations/` and of the commands on each, in an environment of its own "
-            "(`make compat`). The first row is the lower bounds in pyproject.toml.",
+            "The tests of `integrations/` and of the commands on each, in an environment of its "
+            "own (`make compat`). The first row is the lower bounds in pyproject.toml.",
             _table((*names, *counts), rows),
         )
     )

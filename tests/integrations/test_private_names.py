@@ -74,7 +74,6 @@ INTERNALS = [
     Internal("disable_adapters", "copy", "peft_adapters.py", SILENT, OFF, a(bool)),
     Internal("prompt_encoder", "prompt", "peft_adapters.py", SILENT, PROMPT, a(nn.ModuleDict)),
     Internal("kwargs", "PeftModel.forward", "references.py", "the name is a parameter's", PROMPT),
-    Internal("use_cache", "forward", "references.py", SILENT, "sparing the reference a cache"),
     Internal("logits_to_keep", "forward", "attach.py", SILENT, "refusing it with labels"),
     Internal("num_items_in_batch", "compute_loss", "attach.py", SILENT, "exact accumulation"),
     Internal("model_accepts_loss_kwargs", "trainer", "hf_trainer.py",
@@ -97,7 +96,7 @@ SPELT = {
     "GGUF_CONFIG_MAPPING": "_model_name_or_path",
 }
 ALLOWED = {"_asdict", "_fields", "_make", "_replace"}  # of a NamedTuple: public, says Python
-ALLOWED |= {"transformers.trainer_callback", "_copies"}  # documented; a key of our own
+ALLOWED |= {"_copies"}  # a key of our own
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,22 @@ from tiny_models import fresh_lora
 from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from str_kernels import SafetyTokens
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
 
 def test_there_are_three_ways_and_the_options():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     for block in BLOCKS:  # "the loss in eight lines"
         lines = [line for line in block.splitlines() if line and "import" not in line]
         assert len(lines) <= 8
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["plain loop", "options", "PEFT", "Trainer"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["plain loop", "options", "PEFT", "Trainer", "references"]
+)
 def test_block_runs(block, seed, tmp_path):
     folder = save_tiny_model(tmp_path / "model", seed)
     model, ref_model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
@@ -51,6 +55,8 @@ def test_block_runs(block, seed, tmp_path):
             remove_unused_columns=False,
         ),
     }
+    if "deepcopy" in block:
+        space |= {"model": model, "tokens": SafetyTokens.from_templates(tokenizer)}
     if "peft_model" in block:
         space["peft_model"] = fresh_lora(model).train()
     if "lora_a" in block:  # goes on where the first block ends

@@ -6,7 +6,7 @@ the penalty made from two full sets of logits.
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,7 +92,7 @@ def _shrink(cls: type[Any], overrides: dict[str, Any]) -> Any:
     """Make a config of `cls` whose sizes are those of SIZES, and its nested configs' likewise."""
     default = cls(**{k[1:]: v for k, v in overrides.items() if k.startswith("+")})
     settings: dict[str, Any] = {}
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = set(inspect.signature(cls.__init__).parameters)
     layers = _one_of_each_kind(default)
     for name, value in vars(default).items():
         if isinstance(value, PreTrainedConfig):

