@@ -12,7 +12,7 @@ import typer
 from . import results, tables
 from .heads import HEADS, HeadShape
 from .results import Row
-from .tables import Column, megabytes, number, times
+from .tables import Column, megabytes, number, seconds, times
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 _ROOT = Path(__file__).parents[1]
@@ -171,10 +171,10 @@ def attach(
         rows,
         [
             Column("step", "who"),
-            Column("ms", "median_ms", number),
-            Column("quartiles", "low_ms", number, upto="high_ms"),
-            Column("/ own\nloss", "against_own", times),
-            Column("added /\nreference", "added", times),
+            Column("seconds", "median_ms", seconds),
+            Column("quartiles", "low_ms", seconds, upto="high_ms"),
+            Column("/ own", "against_own", times),
+            Column("added\n/ ref.", "added", times),
             Column("quartiles", "added_low", times, upto="added_high"),
             Column(f"peak MB,\n{memory_tokens:,}", "peak_bytes", megabytes),
         ],

@@ -40,6 +40,11 @@ def number(value: Any) -> str:
     return f"{float(value):,.0f}" if float(value) >= 100 else f"{float(value):.3g}"
 
 
+def seconds(value: Any) -> str:
+    """Write ms as seconds."""
+    return f"{float(value) / 1000:.1f}"
+
+
 def small(value: Any) -> str:
     """Write an error."""
     return f"{float(value):.1e}"
