@@ -193,6 +193,28 @@ def test_an_adapter_added_later_is_looked_at(seed: int) -> None:
             model(**batch_of(seed))
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        *(
+            ("init_lora_weights", init, f"'{init}', which changes the base weights")
+            for init in ("loftq", "corda", "lora_ga", "pissa_niter_4", "one of tomorrow")
+        ),
+        ("peft_type", "SHADOW", "type SHADOW, which was not seen"),
+        ("peft_type", "XLORA", "of type XLORA computes another"),
+        ("arrow_config", object(), "chooses among adapters"),
+    ],
+)
+def test_a_config_that_is_refused_by_its_name(
+    option: str, value: Any, match: str, seed: int
+) -> None:
+    """These take data or other packages to build; attach() goes by what the config says."""
+    model, _ = build(ADAPTERS["LoRA"], seed)
+    setattr(model.peft_config["default"], option, value)
+    with pytest.raises(ValueError, match=match):
+        attach(model, TOKENS)
+
+
 @pytest.mark.parametrize("path", ["linear", "logits"])
 @pytest.mark.parametrize("where", ["reference", "forward", "loss"])
 @pytest.mark.parametrize("name", ["LoRA", "Prompt tuning", "ref_model"])
