@@ -21,7 +21,7 @@ from .. import __version__
 from ..atomic import replacing_folder, write_json
 from ..contracts import SafetyPenalty
 from ..evals.refusals import RefusalCounts, evaluate_refusals, load_prompts
-from ..loss_memory import measure_loss_memory
+from ..loss_memory import cpu_dtype, measure_loss_memory
 from ..safety_tokens import SafetyTokens
 from .builtin_model import builtin_model_folder
 from .chat_data import Example, encode_examples
@@ -250,7 +250,7 @@ def _counts(counts: RefusalCounts) -> dict[str, Any]:
 
 
 def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, use_safetensors=True)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=cpu_dtype(), use_safetensors=True)
 
 
 def _counter(watch: Watcher, stage: str, total: int) -> Callable[[int], None]:
@@ -268,7 +268,7 @@ class _Stages:
     """Results of finished stages on disk, under a key of the plan and the version."""
 
     def __init__(self, root: Path, plan: DemoPlan) -> None:
-        key = json.dumps([__version__, torch.__version__, asdict(plan)], sort_keys=True)
+        key = json.dumps([__version__, torch.__version__, str(cpu_dtype()), asdict(plan)])
         self.root = root
         self.folder_of_plan = root / hashlib.sha256(key.encode()).hexdigest()[:16]
         self.folder_of_plan.mkdir(parents=True, exist_ok=True)

@@ -67,10 +67,19 @@ def random_inputs(
     return hidden, head, target, safety_ids, torch.randn(tokens, ids, device=device)
 
 
+def cpu_dtype() -> torch.dtype:
+    """Return bfloat16, or float32 where the CPU has no fast product of bfloat16.
+
+    On an x86 without AVX-512 such a product takes some 50 times as long as one of float32.
+    """
+    slow = torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
+    return torch.float32 if slow else torch.bfloat16
+
+
 def measure_loss_memory(
     tokens: int = 2048, *, width: int = 576, vocab: int = 49152, ids: int = 64
 ) -> list[LossMemory]:
-    """Measure both losses in bfloat16 with a frozen head, each in a fresh process.
+    """Measure both losses in `cpu_dtype()` with a frozen head, each in a fresh process.
 
     Args:
         tokens: N of the measured point.
@@ -127,7 +136,7 @@ def available_bytes() -> int:
 
 
 def peak_in_child(provider: str, **shape: int) -> int:
-    """Return the peak bytes of one forward and backward in a fresh process, bfloat16, on the CPU.
+    """Return the peak bytes of one forward and backward in a fresh process, on the CPU.
 
     A process that has run something keeps freed memory, which hides what comes next; a new one
     has none.
@@ -150,7 +159,7 @@ def peak_in_child(provider: str, **shape: int) -> int:
 
 def _child(job: dict[str, Any]) -> int:
     loss = PROVIDERS[job["provider"]]
-    shape = (job["width"], job["vocab"], job["ids"], torch.bfloat16)
+    shape = (job["width"], job["vocab"], job["ids"], cpu_dtype())
     torch.manual_seed(0)
     inputs = random_inputs(job["tokens"], *shape)
     loss(*random_inputs(1, *shape)).backward()  # libraries allocate their buffers at first use
