@@ -59,6 +59,8 @@ def start(project: Path, what: str = "dev", pip: str = "", by: Path | None = Non
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # so that a kill reaches pip too
+        # a shell lets what it starts with & ignore SIGINT, and so these tests' shell with it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
