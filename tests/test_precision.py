@@ -117,9 +117,10 @@ def test_the_drift_is_seen_below_the_steps_of_the_dtype(dtype, rng, device) -> N
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_terms_are_float32_for_narrow_inputs(dtype, path, rng, device) -> None:
     """A bfloat16 loss of 11 nats has steps of 0.06."""
-    terms = make_case(rng, device, path=path, dtype=dtype, reduction="sum").run("torch").terms
+    terms = make_case(rng, device, path=path, dtype=dtype, reduction="none").run("torch").terms
     assert {x.dtype for x in present(terms)} == {torch.float32}
-    assert float(terms.loss) != float(terms.loss.to(dtype))
+    # in one of the rows at least: a single loss may happen to be a number of the narrow dtype
+    assert (terms.loss != terms.loss.to(dtype)).any()
 
 
 @pytest.mark.parametrize("dtype", LOW)
