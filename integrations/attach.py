@@ -35,6 +35,7 @@ from .references import (
 
 Positions = Literal["response", "all"] | int
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
+_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
 
 
 def attach(
@@ -110,10 +111,18 @@ def attach(
     check_path(path)
     inner = base_of(model)
     if isinstance(vars(inner).get("forward"), _SafetyForward):
-        raise ValueError("`model` must not be attached twice; call remove() on the first handle")
+        raise ValueError(
+            "`model` must not be attached twice; call remove() on the first handle. (A deepcopy of "
+            "an attached model is attached, for good: copy it before.)"
+        )
     check_student(model)
     if reference is None and ref_model is None and has_adapters(model):
         check_adapters(model)
+    elif is_prompt_learning(model):
+        raise ValueError(
+            "`ref_model` and `reference` must be None for prompt learning: they would be given the "
+            "virtual tokens too. Without them the reference is the model without the tokens."
+        )
     student = make_path(inner, path, chunk_bytes, backend)
     _check_vocabulary("model", student.vocab_size, safety_tokens)
     frozen: Reference
@@ -151,16 +160,9 @@ def _second_model(
             "`ref_model` must not have virtual tokens in front of its input; got a PeftModel with "
             "prompt learning. Pass a function that calls it as `reference`."
         )
-    trained = {id(p): name for name, p in inner.named_parameters() if p.requires_grad}
-    shared = [trained[id(p)] for p in ref_inner.parameters() if id(p) in trained]
-    if shared:
-        raise ValueError(
-            "`ref_model` must share no trainable parameter with `model`, it would move with it; "
-            f"shared is {shared[0]}"
-        )
     ref_path = make_path(ref_inner, *path)
     _check_vocabulary("ref_model", ref_path.vocab_size, safety_tokens)
-    return FrozenModel(ref_inner, ref_path)
+    return FrozenModel(ref_inner, ref_path, inner)
 
 
 class SafetyHandle:
@@ -171,6 +173,7 @@ class SafetyHandle:
         self._forward = forward
         self._previous = vars(inner).get("forward")  # set by somebody before us, or None
         inner.forward = forward
+        self._watch = inner.register_forward_hook(forward.check_reached, with_kwargs=True)
         forward.path.open()
         forward.reference.open()
 
@@ -190,6 +193,7 @@ class SafetyHandle:
 
     def remove(self) -> None:
         """Put the model's own forward back. A second call does nothing."""
+        self._watch.remove()
         self._forward.active = False  # for those who wrapped it meanwhile, as accelerate does
         self._forward.path.close()
         self._forward.reference.close()
@@ -201,6 +205,8 @@ class SafetyHandle:
             self._inner.forward = self._previous
 
     def __enter__(self) -> SafetyHandle:
+        if not self._forward.active:
+            raise RuntimeError("this handle was removed; call attach() again")
         return self
 
     def __exit__(
@@ -233,6 +239,7 @@ class _SafetyForward:
         self.penalty = penalty
         self.positions = positions
         self.active = True
+        self.reached = False
         self.last: SafetyLoss | None = None
         # Trainer reads the signature to choose columns and to see whether **kwargs are taken.
         functools.update_wrapper(self, self.original)
@@ -240,6 +247,7 @@ class _SafetyForward:
     @runs_the_model
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the safety loss where there is one to compute; else call the model's forward."""
+        self.reached = True
         batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         labelled = batch.get("labels") is not None or batch.get("shift_labels") is not None
         if not (self.active and self.inner.training and labelled):
@@ -258,10 +266,22 @@ class _SafetyForward:
         return output.to_tuple() if as_tuple else output
 
     @not_compiled
+    def check_reached(self, inner: nn.Module, _: Any, batch: dict[str, Any], __: Any) -> None:
+        """Raise where somebody put another forward in our place, whose loss has no penalty."""
+        reached, self.reached = self.reached, False
+        if inner.training and not reached and batch.get("labels") is not None:
+            raise RuntimeError(
+                "the attached model's forward was replaced (as TRL's SFTTrainer and Liger do), and "
+                "this loss has no penalty: attach after that, or switch it off"
+            )
+
+    @not_compiled
     def _prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
         """Take the labels out of the batch; return the target (B, T) and the divisor or None."""
         labels, shift_labels, num_items = (batch.pop(name, None) for name in _LOSS_ARGUMENTS)
         _check_logits_to_keep(batch)
+        if not self.reference.has_fewer_positions:  # prefix tuning's tokens arrive as a cache
+            _check_no_cache(batch)
         target = shift(labels) if shift_labels is None else shift_labels
         # labels may be elsewhere, with a model spread over devices; the loss is made at the head
         return target.to(self.path.device or target.device), num_items
@@ -287,7 +307,8 @@ class _SafetyForward:
             num_items = (target != IGNORE_INDEX).sum()
         row_weight = self._row_weight(target, attention_mask)
         if ref is not None:
-            ref, row_weight = _beside(ref, target, row_weight)
+            fewer = self.reference.has_fewer_positions
+            ref, row_weight = _beside(ref, target, row_weight, fewer)
         terms = self.path.loss(
             states,
             target.flatten(),
@@ -327,17 +348,17 @@ class _SafetyForward:
 
 
 def _beside(
-    ref: Tensor, target: Tensor, row_weight: Tensor | None
+    ref: Tensor, target: Tensor, row_weight: Tensor | None, fewer: bool
 ) -> tuple[Tensor, Tensor | None]:  # (B, T, K), (B, T)
-    """Align the reference with the student, whose first positions may be virtual tokens.
+    """Align the reference with the student, whose first positions are virtual tokens if `fewer`.
 
     The reference has no such positions: nothing is compared there.
     """
     virtual = target.shape[1] - ref.shape[1]
-    if ref.shape[0] != target.shape[0] or virtual < 0:
+    if ref.shape[0] != target.shape[0] or virtual < 0 or (virtual and not fewer):
         raise ValueError(
-            f"`ref_model` must have a position for each of {tuple(target.shape)} labels; it has "
-            f"{tuple(ref.shape[:2])}"
+            "the reference (`ref_model` or `reference`) must have a position for each of "
+            f"{tuple(target.shape)} labels; it has {tuple(ref.shape[:2])}"
         )
     if virtual == 0:
         return ref, row_weight
@@ -359,6 +380,13 @@ def _check_positions(positions: object) -> None:
     number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 1
     if not number and positions not in ("response", "all"):
         raise ValueError(f"`positions` must be 'response', 'all' or an int >= 1; got {positions!r}")
+
+
+def _check_no_cache(batch: dict[str, Any]) -> None:
+    """Refuse a cache with labels: its keys are the student's, and the reference adds its own."""
+    for name in _CACHES:
+        if batch.get(name) is not None:
+            raise ValueError(f"`{name}` must be None when labels are given to an attached model")
 
 
 def _check_logits_to_keep(batch: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ def reason_against(head: nn.Module | None, model: nn.Module) -> str | None:
 
 
 def _reason_against_layer(layer: Any) -> str | None:
+    """Say why a layer's operands cannot be read; asked again at each step."""
     name = f"{type(layer).__module__}.{type(layer).__name__}"
     linear = layer
     if (type(layer).__module__, type(layer).__name__) == _LORA_LINEAR:
@@ -104,6 +105,8 @@ def _reason_against_layer(layer: Any) -> str | None:
         for adapter, variant in layer.lora_variant.items():
             if adapter not in layer.lora_magnitude_vector:
                 return f"have a plain LoRA or DoRA on its head; got {type(variant).__name__}"
+            if adapter in layer.active_adapters[1:]:
+                return "have no DoRA on its head that scales what another adapter added; got one"
             if not isinstance(layer.lora_dropout[adapter], nn.Identity):
                 return (
                     "have lora_dropout 0 with DoRA on its head, where the dropout is applied to "
@@ -139,11 +142,10 @@ def _linear_in(module: nn.Module) -> Any:
 def _lora_operands(layer: Any, hidden: Tensor) -> Operands:
     """Read W, b, t and B off a LoRA or DoRA layer.
 
-    LoRA adds s B A h, so t = s A(dropout(h)). DoRA multiplies row v of W + s B A by
-    m_v = magnitude_v / ||W_v + s (B A)_v||, the norm being a constant; as PEFT does for several
-    adapters, what each adds to the base is summed:
+    LoRA adds s B A h, so t = s A(dropout(h)). DoRA, which may only be the first, multiplies row v
+    of W + s B A by m_v = magnitude_v / ||W_v + s (B A)_v||, the norm being a constant:
 
-        z = (1 + sum (m_i - 1)) (W h) + b + sum m_i s_i B_i A_i h,    m_i = 1 for LoRA
+        z = m (W h) + b + m s B A h + sum s_i B_i A_i h,    m = 1 without DoRA
 
     so a DoRA, and only a DoRA, makes a scaled copy of W.
     """
@@ -161,7 +163,7 @@ def _lora_operands(layer: Any, hidden: Tensor) -> Operands:
         if name in layer.lora_magnitude_vector:
             norm = _row_norms(base.weight, a.weight, second, scaling)
             magnitude = (layer.lora_magnitude_vector[name].weight / norm).unsqueeze(1)
-            factor = magnitude if factor is None else factor + magnitude - 1
+            factor = magnitude
             second = magnitude * second
             added = None if added is None else magnitude.squeeze(1) * added
         if added is not None:

@@ -138,6 +138,17 @@ def probe_head(model: nn.Module) -> Head:
     return head
 
 
+@not_compiled
+def check_head(model: nn.Module, head: Head) -> None:
+    """Refuse to go on with a head that was replaced, wrapped or merged since it was probed."""
+    module = find_head(model)
+    if module is not head.module:
+        raise ValueError("`model` must keep the head that it was attached with: attach it again")
+    reason = reason_against(module, model)
+    if reason is not None:
+        raise refuse("linear", reason)
+
+
 def probe_logits(model: nn.Module) -> int:
     """Check that a model's loss is next-token cross-entropy of its logits.
 

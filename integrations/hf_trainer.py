@@ -31,7 +31,8 @@ class SafetyTrainer(Trainer):
         kwargs: as for Trainer.
 
     Raises:
-        ValueError: Liger's own fused loss is on, which would replace ours.
+        ValueError: Liger's own fused loss, label smoothing or a `compute_loss_func` is on, which
+            would replace ours.
     """
 
     def __init__(
@@ -64,18 +65,29 @@ class SafetyTrainer(Trainer):
         self._micro_steps = 0
         self._step_of_last_log = 0
         _check_liger(self.args)
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError(
+                "`label_smoothing_factor` and `compute_loss_func` must be off: with either Trainer "
+                "makes the loss itself, without the penalty"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, with the model attached from here to the return."""
         with attach(self.model, **self._attach_options) as self._safety:
-            self._step_of_last_log = self.state.global_step
+            self._sums = self._worst = None
+            self._micro_steps = 0
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute Trainer's loss and keep the step's terms, without waiting for the device."""
+        before = None if self._safety is None else self._safety.last
         loss = super().compute_loss(model, *args, **kwargs)
         terms = None if self._safety is None else self._safety.last
-        if model.training and terms is not None:
+        if self._safety is not None and model.training:
+            if terms is None or terms is before:
+                raise RuntimeError("this step made no safety loss: its batch must have labels")
+            if self._sums is None:  # the first since the log, or since the start
+                self._step_of_last_log = self.state.global_step
             sums = torch.stack([terms.ce, terms.penalty])
             self._sums = sums if self._sums is None else self._sums + sums
             worst = terms.max_drift
@@ -99,7 +111,6 @@ class SafetyTrainer(Trainer):
             }
             self._sums = self._worst = None
             self._micro_steps = 0
-            self._step_of_last_log = self.state.global_step
         super().log(logs, *args, **kwargs)
 
 

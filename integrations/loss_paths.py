@@ -23,7 +23,7 @@ from ..functional import (
 )
 from ..projection import project
 from .heads import Tap
-from .hf_models import not_compiled, probe_head, probe_logits, runs_the_model
+from .hf_models import check_head, not_compiled, probe_head, probe_logits, runs_the_model
 
 PathName = Literal["linear", "logits"]
 
@@ -85,6 +85,7 @@ class HeadPath(LossPath):
     def __init__(
         self, model: nn.Module, chunk_bytes: int | None = None, backend: str = "auto"
     ) -> None:
+        self._model = model
         self.head = probe_head(model)
         self._tap = Tap(self.head.module)
         self._run_as: dict[str, Any] = {"chunk_bytes": chunk_bytes, "backend": backend}
@@ -114,6 +115,7 @@ class HeadPath(LossPath):
     @override
     @runs_the_model
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
+        check_head(self._model, self.head)
         with self._tap:
             output = forward(**batch)
         return output, self._tap.take().to(self.head.device)

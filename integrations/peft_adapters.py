@@ -53,8 +53,11 @@ def has_adapters(model: Any) -> bool:
     if not getattr(model, "peft_config", None):
         return False
     # merge_and_unload() of PEFT 0.18 leaves the configs behind
-    layers = (hasattr(module, "adapter_layer_names") for module in model.modules())
-    return is_peft_model(model) or any(layers)
+    return is_peft_model(model) or any(map(_is_layer, model.modules()))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return hasattr(module, "adapter_layer_names")
 
 
 def base_of(model: Any) -> nn.Module:
@@ -102,6 +105,11 @@ def check_adapters(model: Any) -> None:
                 f"`model` must be its own reference with its adapters off, but adapter {name!r} "
                 f"{reason}. {_INSTEAD}"
             )
+    if is_prompt_learning(model) and any(map(_is_layer, base_of(model).modules())):
+        raise ValueError(
+            "`model` must be its own reference without its virtual tokens, but it has other "
+            "adapters below them; merge those first"
+        )
     trainable = trainable_base_parameters(model)
     if trainable:
         raise ValueError(

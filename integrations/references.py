@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .hf_models import evaluation_mode, runs_the_model
+from .hf_models import evaluation_mode, not_compiled, runs_the_model
 from .loss_paths import LossPath
 from .peft_adapters import adapters_off, check_adapters
 
@@ -32,6 +32,9 @@ class Reference(ABC):
     @abstractmethod
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         """Return (B, T, K), logits or log-probabilities."""
+
+    has_fewer_positions = False
+    """Whether the student has virtual tokens in front that this reference has not."""
 
     def open(self) -> None:  # noqa: B027 - most need nothing
         """Put in place what has to be there while the student is attached."""
@@ -60,6 +63,14 @@ def read_safety_logits(
         return path.safety_logits(states, ids, log_probs)
 
 
+def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Return where a tensor's memory begins; None where it has none (meta, a shard put away)."""
+    if hasattr(tensor, "placements"):  # a DTensor
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    start = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return (tensor.device, start) if start else None
+
+
 class AdaptersOff(Reference):
     """The model's own weights with its adapters switched off."""
 
@@ -68,15 +79,20 @@ class AdaptersOff(Reference):
         self.inner = inner
         self.forward = forward
         self.path = path
-        self._checked = tuple(peft_model.peft_config)
+        try:
+            with adapters_off(peft_model):
+                pass
+        except ValueError as error:
+            raise ValueError(
+                "`model` must let its adapters be switched off; pass the PeftModel, and not the "
+                f"model inside it. {error}"
+            ) from error
 
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        names = tuple(self.peft_model.peft_config)
-        if names != self._checked:  # one was added since, which may have moved the base
-            check_adapters(self.peft_model)
-            self._checked = names
+        # at each step: an adapter added or a base thawed since would move the reference
+        check_adapters(self.peft_model)
         with adapters_off(self.peft_model):
             return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 
@@ -87,6 +103,8 @@ class PromptOff(Reference):
     What reaches the inner model has them already, as embeddings or in the cache, so the reference
     is given the batch that the PeftModel was called with.
     """
+
+    has_fewer_positions = True
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
         self.peft_model = peft_model
@@ -119,6 +137,7 @@ class PromptOff(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        check_adapters(self.peft_model)
         if self._outer is not None:
             for_peft = ("labels", "shift_labels", "num_items_in_batch", "task_ids", "return_dict")
             batch = {
@@ -132,9 +151,22 @@ class PromptOff(Reference):
 class FrozenModel(Reference):
     """A second model, on the same device or on another one."""
 
-    def __init__(self, model: nn.Module, path: LossPath) -> None:
+    def __init__(self, model: nn.Module, path: LossPath, student: nn.Module) -> None:
         self.model = model
         self.path = path
+        self.student = student
+        self.check_apart()
+
+    @not_compiled
+    def check_apart(self) -> None:
+        """Refuse a reference whose weights are, in memory, what the student trains."""
+        own = {_address(parameter) for parameter in self.model.parameters()} - {None}
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad and _address(parameter) in own:
+                raise ValueError(
+                    "`ref_model` must share no trainable parameter with `model`, it would move "
+                    f"with it; shared is {name}"
+                )
 
     @override
     def open(self) -> None:
@@ -147,6 +179,7 @@ class FrozenModel(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        self.check_apart()  # at each step: a student may be thawed after it was attached
         device = self.path.device or next(self.model.parameters()).device
         moved = {
             name: value.to(device) if isinstance(value, Tensor) else value
