@@ -150,7 +150,7 @@ def attach(
         int, typer.Option(min=1, help="Tokens in the row whose memory is measured.")
     ] = 4096,
     ids: Ids = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,

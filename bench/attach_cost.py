@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +19,12 @@ from str_kernels.integrations.loss_paths import HeadPath
 from str_kernels.integrations.references import AdaptersOff
 from str_kernels.loss_memory import measure_peak
 
+from .child import run_child
 from .results import Row, origin
 from .timing import Step, quartiles, ratio_quartiles, rounds
 
 OWN, ATTACHED, LOGITS = "own loss", "attached", "attached, path='logits'"
 REFERENCE, NO_PENALTY = "reference pass", "attached, no ids"
-_ROOT = Path(__file__).parents[1]
 
 PROTOCOL = (
     "The built-in model (SmolLM2-135M) with LoRA r = 8 on q_proj and v_proj, one row of random "
@@ -42,7 +39,7 @@ def measure(
     tokens: int = 1024,
     memory_tokens: int = 4096,
     ids: int = 64,
-    count: int = 7,
+    count: int = 5,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[Row]:
@@ -127,8 +124,7 @@ def _reference_pass(model: Any, batch: dict[str, Any], safety_ids: torch.Tensor)
     path = HeadPath(inner)
     path.open()
     reference = AdaptersOff(model, inner, inner.forward, path)
-    step: Callable[[], object] = lambda: reference(safety_ids, batch, False)  # noqa: E731
-    return step
+    return lambda: reference(safety_ids, batch, False)
 
 
 def _model(dtype: torch.dtype) -> Any:
@@ -152,12 +148,7 @@ def _peak_in_child(who: str, tokens: int, ids: int, dtype: torch.dtype) -> int:
             "threads": torch.get_num_threads(),
         }
     )
-    command = [sys.executable, "-m", "bench.attach_cost", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring the memory of {who} failed: {last}")
-    return int(done.stdout.split()[-1])
+    return run_child("bench.attach_cost", job, who)
 
 
 def _child(job: dict[str, Any]) -> int:

@@ -56,11 +56,16 @@ def peak_in_child(
             "threads": torch.get_num_threads(),
         }
     )
-    command = [sys.executable, "-m", "bench.child", job]
+    return run_child("bench.child", job, provider)
+
+
+def run_child(module: str, job: str, what: str) -> int:
+    """Run `python -m module job` and return the bytes it prints; RuntimeError has its last line."""
+    command = [sys.executable, "-m", module, job]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring the memory of {provider} failed: {last}")
+        raise RuntimeError(f"measuring the memory of {what} failed: {last}")
     return int(done.stdout.split()[-1])
 
 

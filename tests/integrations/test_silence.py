@@ -42,15 +42,11 @@ def test_a_step_without_labels_stops_the_trainer(seed: int, tmp_path: Any) -> No
         del batch["labels"]
         return batch
 
-    class Own(SafetyTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    trainer = Own(
+    trainer = SafetyTrainer(
         model=fresh_lora(tiny_model("llama", seed)),
         args=TrainingArguments(
             str(tmp_path), max_steps=1, report_to="none", remove_unused_columns=False,
-            disable_tqdm=True,
+            disable_tqdm=True, dataloader_pin_memory=False,
         ),
         train_dataset=Rows(seed, 8),
         data_collator=unlabelled,
@@ -83,9 +79,10 @@ def test_prompt_learning_takes_no_other_reference(name: str, seed: int) -> None:
             attach(model, TOKENS, **options)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")
 def test_prompt_learning_over_another_adapter_is_refused(lora: Any) -> None:
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match=r"other adapters below|attached"):
+    with pytest.raises(ValueError, match="other adapters below"):
         attach(get_peft_model(lora[0], config), TOKENS)
 
 
@@ -213,7 +210,7 @@ def test_the_terms_of_a_second_run_and_of_a_resumed_one(seed: int, tmp_path: Any
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     entries = [e for t in (first, resumed) for e in t.state.log_history if "safety/ce" in e]
     assert len(entries) >= 4
-    for entry in entries[:1] + entries[2:]:
+    for entry in entries:
         assert entry["safety/ce"] == pytest.approx(entry["loss"], rel=1e-3)
 
 

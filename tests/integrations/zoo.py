@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from tiny_models import batch_of
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,7 +35,6 @@ from zoo_sizes import (
     SPREADS,
     SWITCHED_ON,
     TELLING,
-    VOCAB,
 )
 
 from str_kernels import SafetyPenalty, SafetyTokens, attach
@@ -174,19 +174,6 @@ def tiny_model(model_type: str, seed: int, mapping: Mapping = "causal-lm") -> An
             if parameter.ndim <= 1 or not parameter.any():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
-
-
-def batch_of(seed: int, rows: int = 3, length: int = 11) -> dict[str, Tensor]:
-    """Make a right-padded batch whose prompts carry no label."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    labels = ids.clone()
-    for row in range(rows):
-        labels[row, : 2 + row] = -100
-        mask[row, length - row :] = 0
-        labels[row, length - row :] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def with_image(
