@@ -91,8 +91,8 @@ def attach(
     Notes:
         On the linear path the output's `logits` are None in training, since they are never made.
         In 16 bits the logits path sees drifts no smaller than a step of the logits, 0.125 at 20.
-        A cache with labels is refused: its keys are not the reference's. Whether the reference still
-        is one is looked at in each step.
+        A cache with labels is refused: its keys are not the reference's. That the reference still
+        is one is checked in each step.
         nn.DataParallel, which Trainer falls back to with several GPUs and no launcher, does not
         work: use torchrun. Under torch.compile the model's layers are compiled, the loss is an op
         of its own.
