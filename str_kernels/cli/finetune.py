@@ -1,0 +1,108 @@
+"""str-kernels finetune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..contracts import Backend, PenaltyKind, SafetyPenalty
+from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+
+_KINDS, _BACKENDS = get_args(PenaltyKind), get_args(Backend)
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
+    data: Annotated[
+        Path, typer.Argument(help="JSONL: chat messages, or prompt and completion, per row.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to make.")] = Path("str-kernels-run"),
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forwards of one step.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-4,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps until the peak.")] = 0,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    lora_alpha: Annotated[int | None, typer.Option(help="Scale; twice the rank if unset.")] = None,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout inside the adapters.")] = 0.0,
+    weight: Annotated[float, typer.Option(help="Penalty weight; 0 is plain fine-tuning.")] = 0.1,
+    kind: Annotated[str, typer.Option(help=f"Of penalty: {', '.join(_KINDS)}.")] = "mse",
+    temperature: Annotated[float, typer.Option(help="T of kind subset_kl.")] = 1.0,
+    delta: Annotated[float, typer.Option(help="Of kind huber, logits.")] = 1.0,
+    positions: Annotated[
+        str, typer.Option(help="'response', 'all', or the first m labels of each response.")
+    ] = "response",
+    safety_tokens: Annotated[
+        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(_BACKENDS)}.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Fine-tune MODEL on DATA with LoRA and the safety loss.
+
+    Writes the adapter, safety_tokens.json, report.json and curves.png into the output folder.
+    """
+    with readable_errors():
+        integration = import_integration("finetune")
+        training = import_integration("training")
+
+        options = training.TrainingOptions(
+            steps=steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            seed=seed,
+            positions=int(positions) if positions.isdigit() else positions,
+            backend=backend,
+        )
+        with progress(quiet=as_json) as watch:
+            result = integration.finetune(
+                model,
+                data,
+                output,
+                options=options,
+                penalty=SafetyPenalty(
+                    weight, cast(PenaltyKind, kind), temperature=temperature, delta=delta
+                ),
+                safety_tokens=safety_tokens,
+                templates=templates,
+                max_length=max_length,
+                dtype=dtype,
+                overwrite=overwrite,
+                on_step=lambda step: watch("fine-tune", step, steps),
+                progress=lambda text: watch(text, 0, 1),
+            )
+    if as_json:
+        print_json({"folder": str(result.folder), **result.report})
+    else:
+        _show_finetune(result)
+
+
+def _show_finetune(result: Any) -> None:
+    first, last = result.report["log"][0], result.report["log"][-1]
+    table = Table("", "first step", "last step", title=f"{result.report['options']['steps']} steps")
+    for name in ("loss", "safety/ce", "safety/penalty", "safety/max_drift"):
+        table.add_row(name, f"{first[name]:.4f}", f"{last[name]:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Written to {escape(str(result.folder))}: adapter, safety_tokens.json, "
+        "report.json, curves.png",
+        soft_wrap=True,
+    )
