@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import check_backend
-from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from ..penalties import ON_LOG_PROBS
+from ..contracts import SafetyLoss, SafetyPenalty
 from ..safety_tokens import SafetyTokens
-from .hf_models import auxiliary_loss, not_compiled, runs_the_model, shift
-from .loss_paths import LossPath, PathName, check_path, make_path
+from .anchor_pass import AnchorPass
+from .anchors import AnchorPrompts
+from .loss_paths import PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
     check_adapters,
@@ -24,6 +21,7 @@ from .peft_adapters import (
     has_adapters,
     is_prompt_learning,
 )
+from .positions import Positions, check_positions
 from .references import (
     AdaptersOff,
     CallableReference,
@@ -31,11 +29,9 @@ from .references import (
     PromptOff,
     Reference,
     ReferenceFunction,
+    Shortened,
 )
-
-Positions = Literal["response", "all"] | int
-_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
-_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
+from .safety_forward import SafetyForward
 
 
 def attach(
@@ -46,6 +42,9 @@ def attach(
     ref_model: nn.Module | None = None,
     reference: ReferenceFunction | None = None,
     positions: Positions = "response",
+    anchors: AnchorPrompts | None = None,
+    ref_every: int = 1,
+    ref_tokens: int | None = None,
     path: PathName = "linear",
     chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -74,6 +73,12 @@ def attach(
             kind "logprob".
         positions: where the penalty is taken: "response" (every label), "all" (every position
             whose next token is not padding) or the first m labels of each response.
+        anchors: prompts without answers at which the model is held too, a few of them in each
+            step, in a pass of their own; see AnchorPrompts.
+        ref_every: the reference's pass is made, and the penalty taken, in every n-th training
+            forward only, where it counts n times. Anchors are held in each step all the same.
+        ref_tokens: the reference reads so many of each row's first columns and no more; nothing
+            is compared after them. Rows padded on the left lose theirs.
         path: "linear" reads the head's weight and never makes the full logits; "logits" takes
             the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
             or DoRA), and keeps them all in memory. docs/support.md says which model needs which.
@@ -108,11 +113,17 @@ def attach(
     if not isinstance(safety_tokens, SafetyTokens):
         raise TypeError(f"`safety_tokens` must be SafetyTokens; got {type(safety_tokens).__name__}")
     penalty = safety_tokens.weigh(penalty)
-    _check_positions(positions)
+    check_positions(positions)
+    _check_schedule(model, ref_every, ref_tokens, reference)
+    if anchors is not None and is_prompt_learning(model):
+        raise ValueError(
+            "`anchors` must be None for prompt learning: they would reach the model without its "
+            "virtual tokens"
+        )
     check_backend(backend)
     check_path(path)
     inner = base_of(model)
-    if isinstance(vars(inner).get("forward"), _SafetyForward):
+    if isinstance(vars(inner).get("forward"), SafetyForward):
         raise ValueError(
             "`model` must not be attached twice; call remove() on the first handle. (A deepcopy of "
             "an attached model is attached, for good: copy it before.)"
@@ -145,9 +156,12 @@ def attach(
             "`ref_model` must be given for a model without adapters: the frozen aligned model to "
             "compare with (a copy made before training); got None"
         )
-    return SafetyHandle(
-        inner, _SafetyForward(inner, student, frozen, safety_tokens, penalty, positions)
-    )
+    in_rows = frozen if ref_tokens is None else Shortened(frozen, ref_tokens)
+    forward = SafetyForward(inner, student, in_rows, safety_tokens, penalty, positions)
+    forward.ref_every = ref_every
+    if anchors is not None:
+        forward.anchor_pass = AnchorPass(anchors, inner, student, frozen)
+    return SafetyHandle(model, inner, forward)
 
 
 def _second_model(
@@ -170,12 +184,13 @@ def _second_model(
 class SafetyHandle:
     """What `attach` returns: the last terms, the weight, and the way back."""
 
-    def __init__(self, inner: nn.Module, forward: _SafetyForward) -> None:
+    def __init__(self, model: nn.Module, inner: nn.Module, forward: SafetyForward) -> None:
         self._inner = inner
         self._forward = forward
         self._previous = vars(inner).get("forward")  # set by somebody before us, or None
         inner.forward = forward
-        self._watch = inner.register_forward_hook(forward.check_reached, with_kwargs=True)
+        # of the PeftModel: until PEFT 0.19 it calls inner.forward and no hook of inner
+        self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
         forward.path.open()
         forward.reference.open()
 
@@ -192,6 +207,25 @@ class SafetyHandle:
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
         self._forward.penalty = dataclasses.replace(self._forward.penalty, weight=weight)
+
+    @property
+    def last_anchors(self) -> SafetyLoss | None:
+        """The detached terms of the last step's anchors, their weight among the rows included."""
+        return None if self._forward.anchor_pass is None else self._forward.anchor_pass.last
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, which says whose turn it is among the anchors.
+
+        Counted by itself: a forward after the trained weights changed is in the next step. Setting
+        it, as SafetyTrainer does for the sake of resumed runs, puts that in your hands.
+        """
+        return 0 if self._forward.anchor_pass is None else self._forward.anchor_pass.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if self._forward.anchor_pass is not None:
+            self._forward.anchor_pass.set_step(step)
 
     def remove(self) -> None:
         """Put the model's own forward back. A second call does nothing."""
@@ -220,155 +254,6 @@ class SafetyHandle:
         self.remove()
 
 
-class _SafetyForward:
-    """Stands in for a model's forward. An object and not a closure, so that deepcopy copies it."""
-
-    def __init__(
-        self,
-        inner: nn.Module,
-        path: LossPath,
-        reference: Reference,
-        safety_tokens: SafetyTokens,
-        penalty: SafetyPenalty,
-        positions: Positions,
-    ) -> None:
-        self.inner = inner
-        self.original = inner.forward
-        self.signature = inspect.signature(self.original)
-        self.path = path
-        self.reference = reference
-        self.safety_tokens = safety_tokens
-        self.penalty = penalty
-        self.positions = positions
-        self.active = True
-        self.reached = False
-        self.last: SafetyLoss | None = None
-        # Trainer reads the signature to choose columns and to see whether **kwargs are taken.
-        functools.update_wrapper(self, self.original)
-
-    @runs_the_model
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the safety loss where there is one to compute; else call the model's forward."""
-        self.reached = True
-        batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
-        labelled = batch.get("labels") is not None or batch.get("shift_labels") is not None
-        if not (self.active and self.inner.training and labelled):
-            return self.original(*args, **kwargs)
-        as_tuple = batch.pop("return_dict", None) is False
-        target, num_items = self._prepare(batch)
-        safety_ids = self.safety_tokens.ids_on(target.device)
-        # no ids: plain cross-entropy, and the pass of the reference is spared
-        ref = None
-        if len(self.safety_tokens):
-            ref = self.reference(safety_ids, batch, self.penalty.kind in ON_LOG_PROBS)
-        output, states = self.path.run(self.original, {**batch, "return_dict": True})
-        output = self._finish(
-            output, states, target, num_items, ref, safety_ids, batch.get("attention_mask")
-        )
-        return output.to_tuple() if as_tuple else output
-
-    @not_compiled
-    def check_reached(self, inner: nn.Module, _: Any, batch: dict[str, Any], __: Any) -> None:
-        """Raise where somebody put another forward in our place, whose loss has no penalty."""
-        reached, self.reached = self.reached, False
-        if inner.training and not reached and batch.get("labels") is not None:
-            raise RuntimeError(
-                "the attached model's forward was replaced (as TRL's SFTTrainer and Liger do), and "
-                "this loss has no penalty: attach after that, or switch it off"
-            )
-
-    @not_compiled
-    def _prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Take the labels out of the batch; return the target (B, T) and the divisor or None."""
-        labels, shift_labels, num_items = (batch.pop(name, None) for name in _LOSS_ARGUMENTS)
-        _check_logits_to_keep(batch)
-        if not self.reference.has_fewer_positions:  # prefix tuning's tokens arrive as a cache
-            _check_no_cache(batch)
-        target = shift(labels) if shift_labels is None else shift_labels
-        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
-        return target.to(self.path.device or target.device), num_items
-
-    @not_compiled
-    def _finish(
-        self,
-        output: Any,
-        states: Tensor,  # (B, T, D or V)
-        target: Tensor,  # (B, T)
-        num_items: Any,
-        ref: Tensor | None,  # (B, T, K)
-        safety_ids: Tensor,
-        attention_mask: Any,
-    ) -> Any:
-        """Make the loss, keep its terms, and put it into the model's output."""
-        if states.shape[:2] != target.shape:
-            raise ValueError(
-                f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
-                f"got {tuple(target.shape)}"
-            )
-        if num_items is None:
-            num_items = (target != IGNORE_INDEX).sum()
-        row_weight = self._row_weight(target, attention_mask)
-        if ref is not None:
-            fewer = self.reference.has_fewer_positions
-            ref, row_weight = _beside(ref, target, row_weight, fewer)
-        terms = self.path.loss(
-            states,
-            target.flatten(),
-            None if ref is None else safety_ids,
-            None if ref is None else ref.flatten(0, 1),
-            penalty=self.penalty,
-            safety_row_weight=None if row_weight is None else row_weight.flatten().float(),
-            num_items=num_items,
-            num_safety_items=num_items,
-        )
-        self.last = terms.detach()
-        # Made anew, since a field that was None would otherwise come last in a tuple. Of one
-        # position, the logits are better absent than mistaken for the batch's.
-        fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-        fields["loss"] = terms.loss + auxiliary_loss(self.inner, output)
-        if not self.path.keeps_logits:
-            fields["logits"] = None
-        return type(output)(**fields)
-
-    def _row_weight(self, target: Tensor, attention_mask: Any) -> Tensor | None:  # (B, T)
-        """Return w: None for every label, or a mask of the positions asked for."""
-        if self.positions == "response":
-            return None
-        if self.positions == "all":
-            inside = torch.ones_like(target, dtype=torch.bool)
-            length = target.shape[1]
-            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-                # the last columns: before them may be those of a cache that prefix tuning fills
-                inside = attention_mask[:, -length:].to(target.device).bool()
-            follows = nn.functional.pad(inside[:, 1:], (0, 1), value=False)
-            return inside & follows
-        kept = target != IGNORE_INDEX
-        count = kept.cumsum(dim=1)
-        # labels counted before the present run of labels: each response starts again at 1
-        before = torch.where(kept, 0, count).cummax(dim=1).values
-        return kept & (count - before <= self.positions)
-
-
-def _beside(
-    ref: Tensor, target: Tensor, row_weight: Tensor | None, fewer: bool
-) -> tuple[Tensor, Tensor | None]:  # (B, T, K), (B, T)
-    """Align the reference with the student, whose first positions are virtual tokens if `fewer`.
-
-    The reference has no such positions: nothing is compared there.
-    """
-    virtual = target.shape[1] - ref.shape[1]
-    if ref.shape[0] != target.shape[0] or virtual < 0 or (virtual and not fewer):
-        raise ValueError(
-            "the reference (`ref_model` or `reference`) must have a position for each of "
-            f"{tuple(target.shape)} labels; it has {tuple(ref.shape[:2])}"
-        )
-    if virtual == 0:
-        return ref, row_weight
-    weight = target != IGNORE_INDEX if row_weight is None else row_weight
-    real = torch.arange(target.shape[1], device=target.device) >= virtual
-    return nn.functional.pad(ref, (0, 0, virtual, 0)), weight & real
-
-
 def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -> None:
     largest = int(safety_tokens.ids.max()) if len(safety_tokens) else -1
     if largest >= vocab_size:
@@ -378,20 +263,10 @@ def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -
         )
 
 
-def _check_positions(positions: object) -> None:
-    number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 1
-    if not number and positions not in ("response", "all"):
-        raise ValueError(f"`positions` must be 'response', 'all' or an int >= 1; got {positions!r}")
-
-
-def _check_no_cache(batch: dict[str, Any]) -> None:
-    """Refuse a cache with labels: its keys are the student's, and the reference adds its own."""
-    for name in _CACHES:
-        if batch.get(name) is not None:
-            raise ValueError(f"`{name}` must be None when labels are given to an attached model")
-
-
-def _check_logits_to_keep(batch: dict[str, Any]) -> None:
-    keep = batch.get("logits_to_keep")
-    if keep is not None and not (isinstance(keep, int) and keep == 0):
-        raise ValueError("`logits_to_keep` must be 0 when labels are given to an attached model")
+def _check_schedule(model: nn.Module, ref_every: object, ref_tokens: object, given: object) -> None:
+    for name, value in (("ref_every", ref_every), ("ref_tokens", ref_tokens)):
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not number and (name, value) != ("ref_tokens", None):
+            raise ValueError(f"`{name}` must be an int >= 1; got {value!r}")
+    if ref_tokens is not None and (given is not None or is_prompt_learning(model)):
+        raise ValueError("`ref_tokens` must be None for prompt learning or beside `reference`")

@@ -36,6 +36,9 @@ class Reference(ABC):
     has_fewer_positions = False
     """Whether the student has virtual tokens in front that this reference has not."""
 
+    reads_tokens: int | None = None
+    """How many columns of a batch it reads; None for all."""
+
     def open(self) -> None:  # noqa: B027 - most need nothing
         """Put in place what has to be there while the student is attached."""
 
@@ -209,3 +212,39 @@ class CallableReference(Reference):
                 f"got {tuple(values.shape)}"
             )
         return values.detach().to(ids.device)
+
+
+class Shortened(Reference):
+    """Another reference given only the first columns of each batch: cheaper, and blind after."""
+
+    def __init__(self, reference: Reference, tokens: int) -> None:
+        self.reference = reference
+        self.reads_tokens = tokens
+
+    @override
+    def open(self) -> None:
+        self.reference.open()
+
+    @override
+    def close(self) -> None:
+        self.reference.close()
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        given = batch.get("input_ids", batch.get("inputs_embeds"))
+        length = given.shape[1] if isinstance(given, Tensor) else 0
+        cut = {name: self._cut(name, value, length) for name, value in batch.items()}
+        values = self.reference(ids, cut, log_probs)
+        # NaN, so that a position that nobody read cannot pass for one without a drift
+        return nn.functional.pad(values, (0, 0, 0, length - values.shape[1]), value=torch.nan)
+
+    def _cut(self, name: str, value: Any, length: int) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != length:
+            if isinstance(value, Tensor) and value.dim() > 1 and length in value.shape:
+                raise ValueError(
+                    f"`ref_tokens` must be None for batches with `{name}` of shape "
+                    f"{tuple(value.shape)}: its columns are not in the second place"
+                )
+            return value
+        return value[:, : self.reads_tokens]

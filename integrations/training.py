@@ -13,8 +13,8 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 
 from ..contracts import SafetyPenalty
 from ..safety_tokens import SafetyTokens
-from .attach import Positions
 from .hf_trainer import SafetyTrainer
+from .positions import Positions
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from .projection import project
 from .safety_tokens import SafetyTokens
 
 if TYPE_CHECKING:
+    from .integrations.anchors import AnchorPrompts
     from .integrations.attach import attach
 
 __version__ = "0.1.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "AnchorPrompts",
     "SafetyCrossEntropyLoss",
     "SafetyLinearCrossEntropyLoss",
     "SafetyLoss",
@@ -38,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.attach import attach
 
         return attach
+    if name == "AnchorPrompts":
+        from .integrations.anchors import AnchorPrompts
+
+        return AnchorPrompts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,229 @@
+"""AnchorPrompts: prompts without answers at which the model is held, beside the training rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..evals.refusals import classify_answer, load_prompts
+from .chat_data import render_prompts
+
+Kind = Literal["harmful", "harmless"]
+_ANSWER_TOKENS = 24  # of an answer, to tell whether it refuses
+
+
+@dataclass(frozen=True)
+class AnchorRow:
+    """One anchor: a tokenised context and how much of its end is held.
+
+    Args:
+        input_ids: the prompt, rendered up to where the answer begins, and perhaps the first
+            tokens of the model's own answer.
+        held: the penalty is taken at this many last positions, >= 1.
+        kind: "harmful" or "harmless".
+    """
+
+    input_ids: tuple[int, ...]
+    held: int = 1
+    kind: Kind = "harmful"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.held <= len(self.input_ids):
+            raise ValueError(
+                f"`held` must be in [1, {len(self.input_ids)}], the anchor's length; "
+                f"got {self.held}"
+            )
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"`kind` must be 'harmful' or 'harmless'; got {self.kind!r}")
+
+
+class AnchorBatch(NamedTuple):
+    """Some anchors as a model takes them, padded on the right, and where they are held."""
+
+    input_ids: Tensor  # (A, T) int64
+    attention_mask: Tensor  # (A, T) int64
+    held: Tensor  # (A, T) bool
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorPrompts:
+    """Prompts at which the model is held to its reference in each step, without any answer.
+
+    In the training contexts alone the penalty cannot see what happens on a harmful prompt. An
+    anchor is such a prompt: no cross-entropy, no label, the penalty at its last position, where
+    the answer begins. In a step with the anchors A, their held positions P and n labels
+
+        loss = (sum(ce) + weight * sum(penalty)) / n
+             + weight * anchor_weight * sum over P of penalty / |P|
+
+    so that anchor_weight 1 lets all anchors together weigh as much as all labels together,
+    however many there are of either.
+
+    Args:
+        rows: the anchors.
+        per_step: harmful anchors in each optimizer step.
+        harmless_per_step: harmless ones; they hold over-refusal down.
+        weight: anchor_weight above, >= 0.
+        seed: of the order. Every anchor of a kind has its turn before one comes again.
+        pad_token_id: of the padding, which the mask hides.
+
+    Raises:
+        ValueError: a number is out of its range, or there is no anchor of a kind that is asked
+            for.
+
+    Notes:
+        Which anchors a step has depends on its number and the seed alone, so that a resumed run
+        and every rank of a distributed one draw the same. Each micro-step of an accumulated step
+        has the same anchors, weighed by its share of the labels: the sum is that of one large
+        batch.
+
+    Examples:
+        >>> row = AnchorRow(input_ids=(5, 7, 9))
+        >>> AnchorPrompts([row], per_step=1).draw(0)
+        [0]
+    """
+
+    rows: Sequence[AnchorRow]
+    per_step: int = 2
+    harmless_per_step: int = 0
+    weight: float = 1.0
+    seed: int = 0
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        if not self.weight >= 0:
+            raise ValueError(f"`weight` must be >= 0; got {self.weight}")
+        if self.per_step + self.harmless_per_step < 1:
+            raise ValueError("`per_step` and `harmless_per_step` must not both be 0")
+        for name, count, kind in self._counts():
+            if count < 0:
+                raise ValueError(f"`{name}` must be >= 0; got {count}")
+            there = sum(row.kind == kind for row in self.rows)
+            if count > there:
+                raise ValueError(f"`{name}` must be at most {there}, the {kind} rows; got {count}")
+
+    def __len__(self) -> int:
+        """Return the number of anchors."""
+        return len(self.rows)
+
+    @classmethod
+    def from_prompts(
+        cls,
+        tokenizer: Any,
+        prompts: str | Path | Sequence[str] = "anchors",
+        harmless: str | Path | Sequence[str] | None = None,
+        *,
+        model: Any = None,
+        positions: int = 1,
+        per_step: int = 2,
+        harmless_per_step: int = 0,
+        weight: float = 1.0,
+        seed: int = 0,
+    ) -> AnchorPrompts:
+        """Render prompts by the tokenizer's chat template, up to where the answer begins.
+
+        Args:
+            tokenizer: of the model, with a chat template.
+            prompts: the harmful ones: a list, a JSON Lines file with a "prompt" in each row, or
+                the name of a set that comes with the package. Rows whose "kind" is "harmless" are
+                taken as that.
+            harmless: the same for harmless prompts.
+            model: needed for positions > 1 alone: its own greedy answers are continued. For a
+                PeftModel switch the adapters off first, or call this before adding them.
+            positions: how many positions are held: the last of the prompt, and the first
+                positions - 1 of the model's own answer. A harmful prompt that the model does not
+                refuse has no such answer: its last position alone is held.
+            per_step: as in the class; so are the others.
+            harmless_per_step: harmless anchors of a step.
+            weight: of the anchors among the rows.
+            seed: of the order.
+
+        Returns:
+            The AnchorPrompts.
+
+        Raises:
+            ValueError: a file is missing or broken, a list is empty, or `model` is missing.
+        """
+        if positions < 1 or (positions > 1 and model is None):
+            raise ValueError(
+                f"`positions` must be 1, or more with `model`, whose answers are held; "
+                f"got {positions}, model {type(model).__name__}"
+            )
+        asked = _read(prompts, "harmful") + (_read(harmless, "harmless") if harmless else [])
+        contexts = [
+            tuple(tokenizer.encode(text, add_special_tokens=False))
+            for text in render_prompts(tokenizer, [prompt for prompt, _ in asked])
+        ]
+        answers: list[tuple[int, ...]] = [()] * len(asked)
+        if positions > 1:
+            answers = _own_answers(model, tokenizer, asked, positions - 1)
+        rows = [
+            AnchorRow(context + answer, 1 + len(answer), kind)
+            for context, answer, (_, kind) in zip(contexts, answers, asked, strict=True)
+        ]
+        return cls(rows, per_step, harmless_per_step, weight, seed, tokenizer.pad_token_id or 0)
+
+    def draw(self, step: int) -> list[int]:
+        """Return which anchors, by their place in `rows`, are held in an optimizer step."""
+        drawn = []
+        for _, count, kind in self._counts():
+            deck = [place for place, row in enumerate(self.rows) if row.kind == kind]
+            for turn in range(step * count, (step + 1) * count):
+                shuffled = random.Random(f"{self.seed} {kind} {turn // len(deck)}")
+                drawn.append(shuffled.sample(deck, len(deck))[turn % len(deck)])
+        return drawn
+
+    def batch(self, places: Sequence[int], device: torch.device | str = "cpu") -> AnchorBatch:
+        """Pad the rows at `places` into one batch."""
+        rows = [self.rows[place] for place in places]
+        length = max(len(row.input_ids) for row in rows)
+        ids = torch.full((len(rows), length), self.pad_token_id, dtype=torch.int64)
+        column = torch.arange(length)
+        ends = torch.tensor([len(row.input_ids) for row in rows]).unsqueeze(1)
+        held = torch.tensor([row.held for row in rows]).unsqueeze(1)
+        for place, row in enumerate(rows):
+            ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
+        mask = column < ends
+        return AnchorBatch(
+            ids.to(device), mask.long().to(device), (mask & (column >= ends - held)).to(device)
+        )
+
+    def _counts(self) -> tuple[tuple[str, int, Kind], ...]:
+        return (
+            ("per_step", self.per_step, "harmful"),
+            ("harmless_per_step", self.harmless_per_step, "harmless"),
+        )
+
+
+def _read(source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kind]]:
+    if not isinstance(source, (str, Path)):
+        if not source:
+            raise ValueError("`prompts` must hold at least one prompt; got an empty list")
+        return [(prompt, kind) for prompt in source]
+    return [
+        (row.prompt, "harmless" if getattr(row, "kind", "") == "harmless" else kind)
+        for row in load_prompts(source)
+    ]
+
+
+def _own_answers(
+    model: Any, tokenizer: Any, asked: Sequence[tuple[str, Kind]], tokens: int
+) -> list[tuple[int, ...]]:
+    """Return the first tokens of the model's own answers; none where it does not refuse."""
+    from .generation import answer_prompts
+
+    prompts = [prompt for prompt, _ in asked]
+    texts = answer_prompts(model, tokenizer, prompts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
+    return [
+        tuple(tokenizer.encode(text, add_special_tokens=False)[:tokens])
+        if kind == "harmless" or classify_answer(text) == "refusal"
+        else ()
+        for text, (_, kind) in zip(texts, asked, strict=True)
+    ]
