@@ -100,14 +100,14 @@ class AnchorPrompts:
         object.__setattr__(self, "rows", tuple(self.rows))
         if not self.weight >= 0:
             raise ValueError(f"`weight` must be >= 0; got {self.weight}")
-        if self.per_step + self.harmless_per_step < 1:
-            raise ValueError("`per_step` and `harmless_per_step` must not both be 0")
         for name, count, kind in self._counts():
             if count < 0:
                 raise ValueError(f"`{name}` must be >= 0; got {count}")
             there = sum(row.kind == kind for row in self.rows)
             if count > there:
                 raise ValueError(f"`{name}` must be at most {there}, the {kind} rows; got {count}")
+        if not self.per_step + self.harmless_per_step:
+            raise ValueError("`per_step` and `harmless_per_step` must not both be 0")
 
     def __len__(self) -> int:
         """Return the number of anchors."""

@@ -1,0 +1,141 @@
+"""Anchors as rows of a batch: the same loss as in a pass of their own, whatever pads the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_anchors import PENALTY, anchors_of
+from test_attach import IDS, TOKENS, gradients
+from tiny_models import VOCAB, tiny_model, with_lora
+from torch.utils.data import DataLoader
+
+from str_kernels import attach, project, safety_linear_cross_entropy
+from str_kernels.integrations.anchor_batches import AnchorCollator, WithAnchors
+
+
+def rows_of(seed: int, count: int = 3) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for row in range(count):
+        ids = torch.randint(3, VOCAB, (8 + row,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (2 + row) + ids[2 + row :]})
+    return rows
+
+
+def padding(side: str) -> Any:
+    """A collator that pads as transformers' do."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+
+        def pad(values: list[int], value: int) -> list[int]:
+            fill = [value] * (length - len(values))
+            return fill + values if side == "left" else values + fill
+
+        ones = [[1] * len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": torch.tensor([pad(row["input_ids"], 0) for row in rows]),
+            "attention_mask": torch.tensor([pad(one, 0) for one in ones]),
+            "labels": torch.tensor([pad(row["labels"], -100) for row in rows]),
+        }
+
+    return collate
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_of_the_batch_equal_a_pass_of_their_own(side: str, seed: int) -> None:
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    anchors = anchors_of(seed)
+    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors):
+        apart = model(**padding("right")(rows_of(seed))).loss
+        apart.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    batch = AnchorCollator(padding(side), anchors)(rows_of(seed))
+    assert batch["input_ids"].shape[0] == 3 + 3
+    assert bool((batch["labels"][3:] == -100).all())
+    if side == "left":  # as generate() does; the model itself counts padding as positions
+        batch["position_ids"] = batch["attention_mask"].cumsum(1).sub(1).clamp(min=0)
+    with attach(model, TOKENS, penalty=PENALTY):
+        together = model(**batch).loss
+        together.backward()
+        assert model.eval()(**{**batch, "safety_row_weight": None}).loss is not None
+    assert float(together.detach()) == pytest.approx(float(apart.detach()), rel=1e-5)
+    for name, grad in gradients(model).items():
+        largest = float(wanted[name].abs().max())
+        assert float((grad - wanted[name]).abs().max()) <= 1e-4 * largest + 1e-9, name
+
+
+def test_the_function_alone_gives_the_same(seed: int) -> None:
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    anchors = anchors_of(seed)
+    batch = AnchorCollator(padding("right"), anchors)(rows_of(seed))
+    with attach(model, TOKENS, penalty=PENALTY) as handle:
+        expected = model(**batch).loss
+        assert float(handle.last.penalty) > 1e-4
+    inner = model.get_base_model()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    ids = torch.tensor(IDS)
+    with torch.no_grad(), model.disable_adapter():
+        states = inner.model(**inputs).last_hidden_state.flatten(0, 1)
+        ref = project(states, inner.lm_head.weight, ids)
+    hidden = inner.model(**inputs).last_hidden_state.flatten(0, 1)
+    target = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    count = int((target != -100).sum())
+    terms = safety_linear_cross_entropy(
+        hidden, inner.lm_head.weight, target.flatten(), ids, ref, penalty=PENALTY,
+        safety_row_weight=batch["safety_row_weight"].flatten(),
+        num_items=count, num_safety_items=count,
+    )  # fmt: skip
+    assert float(terms.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_a_collator_that_labels_everything_labels_no_anchor(seed: int) -> None:
+    def plain_text(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = padding("right")(rows)
+        labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+        return {**batch, "labels": labels}
+
+    batch = AnchorCollator(plain_text, anchors_of(seed))(rows_of(seed))
+    assert bool((batch["labels"][:3] != -100).any()) and bool((batch["labels"][3:] == -100).all())
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    assert float(batch["safety_row_weight"][3:].sum()) == pytest.approx(0.7 * count)
+    assert float(batch["safety_row_weight"][:3].sum()) == count
+
+
+def test_a_data_set_with_anchors_under_any_sampler_and_workers(seed: int) -> None:
+    anchors = anchors_of(seed, per_step=1, harmless_per_step=1)
+    rows = rows_of(seed, 7)
+    data = WithAnchors(rows, anchors, every=2)
+    assert len(data) == 10
+    items = [data[i] for i in range(10)]
+    assert [i for i, item in enumerate(items) if "anchor_held" in item] == [2, 5, 8]
+    assert [item for item in items if "anchor_held" not in item] == rows
+    with pytest.raises(IndexError):
+        data[10]
+    assert len(list(data)) == 10
+    collate = AnchorCollator(padding("right"), weight=0.5)
+    for batch in DataLoader(data, batch_size=5, shuffle=True, collate_fn=collate):
+        at_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+        at_anchors = batch["safety_row_weight"][~at_labels]
+        if bool((at_anchors > 0).any()):
+            assert float(at_anchors.sum()) == pytest.approx(0.5 * int(at_labels.sum()))
+        assert bool((batch["safety_row_weight"][at_labels] == 1).all())
+
+
+def test_what_cannot_be_joined_is_named(seed: int) -> None:
+    anchors = anchors_of(seed)
+    packed = [{**row, "position_ids": row["input_ids"]} for row in rows_of(seed)]
+    with pytest.raises(ValueError, match="position_ids"):
+        AnchorCollator(padding("right"), anchors)(packed)
+    dropped = [{"input_ids": [4, 5], "labels": [-100, -100]}]
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        AnchorCollator(padding("right"))(dropped)
+    with pytest.raises(ValueError, match="`every` must be >= 1"):
+        WithAnchors([], anchors, 0)
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    batch = padding("right")(rows_of(seed))
+    with attach(model, TOKENS), pytest.raises(ValueError, match="`safety_row_weight` must have"):
+        model(**batch, safety_row_weight=torch.ones(2, 2))
