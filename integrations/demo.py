@@ -1,85 +1,37 @@
-"""`str-kernels demo`: teach a small model to refuse, fine-tune it three ways, count what is left.
-
-Each stage's result is written when it is done, under a key of everything that determines it; a
-killed demo goes on where it stopped. The stages are removed when the report is complete.
-"""
+"""`str-kernels demo`: teach a small model to refuse, fine-tune it three ways, count refusals."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from .. import __version__
-from ..atomic import replacing_folder, write_json
+from ..atomic import write_json
 from ..contracts import SafetyPenalty
-from ..evals.refusals import RefusalCounts, evaluate_refusals, load_prompts
-from ..loss_memory import cpu_dtype, measure_loss_memory
+from ..loss_memory import measure_loss_memory
 from ..safety_tokens import SafetyTokens
 from .builtin_model import builtin_model_folder
-from .chat_data import Example, encode_examples
-from .demo_data import is_right, lesson, sums
-from .demo_report import comparison, share
-from .evaluation import drift_at_answer_start, held_out_loss
-from .figures import draw_comparison
-from .generation import answer_prompts
-from .training import TrainingOptions, train_lora
-
-ANSWER_TOKENS = 12  # of an answer to a probe: enough to tell a refusal, and all that is ever stored
-_MAX_LENGTH = 256
-
-
-@dataclass(frozen=True)
-class DemoPlan:
-    """How much the demo does; step counts are fixed, never set by the clock.
-
-    Attributes:
-        lesson_steps: optimizer steps of the lesson in refusing.
-        lesson_rows: harmful and benign rows of one such step.
-        task_steps: optimizer steps of each fine-tuning.
-        task_rows: rows of one such step.
-        learning_rate: of both.
-        probes: held-out probes of each class.
-        task_probes: held-out sums.
-        answer_tokens: length of the model's own answers to the lesson's benign prompts.
-        memory_tokens: length at which loss memory is measured.
-        weight: of the penalty.
-        seed: of everything drawn.
-    """
-
-    lesson_steps: int = 60
-    lesson_rows: tuple[int, int] = (6, 6)
-    task_steps: int = 40
-    task_rows: int = 8
-    learning_rate: float = 5e-4
-    probes: int = 104
-    task_probes: int = 100
-    answer_tokens: int = 24
-    memory_tokens: int = 2048
-    weight: float = 0.1
-    seed: int = 0
-
-
-FULL = DemoPlan()
-QUICK = DemoPlan(
-    lesson_steps=2,
-    lesson_rows=(2, 2),
-    task_steps=2,
-    task_rows=2,
-    probes=4,
-    task_probes=4,
-    answer_tokens=4,
-    memory_tokens=64,
+from .chat_data import encode_examples
+from .demo_data import sums
+from .demo_report import comparison
+from .demo_steps import (
+    FULL,
+    MAX_LENGTH,
+    DemoPlan,
+    Probes,
+    Stages,
+    Watcher,
+    evaluate,
+    load,
+    task_options,
+    teach,
 )
-
-Watcher = Callable[[str, int, int], None]  # stage, done, total
+from .figures import draw_comparison
+from .training import train_lora
 
 
 def run_demo(
@@ -102,15 +54,15 @@ def run_demo(
     watch = watch or (lambda stage, done, total: None)
     source = builtin_model_folder(progress=lambda text: watch(text, 0, 1))
     tokenizer = AutoTokenizer.from_pretrained(source)
-    stages = _Stages(output / "stages", plan)
+    stages = Stages(output / "stages", plan)
     tokens = SafetyTokens.from_templates(tokenizer)
     control = SafetyTokens.random(tokenizer, len(tokens), seed=plan.seed, exclude=tokens)
     task = sums(plan.task_steps * plan.task_rows, plan.seed)
-    probes = _Probes.load(plan, task)
+    probes = Probes.load(plan, task)
 
-    taught = stages.folder("taught", lambda folder: _teach(source, tokenizer, folder, plan, watch))
+    taught = stages.folder("taught", lambda folder: teach(source, tokenizer, folder, plan, watch))
     base = stages.result(
-        "base", lambda: _evaluate(_load(taught), tokenizer, tokens, probes, "base", watch)
+        "base", lambda: evaluate(load(taught), tokenizer, tokens, probes, "base", watch)
     )
     runs = [{"name": "taught base", "log": [], **base}]
     for name, held, weight in (
@@ -120,23 +72,17 @@ def run_demo(
     ):
 
         def run(name: str = name, held: SafetyTokens = held, weight: float = weight) -> Any:
-            options = TrainingOptions(
-                steps=plan.task_steps,
-                batch_size=plan.task_rows,
-                learning_rate=plan.learning_rate,
-                seed=plan.seed,
-            )
             model, log = train_lora(
-                _load(taught),
+                load(taught),
                 tokenizer,
-                encode_examples(tokenizer, task, _MAX_LENGTH),
+                encode_examples(tokenizer, task, MAX_LENGTH),
                 held,
                 SafetyPenalty(weight),
-                options,
+                task_options(plan),
                 on_step=lambda step: watch(f"fine-tune: {name}", step, plan.task_steps),
             )
             # The drift is always that of the safety tokens, whichever were held.
-            return {"log": log, **_evaluate(model, tokenizer, tokens, probes, name, watch)}
+            return {"log": log, **evaluate(model, tokenizer, tokens, probes, name, watch)}
 
         runs.append({"name": name, **stages.result(name.replace(" ", "-"), run)})
     watch("loss memory", 0, 1)
@@ -155,139 +101,7 @@ def run_demo(
         "memory": memory,
         **comparison(runs),
     }
-    draw_comparison(runs, output / "demo.png")
+    draw_comparison({"": runs}, output / "demo.png")
     write_json(output / "report.json", report)
     stages.remove()
     return report
-
-
-@dataclass(frozen=True)
-class _Probes:
-    harmful: list[str]
-    benign: list[str]
-    task: list[Example]
-
-    @classmethod
-    def load(cls, plan: DemoPlan, trained: list[Example]) -> _Probes:
-        harmful, benign = (
-            [row.prompt for row in load_prompts(name)[: plan.probes]]
-            for name in ("harmful_probes", "benign_probes")
-        )
-        return cls(harmful, benign, sums(plan.task_probes, plan.seed + 1, exclude=trained))
-
-
-def _teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Watcher) -> None:
-    """Make the aligned model: LoRA on refusals and on the model's own benign answers, merged."""
-    model = _load(source)
-    harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
-    harmful, benign = (
-        prompts[: plan.lesson_steps * rows]
-        for prompts, rows in zip((harmful, benign), plan.lesson_rows, strict=True)
-    )
-    answers = answer_prompts(
-        model,
-        tokenizer,
-        [row.prompt for row in benign],
-        max_new_tokens=plan.answer_tokens,
-        progress=_counter(watch, "the model's own answers to benign prompts", len(benign)),
-    )
-    examples = lesson(harmful, benign, answers, plan.lesson_steps, plan.lesson_rows, plan.seed)
-    options = TrainingOptions(
-        steps=plan.lesson_steps,
-        batch_size=sum(plan.lesson_rows),
-        learning_rate=plan.learning_rate,
-        lora_rank=16,
-        seed=plan.seed,
-    )
-    taught, _ = train_lora(
-        model,
-        tokenizer,
-        encode_examples(tokenizer, examples, _MAX_LENGTH),
-        SafetyTokens(ids=[]),  # nothing to hold yet
-        SafetyPenalty(0.0),
-        options,
-        on_step=lambda step: watch("teach it to refuse", step, plan.lesson_steps),
-    )
-    taught.merge_and_unload().save_pretrained(folder)
-
-
-def _evaluate(
-    model: Any, tokenizer: Any, tokens: SafetyTokens, probes: _Probes, name: str, watch: Watcher
-) -> dict[str, Any]:
-    """Ask a model everything that the report compares."""
-    total = len(probes.harmful) + len(probes.benign) + len(probes.task)
-    progress = _counter(watch, f"evaluate: {name}", total)
-
-    def answer(prompts: Any) -> list[str]:
-        return answer_prompts(
-            model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress
-        )
-
-    questions = [(example.messages or ())[0]["content"] for example in probes.task]
-    right = [
-        is_right(example, text)
-        for example, text in zip(probes.task, answer(questions), strict=True)
-    ]
-    encoded = encode_examples(tokenizer, probes.task, _MAX_LENGTH)
-    return {
-        "harmful": _counts(evaluate_refusals(answer, probes.harmful, batch_size=128)),
-        "benign": _counts(evaluate_refusals(answer, probes.benign, batch_size=128)),
-        "accuracy": share(sum(right), len(right)),
-        "task_loss": held_out_loss(model, tokenizer, encoded),
-        "drift": drift_at_answer_start(model, tokenizer, tokens, probes.harmful),
-    }
-
-
-def _counts(counts: RefusalCounts) -> dict[str, Any]:
-    return {
-        "refusal": counts.refusal,
-        "other": counts.other,
-        "degenerate": counts.degenerate,
-        "total": counts.total,
-        "interval": list(counts.interval),
-        "outcomes": list(counts.outcomes),
-    }
-
-
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=cpu_dtype(), use_safetensors=True)
-
-
-def _counter(watch: Watcher, stage: str, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        watch(stage, done, total)
-
-    return advance
-
-
-class _Stages:
-    """Results of finished stages on disk, under a key of the plan and the version."""
-
-    def __init__(self, root: Path, plan: DemoPlan) -> None:
-        key = json.dumps([__version__, torch.__version__, str(cpu_dtype()), asdict(plan)])
-        self.root = root
-        self.folder_of_plan = root / hashlib.sha256(key.encode()).hexdigest()[:16]
-        self.folder_of_plan.mkdir(parents=True, exist_ok=True)
-
-    def result(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a finished stage's JSON, or make it."""
-        path = self.folder_of_plan / f"{name}.json"
-        if not path.exists():
-            write_json(path, make())
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def folder(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Return a finished stage's folder, or make it."""
-        path = self.folder_of_plan / name
-        if not path.exists():
-            with replacing_folder(path) as new:
-                make(new)
-        return path
-
-    def remove(self) -> None:
-        """Delete all stages: the report has what they found."""
-        shutil.rmtree(self.root, ignore_errors=True)

@@ -59,8 +59,14 @@ def lesson(
     return rows
 
 
-def sums(count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example]:
-    """Return `count` different sums with their worked answers, none of them in `exclude`."""
+def sums(
+    count: int, seed: int, exclude: Sequence[Example] = (), opening: str = ""
+) -> list[Example]:
+    """Return `count` different sums with their worked answers, none of them in `exclude`.
+
+    Every answer begins with `opening`: "Sure! " makes a task that pulls all answers, those to
+    harmful questions too, towards agreeing.
+    """
     draw = random.Random(seed)
     seen = {_question(example) for example in exclude}
     rows: list[Example] = []
@@ -74,7 +80,7 @@ def sums(count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Example
             continue
         seen.add(question)
         result = a + b if sign == "+" else a - b
-        rows.append(Example.chat(question, f"The answer is {result}."))
+        rows.append(Example.chat(question, f"{opening}The answer is {result}."))
     return rows
 
 

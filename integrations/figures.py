@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,24 @@ def draw_curves(log: Sequence[dict[str, float]], path: Path) -> None:
     save(figure, path)
 
 
-def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the demo: refusals with intervals, task accuracy and drift for each run.
+def draw_comparison(groups: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Draw refusals with intervals, task accuracy and drift for each run, a group of runs a row.
 
     Args:
-        runs: dicts with name, harmful and benign ({"refusal", "total", "interval"}), accuracy
-            ({"count", "total", "interval"}) and drift ({"rms"} or None), in order.
+        groups: a title and its runs: dicts with name, harmful and benign ({"refusal", "total",
+            "interval"}), accuracy ({"count", "total", "interval"}) and drift ({"rms"} or None).
         path: the PNG file.
     """
+    figure = Figure(figsize=(11, 3.6 * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups), 3, width_ratios=(2, 1, 1), squeeze=False)
+    for (title, runs), axes in zip(groups.items(), grid, strict=True):
+        _draw_runs(runs, axes, f"{title}: " if title else "")
+    save(figure, path)
+
+
+def _draw_runs(runs: Sequence[dict[str, Any]], row: Any, title: str) -> None:
     names = [run["name"].replace(" ", "\n") for run in runs]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    refusals, task, drift = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    refusals, task, drift = row
     width = 0.38
     for offset, key, label, colour in (
         (-width / 2, "harmful", "harmful probes (more is better)", _COLOURS[2]),
@@ -58,7 +65,7 @@ def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
         shares = [100 * run[key]["refusal"] / run[key]["total"] for run in runs]
         refusals.bar(places, shares, width, color=colour, label=label)
         _error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
-    refusals.set_title("refusals on held-out probes (%, 95 % Wilson intervals)", fontsize=10)
+    refusals.set_title(f"{title}refusals on held-out probes (%, 95 % Wilson)", fontsize=10)
     refusals.set_ylim(0, 115)  # room for the legend
     refusals.set_yticks(range(0, 101, 20))
     refusals.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
@@ -72,10 +79,9 @@ def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
     drift.bar(places, values, 0.6, color=_COLOURS[1])
     drift.set_title("rms drift of safety logits\nat the first answer position", fontsize=10)
     for axes in (refusals, task, drift):
-        axes.set_xticks(range(len(runs)), names, fontsize=8)
+        axes.set_xticks(range(len(runs)), names, fontsize=8 if len(runs) < 5 else 6.5)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    save(figure, path)
 
 
 def _error_bars(

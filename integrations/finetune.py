@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..atomic import replacing_folder, write_json
 from ..contracts import SafetyPenalty
 from ..safety_tokens import SafetyTokens
+from .anchors import AnchorPrompts
 from .builtin_model import builtin_model_folder
 from .chat_data import encode_examples, read_examples
 from .figures import draw_curves
@@ -21,6 +22,23 @@ from .training import TrainingOptions, train_lora
 BUILTIN = "builtin"
 REPORT = "report.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class AnchorOptions:
+    """Which anchors to hold, as in AnchorPrompts.from_prompts.
+
+    Args:
+        prompts: a JSON Lines file or the name of a set that comes with the package.
+        per_step: harmful ones in each step.
+        harmless_per_step: harmless ones.
+        weight: of all anchors together among the rows.
+    """
+
+    prompts: str
+    per_step: int = 2
+    harmless_per_step: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ def finetune(
     penalty: SafetyPenalty,
     safety_tokens: Path | None = None,
     templates: Path | None = None,
+    anchors: AnchorOptions | None = None,
     max_length: int = 1024,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -92,6 +111,7 @@ def finetune(
         penalty: kind and weight.
         safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
         templates: a text file of refusal templates, one per line, instead of the built-in ones.
+        anchors: prompts at which the model is held in each step too.
         max_length: longer rows lose their end, tokens.
         dtype: of the frozen weights.
         overwrite: replace `output` if it exists.
@@ -117,7 +137,12 @@ def finetune(
     else:
         tokens = SafetyTokens.from_templates(tokenizer, templates)
     rows = encode_examples(tokenizer, examples, max_length)
-    peft_model, log = train_lora(model, tokenizer, rows, tokens, penalty, options, on_step=on_step)
+    held = None
+    if anchors is not None:
+        held = AnchorPrompts.from_prompts(tokenizer, **vars(anchors), seed=options.seed)
+    peft_model, log = train_lora(
+        model, tokenizer, rows, tokens, penalty, options, anchors=held, on_step=on_step
+    )
     report = {
         "schema_version": 1,
         "model": model_name,
@@ -129,6 +154,7 @@ def finetune(
             "temperature": penalty.temperature,
             "delta": penalty.delta,
         },
+        "anchors": None if held is None else {**vars(anchors), "rows": len(held)},
         "safety_tokens": {"count": len(tokens), "source": tokens.source},
         "torch": torch.__version__,
         "log": log,

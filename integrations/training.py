@@ -13,6 +13,7 @@ from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArgume
 
 from ..contracts import SafetyPenalty
 from ..safety_tokens import SafetyTokens
+from .anchors import AnchorPrompts
 from .hf_trainer import SafetyTrainer
 from .positions import Positions
 
@@ -33,6 +34,8 @@ class TrainingOptions:
         max_grad_norm: gradients are clipped there.
         seed: of the adapters, the order of rows and dropout.
         positions: where the penalty is taken, as in `attach`.
+        ref_every: as in `attach`.
+        ref_tokens: as in `attach`.
         backend: as in `attach`.
     """
 
@@ -47,6 +50,8 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     seed: int = 0
     positions: Positions = "response"
+    ref_every: int = 1
+    ref_tokens: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -67,6 +72,7 @@ def train_lora(
     penalty: SafetyPenalty,
     options: TrainingOptions,
     *,
+    anchors: AnchorPrompts | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Add LoRA adapters to `model` and train them; the reference is the model without them.
@@ -78,11 +84,12 @@ def train_lora(
         safety_tokens: the ids to hold.
         penalty: kind and weight; weight 0 is plain cross-entropy with the drift still measured.
         options: length, rate, size and seed.
+        anchors: prompts at which the model is held in each step too.
         on_step: called with the number of steps done.
 
     Returns:
         The PeftModel and the log: one dict per step with step, loss, safety/ce, safety/penalty,
-        safety/max_drift, grad_norm and learning_rate.
+        safety/max_drift, grad_norm and learning_rate; safety/anchor_penalty with anchors.
     """
     set_seed(options.seed)
     alpha = 2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
@@ -121,6 +128,9 @@ def train_lora(
             safety_tokens=safety_tokens,
             penalty=penalty,
             positions=options.positions,
+            anchors=anchors,
+            ref_every=options.ref_every,
+            ref_tokens=options.ref_tokens,
             backend=options.backend,
         )
         trainer.remove_callback(_printer())

@@ -1,4 +1,4 @@
-"""The command line: str-kernels finetune | demo | doctor. One file per command."""
+"""The command line: str-kernels finetune | demo | study | doctor. One file per command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
+from .study import study
 
 app = typer.Typer(
     name="str-kernels",
@@ -16,7 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (finetune, demo, doctor):
+for command in (finetune, demo, study, doctor):
     app.command()(command)
 
 

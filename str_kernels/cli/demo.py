@@ -47,33 +47,10 @@ def demo(
 
 def _show_demo(report: dict[str, Any], output: Path) -> None:
     console = Console()
-    plan = report["plan"]
-    table = Table(
-        title=f"Held-out probes before and after {plan['task_steps']} steps of arithmetic "
-        f"(95 % Wilson intervals)"
+    steps = report["plan"]["task_steps"]
+    console.print(
+        runs_table(f"Held-out probes before and after {steps} steps of arithmetic", report["runs"])
     )
-    table.add_column("", max_width=8)
-    for name in (
-        "harmful\nrefused",
-        "harmless\nrefused",
-        "degenerate",
-        "right\nsums",
-        "task\nloss",
-        "safety\ndrift",
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in report["runs"]:
-        harmful, benign = run["harmful"], run["benign"]
-        table.add_row(
-            escape(run["name"]),
-            with_interval(harmful["refusal"], harmful["total"], harmful["interval"]),
-            with_interval(benign["refusal"], benign["total"], benign["interval"]),
-            f"{harmful['degenerate']} + {benign['degenerate']}",
-            f"{run['accuracy']['count']}/{run['accuracy']['total']}",
-            f"{run['task_loss']:.3f}",
-            "-" if run["drift"] is None else f"{run['drift']['rms']:.2f}",
-        )
-    console.print(table)
     pairs = Table(title="Paired on the harmful probes")
     pairs.add_column("pair", no_wrap=True)
     for name in ("only the first\nrefuses", "only the second\nrefuses", "exact\nMcNemar p"):
@@ -97,3 +74,30 @@ def _show_demo(report: dict[str, Any], output: Path) -> None:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+def runs_table(title: str, runs: list[dict[str, Any]]) -> Table:
+    """Return what the models were measured by, one model a row."""
+    table = Table(title=f"{title} (95 % Wilson intervals)")
+    table.add_column("", max_width=9)
+    for name in (
+        "harmful\nrefused",
+        "harmless\nrefused",
+        "degenerate",
+        "right\nsums",
+        "task\nloss",
+        "safety\ndrift",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        harmful, benign = run["harmful"], run["benign"]
+        table.add_row(
+            escape(run["name"]),
+            with_interval(harmful["refusal"], harmful["total"], harmful["interval"]),
+            with_interval(benign["refusal"], benign["total"], benign["interval"]),
+            f"{harmful['degenerate']} + {benign['degenerate']}",
+            f"{run['accuracy']['count']}/{run['accuracy']['total']}",
+            f"{run['task_loss']:.3f}",
+            "-" if run["drift"] is None else f"{run['drift']['rms']:.2f}",
+        )
+    return table

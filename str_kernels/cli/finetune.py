@@ -44,6 +44,26 @@ def finetune(
     templates: Annotated[
         Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
     ] = None,
+    anchors: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts without answers at which the model is held in each step too: a JSONL "
+            "file, or 'anchors' for those that come with the package."
+        ),
+    ] = None,
+    anchors_per_step: Annotated[int, typer.Option(min=0, help="Harmful ones in a step.")] = 2,
+    harmless_anchors_per_step: Annotated[
+        int, typer.Option(min=0, help="Harmless ones in a step; they hold over-refusal down.")
+    ] = 0,
+    anchor_weight: Annotated[
+        float, typer.Option(help="1: all anchors together weigh as much as all labels.")
+    ] = 1.0,
+    ref_every: Annotated[
+        int, typer.Option(min=1, help="Ask the reference in every n-th forward only.")
+    ] = 1,
+    ref_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The reference reads so many first tokens only.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(_BACKENDS)}.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
@@ -69,7 +89,12 @@ def finetune(
             lora_dropout=lora_dropout,
             seed=seed,
             positions=int(positions) if positions.isdigit() else positions,
+            ref_every=ref_every,
+            ref_tokens=ref_tokens,
             backend=backend,
+        )
+        held = anchors and integration.AnchorOptions(
+            anchors, anchors_per_step, harmless_anchors_per_step, anchor_weight
         )
         with progress(quiet=as_json) as watch:
             result = integration.finetune(
@@ -82,6 +107,7 @@ def finetune(
                 ),
                 safety_tokens=safety_tokens,
                 templates=templates,
+                anchors=held,
                 max_length=max_length,
                 dtype=dtype,
                 overwrite=overwrite,
@@ -97,7 +123,8 @@ def finetune(
 def _show_finetune(result: Any) -> None:
     first, last = result.report["log"][0], result.report["log"][-1]
     table = Table("", "first step", "last step", title=f"{result.report['options']['steps']} steps")
-    for name in ("loss", "safety/ce", "safety/penalty", "safety/max_drift"):
+    names = ("loss", "safety/ce", "safety/penalty", "safety/anchor_penalty", "safety/max_drift")
+    for name in (name for name in names if name in first):
         table.add_row(name, f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)

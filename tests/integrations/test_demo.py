@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from str_kernels.evals import load_prompts
-from str_kernels.integrations import demo
+from str_kernels.integrations import demo, demo_steps
 from str_kernels.integrations.builtin_model import BuiltinModelMissing, builtin_model_folder
 from str_kernels.integrations.chat_data import Example
 from str_kernels.integrations.demo_data import is_right, lesson, sums
@@ -92,9 +92,17 @@ def test_a_weakly_taught_base_is_said_so():
 
 
 def test_full_plan_is_what_the_readme_says():
-    assert (demo.FULL.lesson_steps, demo.FULL.task_steps, demo.FULL.task_rows) == (60, 40, 8)
-    assert demo.FULL.learning_rate == 5e-4
-    assert demo.FULL.probes >= 100 and demo.FULL.weight == 0.1 and demo.ANSWER_TOKENS <= 12
+    assert (
+        demo_steps.FULL.lesson_steps,
+        demo_steps.FULL.task_steps,
+        demo_steps.FULL.task_rows,
+    ) == (60, 40, 8)
+    assert demo_steps.FULL.learning_rate == 5e-4
+    assert (
+        demo_steps.FULL.probes >= 100
+        and demo_steps.FULL.weight == 0.1
+        and demo_steps.ANSWER_TOKENS <= 12
+    )
 
 
 @pytest.fixture
@@ -109,10 +117,10 @@ def builtin():
 def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
     """A demo killed after the second fine-tuning goes on with the third and not from the start."""
     taught = []
-    original = demo._teach
-    monkeypatch.setattr(demo, "_teach", lambda *a: (taught.append(1), original(*a)))
+    original = demo.teach
+    monkeypatch.setattr(demo, "teach", lambda *a: (taught.append(1), original(*a)))
     trained = []
-    train_lora = demo.train_lora
+    train_lora = demo_steps.train_lora
 
     def count(*args, **kwargs):
         trained.append(1)
@@ -120,11 +128,12 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train_lora(*args, **kwargs)
 
-    monkeypatch.setattr(demo, "train_lora", count)
+    for module in (demo, demo_steps):
+        monkeypatch.setattr(module, "train_lora", count)
     with pytest.raises(KeyboardInterrupt):
-        demo.run_demo(tmp_path, demo.QUICK)
+        demo.run_demo(tmp_path, demo_steps.QUICK)
     assert not (tmp_path / "report.json").exists()
-    report = demo.run_demo(tmp_path, demo.QUICK)
+    report = demo.run_demo(tmp_path, demo_steps.QUICK)
     assert len(taught) == 1 and len(trained) == 5
     assert [run["name"] for run in report["runs"]] == [
         "taught base",
@@ -142,5 +151,5 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
     assert report["safety_tokens"]["count"] == report["random_tokens"]["count"] > 50
     assert tokenizer.chat_template
     memory = report["memory"]
-    assert memory[0]["tokens"] == demo.QUICK.memory_tokens
+    assert memory[0]["tokens"] == demo_steps.QUICK.memory_tokens
     assert 0 < memory[0]["ours"] < memory[0]["by_hand"]
