@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from str_kernels import SafetyTokens, attach
+from str_kernels import AnchorPrompts, SafetyTokens, attach
+from str_kernels.integrations.anchors import AnchorRow
 from str_kernels.integrations.builtin_model import builtin_model_folder
 from str_kernels.integrations.loss_paths import HeadPath
 from str_kernels.integrations.references import AdaptersOff
@@ -24,6 +25,7 @@ from .results import Row, origin
 from .timing import Step, quartiles, ratio_quartiles, rounds
 
 OWN, ATTACHED, LOGITS = "own loss", "attached", "attached, path='logits'"
+ANCHORED = "attached, 4 anchors of 24 tokens"
 REFERENCE, NO_PENALTY = "reference pass", "attached, no ids"
 
 PROTOCOL = (
@@ -65,7 +67,7 @@ def measure(
     }
     steps = {
         who: _step_of(who, tokens, ids, dtype, device)
-        for who in (OWN, ATTACHED, LOGITS, NO_PENALTY, REFERENCE)
+        for who in (OWN, ATTACHED, ANCHORED, LOGITS, NO_PENALTY, REFERENCE)
     }
     taken, failed = rounds(steps, count, device)
     if failed:
@@ -110,13 +112,19 @@ def _step_of(who: str, tokens: int, ids: int, dtype: torch.dtype, device: str) -
     if who != OWN:
         chosen = safety_ids[:0] if who == NO_PENALTY else safety_ids
         tokens_of = SafetyTokens(ids=chosen.tolist())
-        attach(model, tokens_of, path="logits" if who == LOGITS else "linear")
+        anchors = _anchors(vocab, generator) if who == ANCHORED else None
+        attach(model, tokens_of, anchors=anchors, path="logits" if who == LOGITS else "linear")
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         model(**batch, use_cache=False).loss.backward()
 
     return step
+
+
+def _anchors(vocab: int, generator: torch.Generator) -> AnchorPrompts:
+    rows = torch.randint(0, vocab, (4, 24), generator=generator).tolist()
+    return AnchorPrompts([AnchorRow(tuple(row)) for row in rows], per_step=4)
 
 
 def _reference_pass(model: Any, batch: dict[str, Any], safety_ids: torch.Tensor) -> Step:

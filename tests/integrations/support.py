@@ -55,6 +55,19 @@ USES = {
     "Trainer, a model that takes no num_items_in_batch": (
         "test_models.py::test_a_model_that_takes_no_num_items"
     ),
+    "Anchors in a pass of their own, both paths": (
+        "test_anchors.py::test_loss_and_gradients_are_those_by_hand"
+    ),
+    "Anchors as rows of the batch": (
+        "test_anchor_batches.py::test_rows_of_the_batch_equal_a_pass_of_their_own"
+    ),
+    "Anchors and gradient accumulation": "test_anchors.py::test_accumulation_equals_one_batch",
+    "A reference asked in every n-th forward": (
+        "test_reference_schedule.py::test_every_third_forward_counts_three_times"
+    ),
+    "A reference given the first columns alone": (
+        "test_reference_schedule.py::test_the_reference_reads_the_first_columns_only"
+    ),
     "Gradient accumulation": "test_attach.py::test_micro_batches_sum_to_one_batch",
     "Vision-language models with a text head, with and without a picture": (
         "test_zoo.py::test_vision_language_models"

@@ -11,7 +11,8 @@ import zoo
 from sweep import LEAST_EXACT, TABLE, VERSIONS, counts_of
 
 from str_kernels import SafetyPenalty
-from str_kernels.integrations import attach, loss_paths
+from str_kernels.integrations import loss_paths, safety_forward
+from str_kernels.integrations.anchor_pass import AnchorPass
 from str_kernels.integrations.loss_paths import HeadPath
 
 # transformers' own models warn of this and that (a slow path, an old name): not on trial here
@@ -107,7 +108,11 @@ def _without_bias(monkeypatch):
 
 
 def _without_auxiliary_loss(monkeypatch):
-    monkeypatch.setattr(attach, "auxiliary_loss", lambda *_: 0.0)
+    monkeypatch.setattr(safety_forward, "auxiliary_loss", lambda *_: 0.0)
+
+
+def _without_anchors(monkeypatch):
+    monkeypatch.setattr(AnchorPass, "__call__", lambda *_: 0.0)
 
 
 def _steeper(monkeypatch):
@@ -131,6 +136,7 @@ ANOTHER_LOSS, OTHER_GRADIENTS = "its loss is another", "its gradients are others
         (_with_head(softcap=lambda _: None), "gemma2", ANOTHER_LOSS),
         (_without_bias, "phi", ANOTHER_LOSS),
         (_without_auxiliary_loss, "mixtral", ANOTHER_LOSS),
+        (_without_anchors, "llama", ANOTHER_LOSS),
         (_steeper, "llama", OTHER_GRADIENTS),
     ],
 )

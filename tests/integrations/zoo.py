@@ -1,7 +1,7 @@
 """Every causal LM of transformers, tiny; and whether attach() computes its loss exactly.
 
 `judge` compares with what a user would write without this package: the model's own loss, plus
-the penalty made from two full sets of logits.
+the penalty made from two full sets of logits, plus that of two anchors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from zoo_sizes import (
     TELLING,
 )
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
+from str_kernels.integrations.anchors import AnchorRow
 from str_kernels.integrations.loss_paths import PathName
 
 Mapping = Literal["causal-lm", "image-text-to-text"]
@@ -56,6 +57,10 @@ CLASSES: dict[Mapping, dict[str, str]] = {
 }
 IDS = [5, 9, 77, 130]
 WEIGHT = 0.8
+# Of two lengths, so that one of them is padded; held at the last and at the last two positions.
+ANCHORS = AnchorPrompts(
+    [AnchorRow((7, 19, 101, 64, 33)), AnchorRow((12, 90, 55, 3, 118, 41, 27), held=2)], weight=0.5
+)
 
 LOSS_BOUND = 2e-5  # of the loss: some float32 sums in another order
 GRADIENT_BOUND = 1e-3  # of the largest entry of each parameter's gradient
@@ -210,7 +215,13 @@ def with_image(
 class _Naive:
     """The loss made of the model's own and of full logits, and the gradients of it."""
 
-    def __init__(self, model: nn.Module, ref_logits: Tensor, batch: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_logits: Tensor,
+        ref_anchors: list[Tensor],
+        batch: dict[str, Tensor],
+    ) -> None:
         model.zero_grad()
         output = model(**batch)
         logits = output.logits.float()
@@ -219,13 +230,25 @@ class _Naive:
         kept = target != -100
         drift = (logits - ref_logits)[..., IDS][kept]
         penalty = WEIGHT * drift.square().mean(dim=-1).sum() / kept.sum()
-        loss = output.loss + penalty
+        held = [
+            (now - before)[:, IDS].square().mean(dim=-1)
+            for now, before in zip(_at_anchors(model), ref_anchors, strict=True)
+        ]
+        loss = output.loss + penalty + WEIGHT * ANCHORS.weight * torch.cat(held).mean()
         loss.backward()
         self.loss = float(loss.detach())
         self.own = float(output.loss.detach())
         self.penalty = float(penalty.detach())
         self.ce = float(ce.detach())
         self.gradients = _gradients(model)
+
+
+def _at_anchors(model: nn.Module) -> list[Tensor]:
+    """Return the logits (held, V) of each anchor, one by one and so without padding."""
+    return [
+        model(input_ids=torch.tensor([row.input_ids])).logits[0, -row.held :].float()
+        for row in ANCHORS.rows
+    ]
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -263,10 +286,11 @@ def judge(
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.no_grad():
             ref_logits = ref_model.eval()(**inputs).logits.float()
+            ref_anchors = _at_anchors(ref_model)
         torch.manual_seed(seed)
-        naive = _Naive(model, ref_logits, batch)
+        naive = _Naive(model, ref_logits, ref_anchors, batch)
         torch.manual_seed(seed + 1)  # a random number in the forward would now be another
-        again = _Naive(model, ref_logits, batch)
+        again = _Naive(model, ref_logits, ref_anchors, batch)
     except Exception as error:
         return Outcome("not buildable", _reason(error))
     if not _finite(naive):
@@ -283,7 +307,9 @@ def judge(
     model.zero_grad()
     tokens, penalty = SafetyTokens(ids=IDS), SafetyPenalty(WEIGHT)
     try:
-        handle = attach(model, tokens, penalty=penalty, ref_model=ref_model, path=path)
+        handle = attach(
+            model, tokens, penalty=penalty, ref_model=ref_model, anchors=ANCHORS, path=path
+        )
     except ValueError as error:
         return Outcome("refused", _reason(error))
     except Exception as error:
