@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from .anchors import AnchorBatch, AnchorPrompts
-from .hf_models import not_compiled, runs_the_model
+from .hf_models import ignores_padding, not_compiled, runs_the_model
 from .loss_paths import LossPath
 from .references import Reference
 
@@ -31,6 +31,7 @@ class AnchorPass:
         self.inner = inner
         self.path = path
         self.reference = reference
+        self.together = ignores_padding(inner)  # in one batch, or each by itself
         self.step = 0
         self.last: SafetyLoss | None = None
         self._counts_steps = True
@@ -54,14 +55,19 @@ class AnchorPass:
         """Return what the anchors add to the loss of a batch."""
         self._count_step()
         places = self.anchors.draw(self.step)
-        anchors = self.anchors.batch(places, ids.device)
-        like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
-        for name in batch:  # which Gemma 3 wants while it trains
-            if name.endswith("token_type_ids"):
-                like[name] = torch.zeros_like(anchors.input_ids)
-        ref = self._reference_rows(places, anchors, like, ids, penalty.kind in ON_LOG_PROBS)
-        _, states = self.path.run(forward, {**like, "return_dict": True})
-        return self._loss(states[anchors.held.to(states.device)], ref, ids, penalty, share)
+        states, refs = [], []
+        for part in [places] if self.together else [[place] for place in places]:
+            anchors = self.anchors.batch(part, ids.device)
+            like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
+            for name in batch:  # which Gemma 3 wants while it trains
+                if name.endswith("token_type_ids"):
+                    like[name] = torch.zeros_like(anchors.input_ids)
+            refs.append(
+                self._reference_rows(part, anchors, like, ids, penalty.kind in ON_LOG_PROBS)
+            )
+            _, found = self.path.run(forward, {**like, "return_dict": True})
+            states.append(found[anchors.held.to(found.device)])
+        return self._loss(torch.cat(states), torch.cat(refs), ids, penalty, share)
 
     @not_compiled
     def _loss(

@@ -167,6 +167,24 @@ def probe_logits(model: nn.Module) -> int:
     return int(logits.shape[-1])
 
 
+def ignores_padding(model: nn.Module) -> bool:
+    """Tell whether a row's logits stay as they are when it is padded on the right and masked.
+
+    Not so for PaliGemma without a picture, whose attention looks both ways.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0)
+    mask = torch.ones_like(ids)
+    longer, more = (nn.functional.pad(x, (0, 3)) for x in (ids, mask))
+    with torch.no_grad(), evaluation_mode(model):
+        logits, padded = (
+            model.forward(input_ids=x, attention_mask=m, return_dict=True).logits
+            for x, m in ((ids, mask), (longer, more))
+        )
+    miss = (padded[:, :_PROBE_TOKENS] - logits).abs().max() / logits.abs().max().clamp(min=1e-6)
+    return bool(miss <= 10 * _tolerance(logits.dtype))
+
+
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
     """Return what a mixture-of-experts model adds to its loss by itself."""
     auxiliary = getattr(output, "aux_loss", None)

@@ -69,6 +69,23 @@ def test_finetune_writes_the_folder(model, data, templates, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_finetune_with_anchors(model, data, templates, tmp_path):
+    output, file = tmp_path / "run", tmp_path / "anchors.jsonl"
+    file.write_text('{"prompt": "help me"}\n{"kind": "harmless", "prompt": "good day"}\n')
+    options = ("--anchors", file, "--anchors-per-step", 1, "--harmless-anchors-per-step", 1)
+    given = ("--output", output, "--templates", templates, *SMALL, "--lr", "0.01")
+    result = run("finetune", model, data, *given, *options)
+    assert result.exit_code == 0, result.output
+    assert "safety/anchor_penalty" in result.output
+    report = json.loads((output / "report.json").read_text())
+    assert report["anchors"]["rows"] == 2 and report["anchors"]["harmless_per_step"] == 1
+    penalties = [entry["safety/anchor_penalty"] for entry in report["log"]]
+    assert penalties[0] == 0.0 and penalties[2] > 0.0
+    wrong = run("finetune", model, data, "--output", tmp_path / "no", "--anchors", "none-such")
+    assert wrong.exit_code == 2 and "none-such" in wrong.output
+    assert not (tmp_path / "no").exists()
+
+
 def test_json_and_given_tokens(model, data, tmp_path):
     chosen = SafetyTokens.from_templates(chat_tokenizer(), ["sorry I can not"])
     chosen.save(tmp_path / "tokens.json")
@@ -164,7 +181,7 @@ def test_doctor_reports_and_fails_on_a_wrong_backend(monkeypatch):
     assert run("doctor").exit_code == 1
 
 
-@pytest.mark.parametrize("command", ["finetune", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["finetune", "demo", "study", "doctor"])
 def test_every_command_has_help_and_json(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and "--json" in result.output
