@@ -55,50 +55,61 @@ class AnchorPass:
         """Return what the anchors add to the loss of a batch."""
         self._count_step()
         places = self.anchors.draw(self.step)
-        states, refs = [], []
+        states, refs, weights = [], [], []
         for part in [places] if self.together else [[place] for place in places]:
             anchors = self.anchors.batch(part, ids.device)
             like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
             for name in batch:  # which Gemma 3 wants while it trains
                 if name.endswith("token_type_ids"):
                     like[name] = torch.zeros_like(anchors.input_ids)
-            refs.append(
-                self._reference_rows(part, anchors, like, ids, penalty.kind in ON_LOG_PROBS)
-            )
+            refs.append(self._reference(part, anchors, like, ids, penalty.kind in ON_LOG_PROBS))
             _, found = self.path.run(forward, {**like, "return_dict": True})
-            states.append(found[anchors.held.to(found.device)])
-        return self._loss(torch.cat(states), torch.cat(refs), ids, penalty, share)
+            states.append(found.flatten(0, 1))
+            weights.append(torch.zeros_like(refs[-1][:, 0]).index_fill_(0, anchors.held, 1.0))
+        return self._loss(
+            torch.cat(states), torch.cat(refs), torch.cat(weights), ids, penalty, share
+        )
 
     @not_compiled
     def _loss(
-        self, states: Tensor, ref: Tensor, ids: Tensor, penalty: SafetyPenalty, share: Tensor
-    ) -> Tensor:  # (P, D or V), (P, K)
-        count = states.shape[0]
-        weight = (share * (self.anchors.weight / count)).float().to(states.device)
-        target = torch.full((count,), IGNORE_INDEX, device=states.device)
+        self,
+        states: Tensor,  # (A * T, D or V)
+        ref: Tensor,  # (A * T, K)
+        weight: Tensor,  # (A * T,) 1 where held, else 0
+        ids: Tensor,
+        penalty: SafetyPenalty,
+        share: Tensor,
+    ) -> Tensor:
+        # All positions, though those that are not held have no part: the reference's logits come
+        # of a product with as many rows, and only so are equal ones equal in every bit.
+        weight = weight * (share.to(weight.device) * self.anchors.weight) / weight.sum()
+        target = torch.full_like(weight, IGNORE_INDEX, dtype=torch.int64)
         terms = self.path.loss(
             states.unsqueeze(0), target, ids, ref, penalty=penalty,
-            safety_row_weight=weight.expand(count), num_items=1, num_safety_items=1,
+            safety_row_weight=weight.float(), num_items=1, num_safety_items=1,
         )  # fmt: skip
         self.last = terms.detach()
         return terms.loss
 
-    def _reference_rows(
+    def _reference(
         self,
         places: list[int],
         anchors: AnchorBatch,
         like: dict[str, Tensor],
         ids: Tensor,
         log_probs: bool,
-    ) -> Tensor:  # (P, K)
+    ) -> Tensor:  # (A * T, K), NaN where not held
         if any((place, log_probs) not in self._known for place in places):
             # All of them, and not the new ones alone: the same rows in the same batch as the
             # student's give the same bits, and the penalty of the first step is exactly 0.
-            values = self.reference(ids, dict(like), log_probs)
-            for row, place in enumerate(places):
-                held = anchors.held[row].to(values.device)
-                self._known[place, log_probs] = values[row, : held.shape[0]][held].to(ids.device)
-        return torch.cat([self._known[place, log_probs] for place in places])
+            values = self.reference(ids, dict(like), log_probs).to(ids.device)
+            at_held = values.flatten(0, 1).index_select(0, anchors.held)
+            counts = [self.anchors.rows[place].held for place in places]
+            for place, found in zip(places, at_held.split(counts), strict=True):
+                self._known[place, log_probs] = found
+        known = torch.cat([self._known[place, log_probs] for place in places])
+        ref = known.new_full((anchors.input_ids.numel(), len(ids)), torch.nan)
+        return ref.index_copy_(0, anchors.held, known)
 
     @not_compiled
     def _count_step(self) -> None:

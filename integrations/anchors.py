@@ -48,7 +48,7 @@ class AnchorBatch(NamedTuple):
 
     input_ids: Tensor  # (A, T) int64
     attention_mask: Tensor  # (A, T) int64
-    held: Tensor  # (A, T) bool
+    held: Tensor  # (P,) int64, in the batch made flat; row by row
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,9 +191,8 @@ class AnchorPrompts:
         for place, row in enumerate(rows):
             ids[place, : len(row.input_ids)] = torch.tensor(row.input_ids)
         mask = column < ends
-        return AnchorBatch(
-            ids.to(device), mask.long().to(device), (mask & (column >= ends - held)).to(device)
-        )
+        at = (mask & (column >= ends - held)).flatten().nonzero().squeeze(1)
+        return AnchorBatch(ids.to(device), mask.long().to(device), at.to(device))
 
     def _counts(self) -> tuple[tuple[str, int, Kind], ...]:
         return (

@@ -31,7 +31,7 @@ from .references import (
     ReferenceFunction,
     Shortened,
 )
-from .safety_forward import SafetyForward
+from .safety_forward import FusedOutput, SafetyForward
 
 
 def attach(
@@ -226,6 +226,11 @@ class SafetyHandle:
     def step(self, step: int) -> None:
         if self._forward.anchor_pass is not None:
             self._forward.anchor_pass.set_step(step)
+
+    def for_trl(self, output: FusedOutput, num_items: Any) -> None:
+        """Answer TRL's fused_lm_head calls by `output`, with this divisor in the next forward."""
+        self._forward.fused_output = output
+        self._forward.num_items = num_items
 
     def remove(self) -> None:
         """Put the model's own forward back. A second call does nothing."""

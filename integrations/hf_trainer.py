@@ -19,34 +19,34 @@ _OF_ATTACH = [
 ]
 
 
-class SafetyTrainer(Trainer):
-    """Trainer whose model is attached while it trains.
+class SafetyTrainerMixin:
+    """What makes transformers' Trainer, or one built on it, train with the safety loss.
 
-    Logs, beside Trainer's own entries and at the same steps, averaged over the steps between:
-    `safety/ce` (nats), `safety/penalty` (squared logits), with anchors `safety/anchor_penalty`
-    (the same, times their weight), and `safety/max_drift` (logits, the largest, anchors
-    included). They stay on the device until they are logged.
-
-    Args:
-        args: as for Trainer, positional and keyword.
-        safety_tokens: the ids to hold.
-        kwargs: every keyword of `attach` (penalty, ref_model, reference, positions, anchors,
-            path, ...), and those of Trainer.
-
-    Raises:
-        ValueError: Liger's own fused loss, label smoothing or a `compute_loss_func` is on, which
-            would replace ours.
+    Put it in front of the trainer's class. It attaches the model for train() and logs, beside the
+    trainer's own entries and at the same steps, averaged over the steps between: `safety/ce`
+    (nats), `safety/penalty` (squared logits), with anchors `safety/anchor_penalty` (the same,
+    times their weight), and `safety/max_drift` (logits, the largest, anchors included). They stay
+    on the device until they are logged.
     """
 
-    def __init__(self, *args: Any, safety_tokens: SafetyTokens, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OF_ATTACH if name in kwargs}
+    safety: SafetyHandle | None = None
+    """The attached model's handle, from the start of train() on."""
+
+    args: Any
+    model: nn.Module
+    state: Any
+    compute_loss_func: Any
+    model_accepts_loss_kwargs: bool
+    _sums: dict[str, Tensor]  # of the micro-steps since the last log
+    _worst: Tensor | None  # () max_drift
+    _micro_steps: int
+    _step_of_last_log: int
+
+    def __init__(self, *args: Any, safety_tokens: SafetyTokens | None, **kwargs: Any) -> None:
+        self.attach_options = {name: kwargs.pop(name) for name in _OF_ATTACH if name in kwargs}
+        self.safety_tokens = safety_tokens
         super().__init__(*args, **kwargs)
-        self._attach_options: dict[str, Any] = {"safety_tokens": safety_tokens, **options}
-        self._safety: SafetyHandle | None = None
-        self._sums: dict[str, Tensor] = {}  # of the micro-steps since the last log
-        self._worst: Tensor | None = None  # () max_drift
-        self._micro_steps = 0
-        self._step_of_last_log = 0
+        self._start_sums()
         _check_liger(self.args)
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise ValueError(
@@ -55,36 +55,43 @@ class SafetyTrainer(Trainer):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does, with the model attached from here to the return."""
-        with attach(self.model, **self._attach_options) as self._safety:
+        """Train as the trainer does, with the model attached from here to the return."""
+        tokens: Any = self.safety_tokens
+        with attach(self.model, tokens, **self.attach_options) as self.safety:
             self._start_sums()
-            return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute Trainer's loss and keep the step's terms, without waiting for the device."""
-        handle = self._safety if model.training else None
+    def prepare_step(self, num_items_in_batch: Any) -> None:
+        """Do what a trainer needs done before its loss is computed."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compute the trainer's loss and keep its terms, without waiting for the device."""
+        handle = self.safety if model.training else None
+        kwargs = {
+            "return_outputs": return_outputs,
+            "num_items_in_batch": num_items_in_batch,
+            **kwargs,
+        }
         if handle is None:
-            return super().compute_loss(model, *args, **kwargs)
+            return super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         before = handle.last
         handle.step = self.state.global_step  # a resumed run has the anchors it would have had
-        loss = super().compute_loss(model, *args, **kwargs)
+        self.prepare_step(num_items_in_batch)
+        loss = super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         if handle.last is None or handle.last is before:
             raise RuntimeError("this step made no safety loss: its batch must have labels")
-        if not self._sums:  # the first since the log, or since the start
-            self._step_of_last_log = self.state.global_step
-        drifts = [handle.last.max_drift]
-        self._add("safety/ce", handle.last.ce)
-        self._add("safety/penalty", handle.last.penalty)
-        if handle.last_anchors is not None:
-            self._add("safety/anchor_penalty", handle.last_anchors.penalty)
-            drifts.append(handle.last_anchors.max_drift)
-        worst = drifts if self._worst is None else [*drifts, self._worst]
-        self._worst = torch.stack(worst).amax()
-        self._micro_steps += 1
+        self._keep(handle)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms to the training entries, then log as Trainer does."""
+        """Add the terms to the training entries, then log as the trainer does."""
         if "loss" in logs and self._sums and self._worst is not None:
             # Terms divided by num_items_in_batch add up over the micro-steps of a step;
             # terms that are means of their own micro-batch are averaged.
@@ -99,15 +106,50 @@ class SafetyTrainer(Trainer):
                 "safety/max_drift": worst,
             }
             self._start_sums()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _keep(self, handle: SafetyHandle) -> None:
+        terms = handle.last
+        if terms is None:
+            return
+        if not self._sums:  # the first since the log, or since the start
+            self._step_of_last_log = self.state.global_step
+        drifts = [terms.max_drift]
+        self._add("safety/ce", terms.ce)
+        self._add("safety/penalty", terms.penalty)
+        if handle.last_anchors is not None:
+            self._add("safety/anchor_penalty", handle.last_anchors.penalty)
+            drifts.append(handle.last_anchors.max_drift)
+        worst = drifts if self._worst is None else [*drifts, self._worst]
+        self._worst = torch.stack(worst).amax()
+        self._micro_steps += 1
 
     def _start_sums(self) -> None:
         self._sums = {}
         self._worst = None
         self._micro_steps = 0
+        self._step_of_last_log = self.state.global_step
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = value if name not in self._sums else self._sums[name] + value
+
+
+class SafetyTrainer(SafetyTrainerMixin, Trainer):
+    """Trainer whose model is attached while it trains; SafetyTrainerMixin says what it logs.
+
+    Args:
+        args: as for Trainer, positional and keyword.
+        safety_tokens: the ids to hold.
+        kwargs: every keyword of `attach` (penalty, ref_model, reference, positions, anchors,
+            path, ...), and those of Trainer.
+
+    Raises:
+        ValueError: Liger's own fused loss, label smoothing or a `compute_loss_func` is on, which
+            would replace ours.
+    """
+
+    def __init__(self, *args: Any, safety_tokens: SafetyTokens, **kwargs: Any) -> None:
+        super().__init__(*args, safety_tokens=safety_tokens, **kwargs)
 
 
 def _check_liger(args: Any) -> None:

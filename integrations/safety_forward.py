@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .loss_paths import LossPath
 from .positions import ROW_WEIGHT, Positions, beside, row_weight_at
 from .references import Reference
 
+FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Any], Any]
+"""From the model's output, the loss, its terms, the target and the divisor to what TRL expects."""
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 _CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
 
@@ -48,6 +51,10 @@ class SafetyForward:
         self.ref_every = 1
         self.forwards = 0  # training forwards so far
         self.anchor_pass: AnchorPass | None = None
+        # What makes the output of a forward that TRL calls with fused_lm_head=True, and the
+        # divisor that it keeps to itself; SafetySFTTrainer sets both.
+        self.fused_output: FusedOutput | None = None
+        self.num_items: Any = None
         self.last: SafetyLoss | None = None
         # Trainer reads the signature to choose columns and to see whether **kwargs are taken.
         functools.update_wrapper(self, self.original)
@@ -61,6 +68,12 @@ class SafetyForward:
         if not (self.active and self.inner.training and labelled):
             return self.original(*args, **kwargs)
         as_tuple = batch.pop("return_dict", None) is False
+        fused = bool(batch.pop("fused_lm_head", False))
+        if fused and self.fused_output is None:
+            raise ValueError(
+                "`fused_lm_head` must be False: this trainer of TRL makes its loss itself, of "
+                "log-probabilities. Use SafetySFTTrainer, or the functions of str_kernels"
+            )
         target, row_weight, num_items = self._prepare(batch)
         safety_ids = self.safety_tokens.ids_on(target.device)
         on_log_probs = self.penalty.kind in ON_LOG_PROBS
@@ -70,12 +83,15 @@ class SafetyForward:
             ref = self.reference(safety_ids, batch, on_log_probs)
         self.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
-        output = self._finish(output, states, target, num_items, ref, row_weight)
+        terms = self._terms(states, target, num_items, ref, row_weight, metrics=fused)
+        self.last = terms.detach()
+        loss = terms.loss
         if self.anchor_pass is not None and len(self.safety_tokens):
             share = _count(target) / torch.as_tensor(num_items).clamp(min=1)
-            output.loss = output.loss + self.anchor_pass(
-                self.original, batch, safety_ids, self.penalty, share
-            )
+            loss = loss + self.anchor_pass(self.original, batch, safety_ids, self.penalty, share)
+        if fused and self.fused_output is not None:
+            return self.fused_output(output, loss, self.last, target, num_items)
+        output = self._with_loss(output, loss)
         return output.to_tuple() if as_tuple else output
 
     @not_compiled
@@ -108,19 +124,20 @@ class SafetyForward:
             )
         else:
             row_weight = row_weight.to(target.device)
+        num_items = self.num_items if num_items is None else num_items
         return target, row_weight, _count(target) if num_items is None else num_items
 
     @not_compiled
-    def _finish(
+    def _terms(
         self,
-        output: Any,
         states: Tensor,  # (B, T, D or V)
         target: Tensor,  # (B, T)
         num_items: Any,
         ref: Tensor | None,  # (B, T, K)
         row_weight: Tensor | None,  # (B, T)
-    ) -> Any:
-        """Make the loss, keep its terms, and put it into the model's output."""
+        metrics: bool,
+    ) -> SafetyLoss:
+        """Make the loss of the rows."""
         if states.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
@@ -131,7 +148,7 @@ class SafetyForward:
             if self.ref_every > 1:
                 weight = target != IGNORE_INDEX if row_weight is None else row_weight
                 row_weight = weight * self.ref_every
-        terms = self.path.loss(
+        return self.path.loss(
             states,
             target.flatten(),
             None if ref is None else self.safety_tokens.ids_on(target.device),
@@ -140,12 +157,16 @@ class SafetyForward:
             safety_row_weight=None if row_weight is None else row_weight.flatten().float(),
             num_items=num_items,
             num_safety_items=num_items,
+            metrics=metrics,
         )
-        self.last = terms.detach()
+
+    @not_compiled
+    def _with_loss(self, output: Any, loss: Tensor) -> Any:
+        """Put the loss into the model's output, and take out logits of one position."""
         # Made anew, since a field that was None would otherwise come last in a tuple. Of one
         # position, the logits are better absent than mistaken for the batch's.
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-        fields["loss"] = terms.loss + auxiliary_loss(self.inner, output)
+        fields["loss"] = loss + auxiliary_loss(self.inner, output)
         if not self.path.keeps_logits:
             fields["logits"] = None
         return type(output)(**fields)
