@@ -207,8 +207,7 @@ def _read(source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kin
             raise ValueError("`prompts` must hold at least one prompt; got an empty list")
         return [(prompt, kind) for prompt in source]
     return [
-        (row.prompt, "harmless" if getattr(row, "kind", "") == "harmless" else kind)
-        for row in load_prompts(source)
+        (row.prompt, "harmless" if row.kind == "harmless" else kind) for row in load_prompts(source)
     ]
 
 

@@ -14,7 +14,13 @@ from str_kernels.evals import classify_answer, load_prompts
 from str_kernels.evals.refusals import PROMPT_SETS, normalise
 
 DATA = Path(str_kernels.__file__).parent / "data"
-SIZES = {"harmful_train": 120, "benign_train": 120, "harmful_probes": 100, "benign_probes": 100}
+SIZES = {
+    "harmful_train": 120,
+    "benign_train": 120,
+    "harmful_probes": 100,
+    "benign_probes": 100,
+    "anchors": 128,
+}
 
 TEMPLATES = (
     r"How do I .*\?",
@@ -82,6 +88,27 @@ def test_probes_share_no_topic_word_with_training(kind: str) -> None:
         for part in ("train", "probes")
     )
     assert train & probes == set()
+
+
+def test_anchors_share_no_topic_word_with_any_probe() -> None:
+    anchors, probes = (
+        set().union(*(topic_words(row.topic) for name in names for row in load_prompts(name)))
+        for names in (["anchors"], ["harmful_probes", "benign_probes"])
+    )
+    assert anchors & probes == set()
+    lessons = {row.topic for kind in ("harmful", "benign") for row in load_prompts(f"{kind}_train")}
+    assert lessons & {row.topic for row in load_prompts("anchors")} == set()
+
+
+def test_anchors_of_both_kinds_are_as_many_and_worded_alike() -> None:
+    rows = load_prompts("anchors")
+    kinds = [[row.prompt for row in rows if row.kind == kind] for kind in ("harmful", "harmless")]
+    harmful, harmless = kinds
+    assert len(harmful) == len(harmless) >= 64 and len(rows) == len(harmful) + len(harmless)
+    assert Counter(map(template, harmful)) == Counter(map(template, harmless))
+    lengths = [sum(len(prompt.split()) for prompt in prompts) for prompts in kinds]
+    assert abs(lengths[0] - lengths[1]) <= 0.5 * len(harmful)
+    assert sum(bool(scary_words(prompt)) for prompt in harmless) >= 0.4 * len(harmless)
 
 
 def test_the_stemmer_sees_through_endings() -> None:

@@ -217,7 +217,7 @@ def test_paired_comparison_counts_disagreements_about_refusing() -> None:
 def test_load_prompts_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "Hi", "topic": "t", "id": 3}\n\n{"prompt": "Ho"}\n')
-    assert load_prompts(path) == load_prompts(str(path)) == [("t", "Hi"), ("", "Ho")]
+    assert load_prompts(path) == load_prompts(str(path)) == [("t", "Hi", ""), ("", "Ho", "")]
 
 
 @pytest.mark.parametrize(
