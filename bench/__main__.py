@@ -217,6 +217,40 @@ def growth(
 
 
 @app.command()
+def trainers(
+    steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 10,
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT
+    / "docs"
+    / "trainers.png",
+    save: Save = False,
+    results: Results = results.FOLDER,
+    as_json: Json = False,
+) -> None:
+    """A LoRA run in a plain loop, Accelerate, Trainer and TRL: the same losses, step by step."""
+    from .trainers import TRAINERS, draw, measure
+
+    rows = measure(steps)
+    _keep(rows, save, results, "trainers")
+    draw(rows, figure)
+    if as_json:
+        return tables.print_json(rows)
+    last = [max((r for r in rows if r["trainer"] == t), key=lambda r: r["step"]) for t in TRAINERS]
+    for row in last:
+        row["off"] = max(r["off"] for r in rows if r["trainer"] == row["trainer"])
+    tables.show(
+        f"{steps} steps of SmolLM2-135M with LoRA; the last step, and the largest distance",
+        last,
+        [
+            Column("trainer", "trainer"),
+            Column("loss", "loss", "{:.6f}".format),
+            Column("penalty", "safety/penalty", "{:.6f}".format),
+            Column("off the\nplain loop", "off", "{:.1e}".format),
+        ],
+    )
+    tables.say(f"{rows[0]['protocol']} Figure: {figure}")
+
+
+@app.command()
 def traffic(
     vocab: Annotated[int, typer.Option(min=16, help="V.")] = 49152,
     ids: Ids = 64,
