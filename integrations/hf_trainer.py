@@ -42,7 +42,9 @@ class SafetyTrainerMixin:
     _micro_steps: int
     _step_of_last_log: int
 
-    def __init__(self, *args: Any, safety_tokens: SafetyTokens | None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, safety_tokens: SafetyTokens | None = None, **kwargs: Any
+    ) -> None:
         self.attach_options = {name: kwargs.pop(name) for name in _OF_ATTACH if name in kwargs}
         self.safety_tokens = safety_tokens
         super().__init__(*args, **kwargs)

@@ -2,88 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..contracts import IGNORE_INDEX, PenaltyKind, SafetyLoss, SafetyPenalty
+from ..contracts import IGNORE_INDEX, SafetyLoss
 from ..safety_tokens import SafetyTokens
-from .anchors import AnchorPrompts
+from .attach_settings import SafetySettings
 from .hf_trainer import SafetyTrainerMixin
 
 
 @dataclass
-class SafetySFTConfig(SFTConfig):
-    """SFTConfig with what the safety loss needs; TrlParser reads it from flags and YAML.
-
-    Args:
-        safety_weight: of the penalty; 0 is plain fine-tuning with the drift still measured.
-        safety_kind: of penalty, as in SafetyPenalty.
-        safety_tokens: a safety_tokens.json; the tokens of the refusal templates when None.
-        safety_templates: a file of refusal templates, one a line, instead of the built-in ones.
-        safety_positions: "response", "all", or the first m labels of each response.
-        safety_ref_every: ask the reference in every n-th forward only.
-        safety_path: "linear" or "logits", as in `attach`.
-        safety_anchors: prompts at which the model is held too: a JSONL file, or "anchors".
-        safety_anchors_per_step: harmful ones in each step.
-        safety_harmless_anchors_per_step: harmless ones.
-        safety_anchor_weight: of all anchors together among the rows.
-    """
-
-    safety_weight: float = field(default=0.1, metadata={"help": "Weight of the penalty."})
-    safety_kind: str = field(default="mse", metadata={"help": "Kind of the penalty."})
-    safety_tokens: str | None = field(
-        default=None, metadata={"help": "A safety_tokens.json, instead of the templates."}
-    )
-    safety_templates: str | None = field(
-        default=None, metadata={"help": "A file of refusal templates, one a line."}
-    )
-    safety_positions: str = field(
-        default="response", metadata={"help": "'response', 'all', or a number of labels."}
-    )
-    safety_ref_every: int = field(
-        default=1, metadata={"help": "Ask the reference in every n-th forward only."}
-    )
-    safety_path: str = field(default="linear", metadata={"help": "'linear' or 'logits'."})
-    safety_anchors: str | None = field(
-        default=None, metadata={"help": "A JSONL file of prompts, or 'anchors'."}
-    )
-    safety_anchors_per_step: int = field(default=2, metadata={"help": "Harmful ones in a step."})
-    safety_harmless_anchors_per_step: int = field(
-        default=0, metadata={"help": "Harmless ones in a step."}
-    )
-    safety_anchor_weight: float = field(
-        default=1.0, metadata={"help": "1: as much as all labels together."}
-    )
-
-    def attach_options(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the keywords of `attach` that these fields stand for."""
-        positions = self.safety_positions
-        options: dict[str, Any] = {
-            "penalty": SafetyPenalty(self.safety_weight, cast(PenaltyKind, self.safety_kind)),
-            "positions": int(positions) if positions.isdigit() else positions,
-            "ref_every": self.safety_ref_every,
-            "path": self.safety_path,
-        }
-        if self.safety_anchors is not None:
-            options["anchors"] = AnchorPrompts.from_prompts(
-                tokenizer,
-                self.safety_anchors,
-                per_step=self.safety_anchors_per_step,
-                harmless_per_step=self.safety_harmless_anchors_per_step,
-                weight=self.safety_anchor_weight,
-                seed=self.seed,
-            )
-        return options
-
-    def tokens(self, tokenizer: Any) -> SafetyTokens:
-        """Return the SafetyTokens that these fields stand for."""
-        if self.safety_tokens is not None:
-            return SafetyTokens.load(self.safety_tokens, tokenizer)
-        return SafetyTokens.from_templates(tokenizer, self.safety_templates)
+class SafetySFTConfig(SafetySettings, SFTConfig):
+    """SFTConfig and SafetySettings; TrlParser reads both from flags and YAML."""
 
 
 class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
@@ -108,7 +42,8 @@ class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
             raise ValueError(f"`loss_type` must be 'nll'; got {self.args.loss_type!r}")
         if isinstance(self.args, SafetySFTConfig):
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            self.attach_options = self.args.attach_options(tokenizer) | self.attach_options
+            asked = self.args.attach_options(tokenizer, self.args.seed)
+            self.attach_options = asked | self.attach_options
             self.safety_tokens = self.safety_tokens or self.args.tokens(tokenizer)
         if self.safety_tokens is None:
             raise ValueError("`safety_tokens` must be given unless `args` is a SafetySFTConfig")
