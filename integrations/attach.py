@@ -15,6 +15,7 @@ from ..checks import check_backend
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from ..safety_tokens import SafetyTokens
+from .cached_reference import given_reference
 from .hf_models import auxiliary_loss, not_compiled, runs_the_model, shift
 from .loss_paths import LossPath, PathName, check_path, make_path
 from .peft_adapters import (
@@ -26,7 +27,6 @@ from .peft_adapters import (
 )
 from .references import (
     AdaptersOff,
-    CallableReference,
     FrozenModel,
     PromptOff,
     Reference,
@@ -134,7 +134,7 @@ def attach(
                 "`reference` must be a function, and given without `ref_model`; got "
                 f"{type(reference).__name__}, ref_model {type(ref_model).__name__}"
             )
-        frozen = CallableReference(reference)
+        frozen = given_reference(reference, model, safety_tokens, penalty.kind)
     elif ref_model is not None:
         frozen = _second_model(inner, ref_model, safety_tokens, path, chunk_bytes, backend)
     elif has_adapters(model):
