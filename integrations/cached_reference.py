@@ -69,8 +69,9 @@ class CacheReference(Reference):
     """
 
     def __init__(self, cached: CachedReference, inner: nn.Module) -> None:
-        self.cached, self.inner, self.forward = cached, inner, inner.forward
-        self._agrees: dict[tuple[Any, ...], bool] = {}
+        self.cached, self.inner = cached, inner
+        self.forward: Callable[..., Any] = inner.forward
+        self._agrees: dict[tuple[str, bool, bool, bool], bool] = {}
         self._hook: Any = None
         self._given: LookUp | None = None
 
@@ -114,12 +115,13 @@ class CacheReference(Reference):
     def _check(self, layout: str, batch: dict[str, Any]) -> None:
         """Raise unless the model says of rows in this layout what it says of each by itself."""
         use_cache = self._uses_cache(batch)
-        given = tuple(batch.get(name) is not None for name in ("attention_mask", "position_ids"))
-        key = (layout, *given, use_cache)
+        masked = batch.get("attention_mask") is not None
+        counted = batch.get("position_ids") is not None
+        key = (layout, masked, counted, use_cache)
         if key not in self._agrees:
-            self._agrees[key] = self._probe(layout, *given, use_cache, batch["input_ids"].device)
+            self._agrees[key] = self._probe(*key, device=batch["input_ids"].device)
         if not self._agrees[key]:
-            with_mask = ", with an attention_mask" if given[0] else ""
+            with_mask = ", with an attention_mask" if masked else ""
             with_cache = " and use_cache on" if use_cache else ""
             raise ValueError(
                 f"`reference` must not be a cache for {_WHAT[layout]}{with_mask}{with_cache}: of "
@@ -130,17 +132,18 @@ class CacheReference(Reference):
 
     def _uses_cache(self, batch: dict[str, Any]) -> bool:
         """Say whether the student's forward makes a cache, with which rows are not told apart."""
-        if getattr(self.inner, "is_gradient_checkpointing", False):
-            return False
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.inner.modules()):
+            return False  # while it trains
         asked = batch.get("use_cache")
         return bool(getattr(self.inner.config, "use_cache", False) if asked is None else asked)
 
     @runs_the_model
     def _probe(
-        self, layout: str, masked: bool, counted: bool, use_cache: bool, device: torch.device
+        self, layout: str, masked: bool, counted: bool, use_cache: bool, *, device: torch.device
     ) -> bool:
         """Compare a row in the layout with itself alone, in logits."""
-        vocab_size = self.inner.get_input_embeddings().weight.shape[0]
+        inner: Any = self.inner
+        vocab_size = inner.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(3, 3 + 2 * _PROBE, device=device) % vocab_size)[None]
         alone, positions = (
             torch.arange(_PROBE, device=device),

@@ -168,15 +168,15 @@ def tensors_of(
     }
 
 
-def entry_of(path: Path, tensors: Mapping[str, Tensor]) -> ShardEntry:
-    """Return what the index says of a shard that was written."""
+def entry_of(file: str, data: bytes, tensors: Mapping[str, Tensor]) -> ShardEntry:
+    """Return what the index says of a shard, from what was meant to be written."""
     offsets, hashes, checks = (tensors[name] for name in (_OFFSETS, _HASH, _CHECK))
     return ShardEntry(
-        file=path.name,
+        file=file,
         rows=hashes.shape[0],
         tokens=tensors[_LOGITS].shape[0],
-        bytes=path.stat().st_size,
-        sha256=file_digest(path),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
         tables_sha256=tables_digest(offsets, hashes, checks),
     )
 

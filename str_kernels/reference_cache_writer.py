@@ -95,8 +95,8 @@ def build_reference_cache(
     Rows are kept in the order they first appear, R to a shard; inside a shard they are sorted by
     length and computed in batches. Shards are written under a temporary name and renamed. A
     folder that an interrupted run left is gone on with: its shards are read, whole ones kept,
-    broken ones made again. The files are then, byte for byte, those of a run without interruption, apart
-    from timings.json, which says how long the passes took (and build.lock, which is empty).
+    broken ones made again. The files are then, byte for byte, those of a run without interruption,
+    apart from timings.json, which says how long the passes took.
 
     Args:
         folder: to make or go on with; nothing but a cache may be in it.
@@ -207,23 +207,24 @@ class _Build:
         tokens = sum(map(len, rows))
         if os.path.lexists(path):
             try:
-                tensors = self.read(path, hashes, rows)
+                entry = self.read(path, hashes, rows)
             except (ValueError, KeyError, OSError, SafetensorError) as error:
                 self.rebuilt.append(f"{path.name}: {error}")
             else:
                 self.kept += 1
                 self.done += tokens
                 self.on_tokens(self.done, self.plan.tokens)
-                return entry_of(path, tensors)
+                return entry
         tensors = tensors_of(self.compute(rows), [len(row) for row in rows], hashes)
+        data = save(tensors)
         with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors))
+            temporary.write_bytes(data)
         total_tokens, total_seconds = self.timed
         content = {"tokens": total_tokens + self.computed, "seconds": total_seconds + self.seconds}
         write_json(self.folder / TIMINGS, content)
-        return entry_of(path, tensors)
+        return entry_of(path.name, data, tensors)
 
-    def read(self, path: Path, hashes: list[bytes], rows: list[list[int]]) -> dict[str, Tensor]:
+    def read(self, path: Path, hashes: list[bytes], rows: list[list[int]]) -> ShardEntry:
         """Read a shard that is there; raise where it is not, to the byte, what is written here."""
         regular_size(path)  # a link is no shard
         data = path.read_bytes()
@@ -241,7 +242,7 @@ class _Build:
                 raise ValueError(f"{name} is not what was written")
         if found or save(expected) != data:
             raise ValueError("its bytes are not those that were written")
-        return expected
+        return entry_of(path.name, data, expected)
 
     def compute(self, rows: list[list[int]]) -> Tensor:  # (tokens, K)
         """Make the values of a shard, its rows sorted by length and cut into batches."""
