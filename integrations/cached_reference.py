@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ..checks import check_backend
 from ..penalties import ON_LOG_PROBS
 from ..reference_cache import (
     KEYS,
@@ -26,7 +27,7 @@ from ..reference_cache_writer import BuildReport, build_reference_cache
 from ..safety_tokens import SafetyTokens
 from .fingerprint import model_fingerprint
 from .hf_models import evaluation_mode, not_compiled, runs_the_model
-from .loss_paths import PathName, make_path
+from .loss_paths import PathName, check_path, make_path
 from .peft_adapters import base_of, check_adapters, has_adapters, is_prompt_learning
 from .references import (
     AdaptersOff,
@@ -211,6 +212,8 @@ def cache_model(
         The model runs in eval mode, without gradient, rows of like length together and padded on
         the right; what other rows are in the batch changes the last bits of a row.
     """
+    check_path(path)
+    check_backend(backend)
     if not len(safety_tokens):
         raise ValueError("`safety_tokens` must hold at least one id to be cached; got none")
     if is_prompt_learning(model):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from str_kernels.reference_cache import CachedReference
 from str_kernels.reference_cache_writer import BuildReport, build_reference_cache
 
 IDS = 5
@@ -42,6 +43,10 @@ def values_of(rows: list[list[int]]) -> Tensor:  # (sum of lengths, K)
 
 def build(folder: Path, **options: Any) -> BuildReport:
     return build_reference_cache(folder, ROWS, values_of, **{**PLAN, **options})
+
+
+def read_all(cached: CachedReference) -> dict[tuple[int, ...], Tensor]:
+    return {tuple(row): cached.look_up({"input_ids": torch.tensor([row])}).values for row in ROWS}
 
 
 def _slow(rows: list[list[int]]) -> Tensor:

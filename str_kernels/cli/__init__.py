@@ -1,9 +1,10 @@
-"""The command line: str-kernels finetune | demo | doctor. One file per command."""
+"""The command line: str-kernels finetune | cache | demo | doctor. One file per command."""
 
 from __future__ import annotations
 
 import typer
 
+from .cache import app as cache
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (finetune, demo, doctor):
     app.command()(command)
+app.add_typer(cache)
 
 
 def main() -> None:
