@@ -142,36 +142,36 @@ class CacheReference(Reference):
     def _probe(
         self, layout: str, masked: bool, counted: bool, use_cache: bool, *, device: torch.device
     ) -> bool:
-        """Compare a row in the layout with itself alone, in logits."""
+        """Compare a row in the layout with itself alone, in centred logits."""
         inner: Any = self.inner
         vocab_size = inner.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(3, 3 + 2 * _PROBE, device=device) % vocab_size)[None]
-        alone, positions = (
-            torch.arange(_PROBE, device=device),
-            torch.arange(2 * _PROBE, device=device),
-        )
-        mask = torch.ones_like(ids)
-        if layout == SHIFTED:
-            mask[:, :_PROBE] = 0
-        else:
-            positions = torch.cat([alone, alone])
+        count = torch.arange(2 * _PROBE, device=device)[None]
+        ids = (vocab_size // 3 + count) % vocab_size  # the first ids are often special
+        alone = ids[:, _PROBE:]
         batch: dict[str, Any] = {"input_ids": ids}
         if masked:
-            batch["attention_mask"] = mask
+            first = 1 if layout == PACKED else 0
+            batch["attention_mask"] = torch.where(count < _PROBE, first, 1)
         if counted:
-            batch["position_ids"] = positions[None]
+            batch["position_ids"] = count if layout == SHIFTED else count % _PROBE
         if layout == SHIFTED and not masked:  # positions alone say so
-            batch = {"input_ids": ids[:, _PROBE:], "position_ids": positions[None, _PROBE:]}
+            batch = {"input_ids": alone, "position_ids": count[:, _PROBE:]}
+
+        def logits(which: slice, **inputs: Tensor) -> Tensor:  # (_PROBE, V)
+            found: Tensor = self.forward(**inputs, use_cache=use_cache).logits[0, which].float()
+            return found - found.mean(dim=-1, keepdim=True)
+
         with torch.no_grad(), evaluation_mode(self.inner):
+            here = logits(slice(None), input_ids=alone)
+            # what comes after a row cannot change it: this is the rounding of other products
+            longer = logits(slice(_PROBE), input_ids=torch.cat([alone, alone], dim=1))
             try:
-                there = self.forward(**batch, use_cache=use_cache).logits[0, -_PROBE:].float()
-                here = self.forward(input_ids=ids[:, _PROBE:], use_cache=use_cache).logits[0]
+                there = logits(slice(-_PROBE, None), **batch)
             except (TypeError, ValueError, RuntimeError, LookupError):  # it takes no such batch
                 return False
-        # equal products in another order differ by their rounding; positions and foreign rows by
-        # far more, in the attention of every layer
-        bound = 32 * torch.finfo(here.dtype).eps * float(here.abs().max())
-        return bool((there - here.float()).abs().max() <= bound)
+        # other positions and foreign rows differ by far more, in the attention of every layer
+        rounding = max(1e-4, 4 * torch.finfo(inner.dtype).eps) * here.norm()
+        return bool((there - here).norm() <= torch.maximum(4 * (longer - here).norm(), rounding))
 
 
 def cache_model(

@@ -81,6 +81,8 @@ class CachedReference:
         Values are those of the row by itself, in the cache's dtype: bfloat16 keeps 8 bits, a step
         of 0.125 at a logit of 20; a model in 16 bits rounds a little differently in each batch, so
         that the drift of its first step is small and not exactly 0.
+        A label on the first token after padding in front makes the loss NaN: of the padding before
+        it there is nothing to compare. Prompts have no labels there anyway.
         On a GPU the look-up in a forward waits for the device, since the ids have to be read;
         `with_collator` does it in the data loader.
 

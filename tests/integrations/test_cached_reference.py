@@ -25,6 +25,7 @@ BOUND = 1e-6  # float32; the cache's batches are padded otherwise, which rounds 
 def data_of(seed: int, count: int = 10) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 12, (count,), generator=generator).tolist()
+    lengths[:3] = [5, 11, 8]  # so that these are padded
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
@@ -153,6 +154,28 @@ def test_checkpointing_switches_the_cache_off_for_packed_rows(
     expected = steps(copy.deepcopy(model), [{**batch, "use_cache": False}] * 2, 1)
     checkpoint(model)
     compare(steps(model, [batch] * 2, 1, reference=reference), expected)
+
+
+def test_layouts_are_told_apart_in_16_bits_too(seed: int, tmp_path: Any) -> None:
+    for name, layout, expected in (
+        ("llama", "left", True), ("llama", "packed", True), ("llama", "masked", False),
+        ("gpt2", "left", False), ("gpt2", "packed", True), ("gpt2", "masked", False),
+    ):  # fmt: skip
+        base, rows = tiny_model(name, seed).bfloat16(), data_of(seed)
+        cache_model(base, rows, TOKENS, tmp_path / "cache", overwrite=True)
+        batch: Any = pad(rows[:3], "left") if layout == "left" else flatten(rows[:3])
+        if layout == "masked":
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        with attach(
+            with_lora(base, seed).train(), TOKENS, reference=CachedReference(tmp_path / "cache")
+        ) as handle:
+            try:
+                handle._inner(**batch, use_cache=False)
+                found = True
+            except ValueError as error:
+                assert "`reference` must not be a cache for rows" in str(error)
+                found = False
+            assert found == expected, (name, layout)
 
 
 def test_a_model_that_counts_positions_from_the_padding(seed: int, tmp_path: Any) -> None:
