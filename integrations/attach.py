@@ -13,6 +13,7 @@ from ..contracts import SafetyLoss, SafetyPenalty
 from ..safety_tokens import SafetyTokens
 from .anchor_pass import AnchorPass
 from .anchors import AnchorPrompts
+from .cached_reference import given_reference
 from .loss_paths import PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
@@ -24,7 +25,6 @@ from .peft_adapters import (
 from .positions import Positions, check_positions
 from .references import (
     AdaptersOff,
-    CallableReference,
     FrozenModel,
     PromptOff,
     Reference,
@@ -145,7 +145,7 @@ def attach(
                 "`reference` must be a function, and given without `ref_model`; got "
                 f"{type(reference).__name__}, ref_model {type(ref_model).__name__}"
             )
-        frozen = CallableReference(reference)
+        frozen = given_reference(reference, model, safety_tokens, penalty.kind)
     elif ref_model is not None:
         frozen = _second_model(inner, ref_model, safety_tokens, path, chunk_bytes, backend)
     elif has_adapters(model):

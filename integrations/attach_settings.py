@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast, get_args
 
 from ..contracts import PenaltyKind, SafetyPenalty
+from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
 
@@ -27,6 +28,9 @@ class SafetySettings:
     )
     safety_ref_every: int = _option(1, "Ask the reference in every n-th forward only.")
     safety_path: str = _option("linear", "'linear' or 'logits', as in attach().")
+    safety_cache: str | None = _option(
+        None, "A folder made by `str-kernels cache build`, instead of the reference's passes."
+    )
     safety_anchors: str | None = _option(
         None, "Prompts at which the model is held too: a JSONL file, or 'anchors'."
     )
@@ -43,6 +47,8 @@ class SafetySettings:
             "ref_every": self.safety_ref_every,
             "path": self.safety_path,
         }
+        if self.safety_cache is not None:
+            options["reference"] = CachedReference(self.safety_cache)
         if self.safety_anchors is not None:
             options["anchors"] = AnchorPrompts.from_prompts(
                 tokenizer,

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..atomic import replacing_folder, write_json
 from ..contracts import SafetyPenalty
+from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
 from .builtin_model import builtin_model_folder
@@ -92,6 +93,7 @@ def finetune(
     safety_tokens: Path | None = None,
     templates: Path | None = None,
     anchors: AnchorOptions | None = None,
+    cache: Path | None = None,
     max_length: int = 1024,
     dtype: str = "auto",
     overwrite: bool = False,
@@ -112,6 +114,8 @@ def finetune(
         safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
         templates: a text file of refusal templates, one per line, instead of the built-in ones.
         anchors: prompts at which the model is held in each step too.
+        cache: a reference cache of the same model, data, tokens and anchors, instead of the
+            reference's passes.
         max_length: longer rows lose their end, tokens.
         dtype: of the frozen weights.
         overwrite: replace `output` if it exists.
@@ -131,6 +135,7 @@ def finetune(
     if max_length < 2:
         raise ValueError(f"`max_length` must be >= 2; got {max_length}")
     examples = read_examples(data)  # before anything slow
+    cached = None if cache is None else CachedReference(cache)
     model, tokenizer = load_model(model_name, dtype=dtype, progress=progress)
     if safety_tokens is not None:
         tokens = SafetyTokens.load(safety_tokens, tokenizer)
@@ -141,7 +146,15 @@ def finetune(
     if anchors is not None:
         held = AnchorPrompts.from_prompts(tokenizer, **vars(anchors), seed=options.seed)
     peft_model, log = train_lora(
-        model, tokenizer, rows, tokens, penalty, options, anchors=held, on_step=on_step
+        model,
+        tokenizer,
+        rows,
+        tokens,
+        penalty,
+        options,
+        anchors=held,
+        reference=cached,
+        on_step=on_step,
     )
     report = {
         "schema_version": 1,
@@ -155,6 +168,7 @@ def finetune(
             "delta": penalty.delta,
         },
         "anchors": None if held is None else {**vars(anchors), "rows": len(held)},
+        "cache": None if cache is None else cache.name,
         "safety_tokens": {"count": len(tokens), "source": tokens.source},
         "torch": torch.__version__,
         "log": log,

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
 
 from ..contracts import SafetyPenalty
+from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
 from .hf_trainer import SafetyTrainer
@@ -73,6 +74,7 @@ def train_lora(
     options: TrainingOptions,
     *,
     anchors: AnchorPrompts | None = None,
+    reference: CachedReference | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Add LoRA adapters to `model` and train them; the reference is the model without them.
@@ -85,6 +87,7 @@ def train_lora(
         penalty: kind and weight; weight 0 is plain cross-entropy with the drift still measured.
         options: length, rate, size and seed.
         anchors: prompts at which the model is held in each step too.
+        reference: the reference's logits from files, instead of the model without its adapters.
         on_step: called with the number of steps done.
 
     Returns:
@@ -129,6 +132,7 @@ def train_lora(
             penalty=penalty,
             positions=options.positions,
             anchors=anchors,
+            reference=reference,
             ref_every=options.ref_every,
             ref_tokens=options.ref_tokens,
             backend=options.backend,

@@ -11,6 +11,7 @@ from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from .functional import safety_cross_entropy, safety_linear_cross_entropy, safety_log_probs
 from .modules import SafetyCrossEntropyLoss, SafetyLinearCrossEntropyLoss
 from .projection import project
+from .reference_cache import CachedReference
 from .safety_tokens import SafetyTokens
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IGNORE_INDEX",
     "AnchorPrompts",
+    "CachedReference",
     "SafetyCrossEntropyLoss",
     "SafetyLinearCrossEntropyLoss",
     "SafetyLoss",

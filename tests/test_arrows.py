@@ -34,12 +34,14 @@ ARROWS: dict[str, set[str]] = {
     "functional": {"autograd", "loss_args"},
     "safety_tokens": {"checks", "atomic"},
     "reference": {"safety_tokens", "projection"},
-    "reference_cache": {"reference"},
+    "cache_format": set(),
+    "reference_cache": {"reference", "cache_format"},
+    "reference_cache_writer": {"reference_cache", "atomic"},
     "evals": {"safety_tokens"},
     "modules": {"functional", "safety_tokens"},
     "loss_memory": {"functional"},
     "doctor": {"loss_memory", "backends"},
-    "integrations": {"__init__", "modules", "loss_memory", "reference_cache", "evals"},
+    "integrations": {"__init__", "modules", "loss_memory", "reference_cache_writer", "evals"},
     "cli": {"integrations", "doctor"},
     "__init__": {"modules", "reference_cache", "evals"},  # and integrations, inside __getattr__
 }

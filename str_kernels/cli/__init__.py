@@ -1,9 +1,10 @@
-"""The command line: str-kernels finetune | demo | study | doctor. One file per command."""
+"""The command line: str-kernels finetune | cache | demo | study | doctor. One file per command."""
 
 from __future__ import annotations
 
 import typer
 
+from .cache import app as cache
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (finetune, demo, study, doctor):
     app.command()(command)
+app.add_typer(cache)
 
 
 def main() -> None:

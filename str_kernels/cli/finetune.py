@@ -58,6 +58,10 @@ def finetune(
     anchor_weight: Annotated[
         float, typer.Option(help="1: all anchors together weigh as much as all labels.")
     ] = 1.0,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="A folder made by `cache build`, instead of the reference's passes."),
+    ] = None,
     ref_every: Annotated[
         int, typer.Option(min=1, help="Ask the reference in every n-th forward only.")
     ] = 1,
@@ -108,6 +112,7 @@ def finetune(
                 safety_tokens=safety_tokens,
                 templates=templates,
                 anchors=held,
+                cache=cache,
                 max_length=max_length,
                 dtype=dtype,
                 overwrite=overwrite,

@@ -1,0 +1,99 @@
+"""`str-kernels cache build`: the reference cache of a data file, encoded as `finetune` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..contracts import SafetyPenalty
+from ..evals.refusals import load_prompts
+from ..reference_cache import CachedReference, verify_cache
+from ..reference_cache_writer import BuildReport
+from ..safety_tokens import SafetyTokens
+from .cached_reference import cache_model
+from .chat_data import encode_examples, read_examples, render_prompts
+from .finetune import load_model
+from .fingerprint import model_fingerprint
+
+
+def build_cache(
+    model_name: str,
+    data: Path,
+    output: Path,
+    *,
+    kind: str = "mse",
+    safety_tokens: Path | None = None,
+    templates: Path | None = None,
+    anchors: str | None = None,
+    max_length: int = 1024,
+    model_dtype: str = "auto",
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
+) -> BuildReport:
+    """Compute the reference's safety logits of all rows of a data file, and store them.
+
+    Args:
+        model_name: "builtin", a folder or a hub id, of the frozen aligned model.
+        data: JSONL file, as for `finetune`.
+        output: the folder to make or to go on with.
+        kind: of the penalty that will be used.
+        safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
+        templates: a text file of refusal templates, instead of the built-in ones.
+        anchors: prompts to cache too, as chats up to where the answer begins: a JSONL file of
+            {"prompt": ...}, or the name of a built-in set.
+        max_length: longer rows lose their end, tokens; must be that of the training.
+        model_dtype: of the frozen weights; must be that of the training.
+        progress: called with a line of text when something takes seconds.
+        options: path, backend, on_tokens, dtype, rows_per_shard, batch_tokens, overwrite, as in
+            `cache_model`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: the input is bad, or the folder holds something else.
+        OSError: the disk is full; the same call goes on.
+    """
+    if safety_tokens is not None and templates is not None:
+        raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be >= 2; got {max_length}")
+    SafetyPenalty(kind=kind)  # type: ignore[arg-type] # to be checked
+    examples = read_examples(data)  # before anything slow
+    prompts = [] if anchors is None else [row.prompt for row in load_prompts(anchors)]
+    model, tokenizer = load_model(model_name, dtype=model_dtype, progress=progress)
+    if prompts and not tokenizer.chat_template:
+        raise ValueError("`anchors` must be None for a tokenizer without chat template")
+    if safety_tokens is not None:
+        tokens = SafetyTokens.load(safety_tokens, tokenizer)
+    else:
+        tokens = SafetyTokens.from_templates(tokenizer, templates)
+    rows = [row["input_ids"] for row in encode_examples(tokenizer, examples, max_length)]
+    for text in render_prompts(tokenizer, prompts):
+        rows.append(list(tokenizer.encode(text, add_special_tokens=False)))
+    return cache_model(model, rows, tokens, output, kind=kind, **options)
+
+
+def verify_cache_of(
+    folder: Path,
+    model_name: str | None = None,
+    *,
+    model_dtype: str = "auto",
+    on_shard: Callable[[int, int], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Read everything in a cache, and compare it with a model's weights where one is named.
+
+    Returns:
+        One line for each thing that is broken.
+    """
+    broken = verify_cache(folder, on_shard)
+    if model_name is None or broken:
+        return broken
+    model, _ = load_model(model_name, dtype=model_dtype, progress=progress)
+    try:
+        CachedReference(folder).check_fingerprint(model_fingerprint(model))
+    except ValueError as error:
+        return [str(error)]
+    return []

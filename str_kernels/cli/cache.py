@@ -1,0 +1,197 @@
+"""str-kernels cache build | verify | info."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..cache_format import DTYPES
+from ..contracts import Backend, PenaltyKind
+from ..reference_cache import CachedReference, read_timings, verify_cache
+from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+
+app = typer.Typer(
+    name="cache",
+    help="The frozen model's safety logits of a data file: computed once, served from a folder.",
+    no_args_is_help=True,
+)
+_FOLDER = Annotated[Path, typer.Argument(help="The cache.")]
+_MODEL_DTYPE = Annotated[
+    str, typer.Option(help="Of the model's weights: auto, float32, bfloat16 or float16.")
+]
+_TIMED_TOKENS = 20_000  # are looked up to see how long it takes
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
+    data: Annotated[Path, typer.Argument(help="JSONL, as for finetune.")],
+    output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
+    safety_tokens: Annotated[
+        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
+    ] = None,
+    anchors: Annotated[
+        str | None,
+        typer.Option(help='Prompts to cache too: JSONL with "prompt", or a built-in set.'),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help=f"Of penalty to be used: {', '.join(get_args(PenaltyKind))}.")
+    ] = "mse",
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; as in training.")] = 1024,
+    dtype: Annotated[str, typer.Option(help=f"To store: {', '.join(DTYPES)}.")] = "float32",
+    model_dtype: _MODEL_DTYPE = "auto",
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows of one file.")] = 256,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of one forward, padding included.")
+    ] = 4096,
+    path: Annotated[str, typer.Option(help="linear, or logits, as in attach.")] = "linear",
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(get_args(Backend))}.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace a cache of another plan.")] = False,
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Compute MODEL's safety logits on DATA once, and store them.
+
+    Killed at any moment, the same command goes on and ends in the same files.
+    """
+    with readable_errors():
+        integration = import_integration("cache_data")
+        if dtype not in DTYPES:  # before the model is loaded
+            raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        with progress(quiet=as_json) as watch:
+            report = integration.build_cache(
+                model,
+                data,
+                output,
+                kind=kind,
+                safety_tokens=safety_tokens,
+                templates=templates,
+                anchors=anchors,
+                max_length=max_length,
+                model_dtype=model_dtype,
+                progress=lambda text: watch(text, 0, 1),
+                dtype=dtype,
+                rows_per_shard=rows_per_shard,
+                batch_tokens=batch_tokens,
+                path=path,
+                backend=backend,
+                overwrite=overwrite,
+                on_tokens=lambda done, total: watch("reference pass, tokens", done, total),
+            )
+    if as_json:
+        print_json({**asdict(report), "folder": str(report.folder)})
+        return
+    console = Console()
+    for line in report.rebuilt:
+        console.print(f"[yellow]Built again:[/] {escape(line)}", soft_wrap=True)
+    console.print(
+        f"{report.rows:,} rows ({report.duplicates:,} were there twice), {report.tokens:,} tokens "
+        f"in {report.shards:,} shards, {report.kept:,} of them from an earlier run; "
+        f"{report.computed_tokens:,} tokens computed in {report.seconds:.1f} s",
+        soft_wrap=True,
+    )
+    console.print(f"Written to {escape(str(output))}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    folder: _FOLDER,
+    model: Annotated[
+        str | None, typer.Option(help="Compare with this model's weights too.")
+    ] = None,
+    model_dtype: _MODEL_DTYPE = "auto",
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Read every byte of FOLDER and compare it with its checksums.
+
+    Exits with 1 if anything is broken, and names each shard that is.
+    """
+    with readable_errors():
+        if model is None:
+            broken = verify_cache(folder)
+        else:
+            integration = import_integration("cache_data")
+            with progress(quiet=as_json) as watch:
+                broken = integration.verify_cache_of(
+                    folder,
+                    model,
+                    model_dtype=model_dtype,
+                    on_shard=lambda done, total: watch("verify, shards", done, total),
+                    progress=lambda text: watch(text, 0, 1),
+                )
+    if as_json:
+        print_json({"folder": str(folder), "whole": not broken, "broken": broken})
+    else:
+        console = Console()
+        for line in broken:
+            console.print(f"[bold red]broken:[/] {escape(line)}", soft_wrap=True)
+        if not broken:
+            console.print(f"{escape(str(folder))} is whole", soft_wrap=True)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
+    """Show what FOLDER holds, and what it saves.
+
+    The reference's pass was timed when the cache was built, the look-up is timed now. Building
+    pays after pass / (pass - look-up) epochs.
+    """
+    with readable_errors():
+        found = _info(folder)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("", "", title=escape(str(folder)), show_header=False)
+    for name, value in found.items():
+        if name != "made_with":
+            table.add_row(name.replace("_", " "), _text(value))
+    table.add_row("made with", ", ".join(f"{k} {v}" for k, v in found["made_with"].items()))
+    Console().print(table)
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    """Return what a cache holds; times are None where none were written."""
+    cached = CachedReference(folder)
+    plan = cached.plan
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    tokens, seconds = cached.measure_look_up(_TIMED_TOKENS)
+    look_up = 1000 * seconds / tokens
+    timed, passes = read_timings(folder)
+    ref = 1000 * passes / timed if timed else None
+    saved = None if ref is None else ref - look_up
+    return {
+        "rows": plan.rows,
+        "tokens": plan.tokens,
+        "ids": plan.ids,
+        "values": plan.values,
+        "dtype": plan.dtype,
+        "bytes": size,
+        "bytes_per_token": size / plan.tokens,
+        "model": plan.model,
+        "safety_tokens": plan.safety_tokens,
+        "reference_pass_seconds_per_1000_tokens": ref,
+        "look_up_seconds_per_1000_tokens": look_up,
+        "saved_seconds_per_1000_tokens": saved,
+        "epochs_until_building_pays": (
+            ref / saved if ref is not None and saved is not None and saved > 0 else None
+        ),
+        "made_with": plan.made_with,
+    }
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
