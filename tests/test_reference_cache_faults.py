@@ -132,6 +132,34 @@ def test_each_row_is_looked_at_when_it_is_served(cache):
         cached.look_up({"input_ids": torch.tensor([ROWS[1]])})
 
 
+def test_sizes_are_looked_at_before_anything_is_mapped(cache):
+    cached = CachedReference(cache)
+    with (cache / SHARDS[3]).open("r+b") as file:
+        file.truncate(100)  # of a larger file, reading on would end the process
+    said = r"shard-00003\.safetensors: it has 100 bytes, the index says \d+; restore it"
+    with pytest.raises(ValueError, match=said):
+        cached.look_up({"input_ids": torch.tensor([ROWS[21]])})
+    with pytest.raises(ValueError, match=said):
+        CachedReference(cache)
+
+
+def test_a_byte_that_nothing_depends_on_is_found_by_verify_and_made_good(cache, whole):
+    """The header's padding: a space and a newline read the same."""
+    for name in SHARDS:
+        data = bytearray((cache / name).read_bytes())
+        last = 7 + int.from_bytes(data[:8], "little")
+        if data[last] == ord(" "):
+            break
+    assert data[last] == ord(" ")
+    data[last] = ord("\n")
+    (cache / name).write_bytes(data)
+    assert same(read_all(CachedReference(cache)), read_all(CachedReference(whole)))
+    [line] = verify_cache(cache)
+    assert name in line and "its bytes are not" in line
+    assert build(cache).rebuilt == (f"{name}: its bytes are not those that were written",)
+    assert content_of(cache) == content_of(whole)
+
+
 def reseal(folder, change):
     """Change the index as somebody would who can compute its checksum."""
     content = json.loads((folder / "index.json").read_text())
