@@ -88,7 +88,7 @@ def from_refusals(
         tokenizer,
         best,
         source=f"the model's {len(refusals)} refusals of {len(prompts)} harmful prompts, "
-        f"first {positions} positions",
+        f"first {positions} positions (score: 1 opens each of them)",
         scores=[points[token] / (positions * len(refusals)) for token in best],
     )
 
@@ -174,7 +174,8 @@ def from_contrast(
         tokenizer,
         best,
         source=f"{len(refusals)} refusals of {len(harmful)} harmful prompts against "
-        f"{len(ordinary)} answers to {len(harmless)} harmless ones, first {positions} positions",
+        f"{len(ordinary)} answers to {len(harmless)} harmless ones, first {positions} positions "
+        "(score: difference in probability, in standard errors)",
         id_weights=chosen / chosen.mean(),
         scores=chosen.tolist(),
     )

@@ -206,7 +206,7 @@ class SafetyTokens:
         return cls.from_ids(
             tokenizer,
             ids,
-            source=f"{source} ({len(sentences)} sentences{first})",
+            source=f"{source} ({len(sentences)} sentences{first}; score: share it is in)",
             scores=[found[token] / len(sentences) for token in ids],
         )
 
@@ -265,7 +265,10 @@ class SafetyTokens:
             counts = count_ids(corpus)
             ids = draw_matched(counts, like.ids.tolist(), pool, seed=seed)
             scores = [1e6 * counts[token] / counts.total() for token in ids]
-            source += f", as frequent among {counts.total():,} ids as: {like.source}"
+            source += (
+                f", as frequent among {counts.total():,} ids (score: occurrences per million) as "
+                f"the tokens of: {like.source}"
+            )
         return cls.from_ids(tokenizer, ids, source=source, id_weights=weights, scores=scores)
 
     @classmethod

@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "frequency_match": set(),
     "token_fields": {"contracts"},
     "safety_tokens": {"checks", "atomic", "tokenizer", "token_fields", "frequency_match"},
+    "token_comparison": {"safety_tokens"},
     "reference": {"safety_tokens", "projection"},
     "reference_cache": {"reference"},
     "evals": {"safety_tokens"},
@@ -43,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "loss_memory": {"functional"},
     "doctor": {"loss_memory", "backends"},
     "integrations": {"__init__", "modules", "loss_memory", "reference_cache", "evals"},
-    "cli": {"integrations", "doctor"},
+    "cli": {"integrations", "doctor", "token_comparison"},
     "__init__": {"modules", "reference_cache", "evals"},  # and integrations, inside __getattr__
 }
 

@@ -1,4 +1,4 @@
-"""The command line: str-kernels finetune | demo | doctor. One file per command."""
+"""The command line: str-kernels finetune | tokens | demo | doctor. One file per command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
+from .tokens import tokens
 
 app = typer.Typer(
     name="str-kernels",
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (finetune, demo, doctor):
     app.command()(command)
+app.add_typer(tokens, name="tokens")
 
 
 def main() -> None:
