@@ -41,9 +41,9 @@ def draw_matched(
         d(v, w) = | log(1 + f(v)) - log(1 + f(w)) |
 
     The wanted ids are served from the most frequent to the least, since a frequent one has the
-    fewest near it (of equals, the first listed goes first). For each, the candidates are the
-    NEAREST ids of the pool with the smallest d that are still free, together with all that are as
-    near as the last of these; one of them is drawn uniformly and is no longer free.
+    fewest near it (of equals, the first listed goes first). For each, the free ids of the pool are
+    put in the order of d, those of equal d in random order; one of the first NEAREST is drawn
+    uniformly and is no longer free.
 
     Args:
         counts: occurrences by id; an id that is missing counts 0.
@@ -76,8 +76,11 @@ def draw_matched(
         here = torch.tensor(float(counts.get(wanted[k], 0)), dtype=torch.float64).log1p()
         distance = (level - here).abs().masked_fill(taken, torch.inf)
         reach = min(NEAREST, len(ordered) - done)
-        candidates = (distance <= distance.kthvalue(reach).values).nonzero().flatten()
-        chosen = int(candidates[draw.randrange(len(candidates))])
+        limit = distance.kthvalue(reach).values
+        nearer = (distance < limit).nonzero().flatten().tolist()
+        at_limit = (distance == limit).nonzero().flatten().tolist()
+        place = draw.randrange(reach)  # from len(nearer) on these are equals: any of them
+        chosen = nearer[place] if place < len(nearer) else draw.choice(at_limit)
         taken[chosen] = True
         drawn[k] = ordered[chosen]
     return drawn

@@ -137,7 +137,8 @@ def test_random_like_a_file_and_a_corpus(tokenizer_only, templates, tmp_path):
     )  # fmt: skip
     assert printed["ids"] == again.ids.tolist() and "seed 7" in printed["source"]
     assert "as frequent among 14 ids" in printed["source"]
-    assert {"1", "2", "3"} & set(printed["pieces"]) and not set(printed["ids"]) & set(safety.ids)
+    assert len(printed["ids"]) == len(safety) == len(printed["scores"])
+    assert not set(printed["ids"]) & set(safety.ids.tolist())
     result = run(*given, "--output", output, "--overwrite")
     assert result.exit_code == 0 and len(json.loads(result.stdout)["ids"]) == len(safety)
     assert json.loads(result.stdout)["source"] == "random, seed 0"
@@ -149,7 +150,7 @@ def test_random_like_a_file_and_a_corpus(tokenizer_only, templates, tmp_path):
         (("--from", "thin air"), "`--from` must be one of templates, refusals, contrast, random"),
         (("--count", "3"), "`count` must come with --from refusals or contrast or random"),
         (("--from", "random", "--harmful", "x"), "`harmful` must come with --from refusals or"),
-        (("--from", "random"), "`count` must say how many to draw"),
+        (("--from", "random"), "`count` must say how many tokens to draw"),
         (("--from", "random", "--count", "0"), "`count` must be in [1, "),
         (("--from", "random", "--count", "3", "--corpus", "no.jsonl"), "no.jsonl"),
         (("--from", "random", "--like", "no.json"), "no.json"),

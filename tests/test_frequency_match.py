@@ -89,6 +89,10 @@ def test_the_rule_of_the_matched_draw() -> None:
     assert sorted(everything) == list(range(20, 32))
     firsts = {draw_matched(counts, [20], range(1, 13), seed=seed)[0] for seed in range(50)}
     assert firsts == {1, 2, 3, 4}
+    # many equals in the fourth place do not crowd out the two that are nearer
+    drawn = [draw_matched(counts, [30], range(1, 13), seed=seed)[0] for seed in range(400)]
+    assert 0.4 < sum(token in {11, 12} for token in drawn) / len(drawn) < 0.6
+    assert set(drawn) == {6, 7, 8, 9, 10, 11, 12}
     with pytest.raises(ValueError, match=r"`like` must have at most as many tokens .* 1; got 2"):
         draw_matched(counts, [1, 2], [3], seed=0)
 

@@ -41,7 +41,7 @@ def taught_model() -> tuple[Any, Any]:
     for prompt, answer in ANSWERS.items():
         start = ids_of(tokenizer, prompt)
         said = [*tokenizer.encode(answer), 1]
-        fill = 40 - len(start) - len(said)
+        fill = 24 - len(start) - len(said)
         rows.append([*start, *said, *[0] * fill])
         labels.append([*[-100] * len(start), *said, *[-100] * fill])
     batch, target = torch.tensor(rows), torch.tensor(labels)
