@@ -184,10 +184,10 @@ def test_pieces_and_names_are_shown_as_they_are(tmp_path):
     ).save(path)
     result = run("show", path)
     assert result.exit_code == 0, result.output
-    for shown in ("'[bold]x[/bold]'", "' :smile:'", r"'\n'", "'é'", r"'\\['", "[link=x]me[/link]"):
+    for shown in ("'[bold]x[/bold]'", "'␣:smile:'", r"'\n'", "'é'", r"'\\['", "[link=x]me[/link]"):
         assert shown in result.stdout, shown
     result = run("compare", path, path)
-    assert "' :smile:'" in result.stdout and "[red]tokens.json" in result.stdout
+    assert "'␣:smile:'" in result.stdout and "[red]tokens.json" in result.stdout
     result = run("show", tmp_path / "[red]no.json")
     assert result.exit_code == 2 and "[red]no.json" in result.output
 

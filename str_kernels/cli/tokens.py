@@ -40,7 +40,9 @@ def build(
     harmless: Annotated[
         str | None, typer.Option(help="Prompts of contrast's other side; anchors if unset.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Tokens, at most; 32 if unset.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Tokens, at most: 32 if unset. Random: exactly.")
+    ] = None,
     positions: Annotated[
         int | None,
         typer.Option(help="Tokens looked at from a beginning; 8 if unset, all of a template."),
@@ -116,10 +118,14 @@ def show(
         return
     _show(loaded)
     console = Console(highlight=False)
-    console.print(f"tokenizer    {loaded.vocab_size} tokens, hash {loaded.tokenizer_hash}")
-    console.print(f"fingerprint  {loaded.fingerprint}")
+    lines = [
+        f"tokenizer    {loaded.vocab_size} tokens, hash {loaded.tokenizer_hash}",
+        f"fingerprint  {loaded.fingerprint}",
+    ]
     if model is not None:
-        console.print(f"The tokenizer of {escape(model)} is the one they were made with.")
+        lines.append(f"The tokenizer of {model} is the one they were made with.")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 @tokens.command()
@@ -142,7 +148,7 @@ def compare(
         (f"only in {first.name}", found.only_first),
         (f"only in {second.name}", found.only_second),
     ):
-        table.add_row(Text(name), str(len(ids)), Text("  ".join(pieces[token] for token in ids)))
+        table.add_row(Text(name), str(len(ids)), Text(" ".join(pieces[token] for token in ids)))
     console = Console(highlight=False)
     console.print(table)
     ranked = found.rank_correlation
@@ -172,11 +178,15 @@ def _show(chosen: SafetyTokens) -> None:
 
 
 def _pieces(chosen: SafetyTokens) -> dict[int, str]:
-    """Return each id's text in quotes, so that spaces show; what is not printable is escaped."""
+    """Return each id's text in quotes, spaces shown as \u2423, what is not printable escaped.
+
+    A space that is a space would be lost where a line ends.
+    """
     ids = chosen.ids.tolist()
     if chosen.pieces is None:
         return {token: f"#{token}" for token in ids}
-    return {token: repr(piece) for token, piece in zip(ids, chosen.pieces, strict=True)}
+    shown = (repr(piece).replace(" ", "\u2423") for piece in chosen.pieces)
+    return dict(zip(ids, shown, strict=True))
 
 
 def _column(values: Iterable[float] | None, count: int) -> list[str]:
