@@ -21,7 +21,6 @@ from ..reference_cache import (
     LookUp,
     check_batch,
     take_from,
-    tokens_fingerprint,
 )
 from ..reference_cache_writer import BuildReport, build_reference_cache
 from ..safety_tokens import SafetyTokens
@@ -248,7 +247,7 @@ def cache_model(
             rows,
             make,
             model=model_fingerprint(model),
-            safety_tokens=tokens_fingerprint(safety_tokens),
+            safety_tokens=safety_tokens.fingerprint,
             tokenizer=safety_tokens.tokenizer_hash,
             ids=len(safety_tokens),
             values="log_probs" if log_probs else "logits",

@@ -23,6 +23,39 @@ def answer_prompts(
 ) -> list[str]:
     """Answer each prompt as one chat turn, greedily.
 
+    Args:
+        model: as for `answer_ids`, and so is the rest.
+        tokenizer: with a chat template.
+        prompts: the questions.
+        max_new_tokens: answers are cut there, tokens.
+        batch_size: prompts at a time.
+        progress: called with the number of prompts just answered.
+
+    Returns:
+        The answers without special tokens, one per prompt.
+    """
+    answers = answer_ids(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+
+def answer_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Answer each prompt as one chat turn, greedily, in ids.
+
     Prompts are batched by length, so that little is padded; the answers come back in order.
 
     Args:
@@ -34,11 +67,13 @@ def answer_prompts(
         progress: called with the number of prompts just answered.
 
     Returns:
-        The answers without special tokens, one per prompt.
+        The answers' ids, one list per prompt, up to the token that ends it and without that.
     """
     texts = render_prompts(tokenizer, prompts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    answers = [""] * len(texts)
+    answers: list[list[int]] = [[] for _ in texts]
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = tokenizer(
@@ -56,11 +91,10 @@ def answer_prompts(
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        new = generated[:, batch["input_ids"].shape[1] :]
-        for i, answer in zip(
-            part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            answers[i] = answer
+        new = generated[:, batch["input_ids"].shape[1] :].tolist()
+        for i, ids in zip(part, new, strict=True):
+            end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+            answers[i] = ids[:end]
         if progress is not None:
             progress(len(part))
     return answers

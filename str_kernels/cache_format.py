@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
         model: fingerprint of the frozen model, 64 hex digits.
-        safety_tokens: fingerprint of the safety tokens, see `tokens_fingerprint`.
+        safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
         tokenizer: hash of the tokenizer, or None where it is not known.
         ids: K.
         values: "logits", or "log_probs" for penalty kind "logprob".

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -123,7 +122,7 @@ class CachedReference:
                 f"{there or 'none named'}; got tokens of {here or 'none named'}"
             )
         if len(safety_tokens) != self.plan.ids or (
-            tokens_fingerprint(safety_tokens) != self.plan.safety_tokens
+            safety_tokens.fingerprint != self.plan.safety_tokens
         ):
             raise ValueError(
                 f"`safety_tokens` must be the {self.plan.ids} ids, in their order, that the cache "
@@ -266,12 +265,6 @@ def check_batch(batch: Mapping[str, Any]) -> None:
             )
     if batch.get("cu_seq_lens_q") is not None and batch.get("position_ids") is None:
         raise ValueError("`position_ids` must be given with `cu_seq_lens_q` for a reference cache")
-
-
-def tokens_fingerprint(safety_tokens: SafetyTokens) -> str:
-    """Return the SHA-256, hex, of the ids in their order and the hash of their tokenizer."""
-    content = [safety_tokens.ids.tolist(), safety_tokens.tokenizer_hash]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def verify_cache(

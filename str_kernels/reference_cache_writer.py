@@ -103,7 +103,7 @@ def build_reference_cache(
         make: the frozen model; given rows of one batch, returns (sum of lengths, K), floating
             point, in the rows' order. Must give the same for the same batch.
         model: fingerprint of the frozen model, 64 hex digits.
-        safety_tokens: fingerprint of the safety tokens, see `tokens_fingerprint`.
+        safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
         ids: K >= 1.
         tokenizer: hash of the tokenizer, or None.
         values: "logits", or "log_probs" for penalty kind "logprob".

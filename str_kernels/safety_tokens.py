@@ -5,45 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .atomic import write_json
 from .checks import check_id_values
-from .contracts import SafetyPenalty, check_id_weights
+from .contracts import SafetyPenalty
+from .frequency_match import count_ids, draw_matched
+from .token_fields import as_ids, as_scores, as_weights
+from .tokenizer import Tokenizer, tokenizer_hash
 
 SCHEMA_VERSION = 1
 _TEMPLATES_FILE = "refusal_templates.txt"
-# Two tokenizers with one vocabulary may still cut text differently; this text tells them apart.
-_PROBE_TEXT = "I'm sorry, but I can't help with that. 12 345 naïve Übung\n\tdef f(x): return x"
-
-
-class Tokenizer(Protocol):
-    """What is used of a tokenizer; every Hugging Face tokenizer has it."""
-
-    all_special_ids: list[int]
-
-    def __len__(self) -> int:
-        """Return the number of tokens, added ones included."""
-        ...
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Cut a text into ids."""
-        ...
-
-    def decode(self, token_ids: list[int]) -> Any:
-        """Return the text of ids."""
-        ...
-
-    def get_vocab(self) -> dict[str, int]:
-        """Return every token's id."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -57,10 +37,13 @@ class SafetyTokens:
         source: how the ids were chosen, for people.
         vocab_size: number of tokens of the tokenizer they belong to.
         tokenizer_hash: its fingerprint, see `tokenizer_hash()`.
+        scores: K finite numbers by which the ids were chosen, for people; what they mean, the
+            function that chose them says.
 
     Raises:
-        TypeError: an id is not an integer.
-        ValueError: ids repeat or fall outside the vocabulary, or a length differs from K.
+        TypeError: an id or a score is not a number.
+        ValueError: ids repeat or fall outside the vocabulary, a length differs from K, or a score
+            is not finite.
 
     Examples:
         >>> tokens = SafetyTokens(ids=[3, 1])
@@ -74,6 +57,7 @@ class SafetyTokens:
     source: str
     vocab_size: int | None
     tokenizer_hash: str | None
+    scores: tuple[float, ...] | None
     _on_device: dict[torch.device, Tensor] = field(repr=False)
 
     def __init__(
@@ -84,13 +68,14 @@ class SafetyTokens:
         source: str = "given",
         vocab_size: int | None = None,
         tokenizer_hash: str | None = None,
+        scores: Sequence[float] | None = None,
     ) -> None:
-        listed = _as_ids(ids)
+        listed = as_ids(ids)
         count = listed.shape[0]
         check_id_values("ids", listed.tolist(), vocab_size)
         weights = None
         if id_weights is not None:
-            weights = _as_weights(id_weights)
+            weights = as_weights(id_weights)
             if tuple(weights.shape) != (count,):
                 raise ValueError(
                     f"`id_weights` must have shape ({count},); got {tuple(weights.shape)}"
@@ -104,6 +89,7 @@ class SafetyTokens:
             "source": source,
             "vocab_size": vocab_size,
             "tokenizer_hash": tokenizer_hash,
+            "scores": None if scores is None else as_scores(scores, count),
             "_on_device": {},
         }
         for name, value in values.items():
@@ -113,12 +99,55 @@ class SafetyTokens:
         """Return K."""
         return int(self.ids.shape[0])
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of the ids in their order and of the tokenizer's hash.
+
+        Two sets with one fingerprint have the same safety logits in the same columns. Weights,
+        pieces, scores and source make no difference.
+        """
+        content = json.dumps([self.ids.tolist(), self.tokenizer_hash])
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def ids_on(self, device: torch.device | str) -> Tensor:  # (K,)
         """Return the ids on `device`, copied there once."""
         device = torch.device(device)
         if device not in self._on_device:
             self._on_device[device] = self.ids.to(device)
         return self._on_device[device]
+
+    @classmethod
+    def from_ids(
+        cls,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        *,
+        source: str = "given",
+        id_weights: Tensor | Sequence[float] | None = None,
+        scores: Sequence[float] | None = None,
+    ) -> SafetyTokens:
+        """Make the set of these ids with their pieces and the tokenizer's fingerprint.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            ids: as for the class, and so are source, id_weights and scores.
+            source: how they were chosen.
+            id_weights: factors of the penalty.
+            scores: by which they were chosen.
+
+        Returns:
+            The SafetyTokens, in the order of ids.
+        """
+        check_id_values("ids", list(ids), len(tokenizer))  # before they are decoded
+        return cls(
+            ids=torch.tensor(ids, dtype=torch.int64),
+            id_weights=id_weights,
+            pieces=tuple(str(tokenizer.decode([token])) for token in ids),
+            source=source,
+            vocab_size=len(tokenizer),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            scores=scores,
+        )
 
     @classmethod
     def from_templates(
@@ -131,7 +160,8 @@ class SafetyTokens:
         """Take the tokens of refusal sentences, as they stand at a sentence's start and inside one.
 
         Each template is encoded as it is and after a space, without special tokens; the ids are
-        kept in the order they first appear.
+        kept in the order they first appear. The score of an id is the share of the templates that
+        it is in, in (0, 1].
 
         Args:
             tokenizer: the model's tokenizer.
@@ -140,7 +170,7 @@ class SafetyTokens:
             tokens_per_template: use only this many tokens from each beginning; all when None.
 
         Returns:
-            The SafetyTokens, with pieces, source and the tokenizer's fingerprint.
+            The SafetyTokens, with pieces, scores, source and the tokenizer's fingerprint.
 
         Raises:
             ValueError: there is no template, or none leaves a token.
@@ -162,48 +192,84 @@ class SafetyTokens:
         if tokens_per_template is not None and tokens_per_template < 1:
             raise ValueError(f"`tokens_per_template` must be >= 1; got {tokens_per_template}")
         special = set(tokenizer.all_special_ids)
-        found: dict[int, None] = {}
+        found: Counter[int] = Counter()  # keeps the order of appearance
         for sentence in sentences:
+            here: dict[int, None] = {}
             for text in (sentence, " " + sentence):
                 encoded = tokenizer.encode(text, add_special_tokens=False)
-                found.update(dict.fromkeys(encoded[:tokens_per_template]))
+                here.update(dict.fromkeys(encoded[:tokens_per_template]))
+            found.update(here.keys())
         ids = [token for token in found if token not in special]
         if not ids:
             raise ValueError(f"`templates` must leave at least one token; got none ({source})")
         first = "" if tokens_per_template is None else f", first {tokens_per_template} tokens each"
-        return cls._of(tokenizer, ids, f"{source} ({len(sentences)} sentences{first})")
+        return cls.from_ids(
+            tokenizer,
+            ids,
+            source=f"{source} ({len(sentences)} sentences{first}; score: share it is in)",
+            scores=[found[token] / len(sentences) for token in ids],
+        )
 
     @classmethod
     def random(
         cls,
         tokenizer: Tokenizer,
-        count: int,
+        count: int | None = None,
         *,
         seed: int,
         exclude: SafetyTokens | None = None,
+        like: SafetyTokens | None = None,
+        corpus: Iterable[Iterable[int]] | None = None,
     ) -> SafetyTokens:
-        """Draw ordinary tokens uniformly: the control that a claim about safety tokens needs.
+        """Draw ordinary tokens: the control that a claim about safety tokens needs.
+
+        Without a corpus they are drawn uniformly. With `like` and a corpus each stands for one
+        token of `like`, nearly as frequent in the corpus (`frequency_match.draw_matched` has the
+        rule): what safety tokens do beyond these is not explained by their being common words.
 
         Args:
             tokenizer: the model's tokenizer.
-            count: K, how many to draw.
+            count: K, how many to draw; as many as `like` when None.
             seed: of the draw; the same seed gives the same ids.
             exclude: tokens that must not be drawn, in general the ones compared against.
+            like: tokens of the same tokenizer to be matched in number; none of them is drawn.
+                Their weights are taken over.
+            corpus: rows of ids, such as the training data's; read once. Needs `like`.
 
         Returns:
-            The SafetyTokens, in ascending order of id.
+            The SafetyTokens: in ascending order of id, or, with a corpus, in the order of `like`,
+            entry k for its entry k, and then scored by their occurrences per million ids.
 
         Raises:
-            ValueError: there are fewer than `count` tokens to draw from.
+            ValueError: there are fewer tokens to draw from than wanted; `count` is not the length
+                of `like`; `like` is of another tokenizer; `corpus` is empty or without `like`.
         """
         taken = set(tokenizer.all_special_ids)
-        if exclude is not None:
-            taken.update(exclude.ids.tolist())
+        for tokens in (exclude, like):
+            taken.update([] if tokens is None else tokens.ids.tolist())
         pool = sorted(token for token in set(tokenizer.get_vocab().values()) if token not in taken)
-        if not 1 <= count <= len(pool):
+        weights = None
+        if like is not None:
+            like.verify(tokenizer)
+            if count not in (None, len(like)):
+                raise ValueError(f"`count` must be that of `like`, {len(like)}; got {count}")
+            count, weights = len(like), like.id_weights
+        if count is None or not 1 <= count <= len(pool):
             raise ValueError(f"`count` must be in [1, {len(pool)}]; got {count}")
-        ids = sorted(random.Random(seed).sample(pool, count))
-        return cls._of(tokenizer, ids, f"random, seed {seed}")
+        source, scores = f"random, seed {seed}", None
+        if corpus is None:
+            ids = sorted(random.Random(seed).sample(pool, count))
+        elif like is None:
+            raise ValueError("`corpus` must come with `like`, the tokens to match; got none")
+        else:
+            counts = count_ids(corpus)
+            ids = draw_matched(counts, like.ids.tolist(), pool, seed=seed)
+            scores = [1e6 * counts[token] / counts.total() for token in ids]
+            source += (
+                f", as frequent among {counts.total():,} ids (score: occurrences per million) as "
+                f"the tokens of: {like.source}"
+            )
+        return cls.from_ids(tokenizer, ids, source=source, id_weights=weights, scores=scores)
 
     @classmethod
     def load(cls, path: Path | str, tokenizer: Tokenizer | None = None) -> SafetyTokens:
@@ -239,20 +305,21 @@ class SafetyTokens:
         return tokens
 
     def save(self, path: Path | str) -> None:
-        """Write everything as JSON with a schema version, whole or not at all."""
-        weights = None if self.id_weights is None else self.id_weights.tolist()
-        write_json(
-            Path(path),
-            {
-                "schema_version": SCHEMA_VERSION,
-                "source": self.source,
-                "vocab_size": self.vocab_size,
-                "tokenizer_hash": self.tokenizer_hash,
-                "ids": self.ids.tolist(),
-                "id_weights": weights,
-                "pieces": None if self.pieces is None else list(self.pieces),
-            },
-        )
+        """Write `as_dict()` as JSON, whole or not at all."""
+        write_json(Path(path), self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain lists, strings and numbers, with a schema version."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": self.source,
+            "vocab_size": self.vocab_size,
+            "tokenizer_hash": self.tokenizer_hash,
+            "ids": self.ids.tolist(),
+            "id_weights": None if self.id_weights is None else self.id_weights.tolist(),
+            "pieces": None if self.pieces is None else list(self.pieces),
+            "scores": None if self.scores is None else list(self.scores),
+        }
 
     def weigh(self, penalty: SafetyPenalty | None) -> SafetyPenalty:
         """Return the penalty with these tokens' weights, unless it has its own.
@@ -293,53 +360,6 @@ class SafetyTokens:
             raise ValueError(
                 f"`tokenizer` must be the one the safety tokens were made with; got {shown}{more}"
             )
-
-    @classmethod
-    def _of(cls, tokenizer: Tokenizer, ids: Sequence[int], source: str) -> SafetyTokens:
-        return cls(
-            ids=torch.tensor(ids, dtype=torch.int64),
-            pieces=tuple(str(tokenizer.decode([token])) for token in ids),
-            source=source,
-            vocab_size=len(tokenizer),
-            tokenizer_hash=tokenizer_hash(tokenizer),
-        )
-
-
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 over the vocabulary, the special ids and how a probe text is cut."""
-    content = [
-        sorted(tokenizer.get_vocab().items()),
-        sorted(tokenizer.all_special_ids),
-        tokenizer.encode(_PROBE_TEXT, add_special_tokens=False),
-    ]
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
-
-
-def _as_ids(ids: object) -> Tensor:
-    if isinstance(ids, Tensor):
-        if ids.dtype != torch.int64:
-            raise TypeError(f"`ids` must be int64; got {ids.dtype}")
-        values = ids.detach().cpu()
-    else:
-        listed = list(ids) if isinstance(ids, Iterable) else [ids]
-        for value in listed:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`ids` must be integers; got {value!r}")
-            if value >= 2**63:
-                raise ValueError(f"`ids` must be below 2^63; got {value}")
-        values = torch.tensor(listed, dtype=torch.int64)
-    if values.dim() != 1:
-        raise ValueError(f"`ids` must have shape (K,); got {tuple(values.shape)}")
-    return values
-
-
-def _as_weights(id_weights: Tensor | Sequence[float]) -> Tensor:
-    try:
-        weights = torch.as_tensor(id_weights, dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"`id_weights` must be numbers; got {id_weights!r}") from error
-    check_id_weights(weights)
-    return weights.detach().cpu()
 
 
 def _lines(text: str) -> list[str]:

@@ -32,7 +32,11 @@ ARROWS: dict[str, set[str]] = {
     "loss_args": {"backends"},
     "autograd": {"chunks", "eager"},
     "functional": {"autograd", "loss_args"},
-    "safety_tokens": {"checks", "atomic"},
+    "tokenizer": set(),
+    "frequency_match": set(),
+    "token_fields": {"contracts"},
+    "safety_tokens": {"checks", "atomic", "tokenizer", "token_fields", "frequency_match"},
+    "token_comparison": {"safety_tokens"},
     "reference": {"safety_tokens", "projection"},
     "cache_format": set(),
     "reference_cache": {"reference", "cache_format"},
@@ -42,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "loss_memory": {"functional"},
     "doctor": {"loss_memory", "backends"},
     "integrations": {"__init__", "modules", "loss_memory", "reference_cache_writer", "evals"},
-    "cli": {"integrations", "doctor"},
+    "cli": {"integrations", "doctor", "token_comparison"},
     "__init__": {"modules", "reference_cache", "evals"},  # and integrations, inside __getattr__
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import str_kernels
-from str_kernels.evals import classify_answer, load_prompts
+from str_kernels.evals import PromptRow, classify_answer, load_prompts
 from str_kernels.evals.refusals import PROMPT_SETS, normalise
 
 DATA = Path(str_kernels.__file__).parent / "data"
@@ -46,6 +46,14 @@ SCARY = (
     *("kill", "knife", "phish", "poison", "ransom", "scam", "shoot", "spy", "steal", "stole"),
     *("thie", "trap", "virus", "weapon"),
 )
+
+
+def rows_of(kind: str, part: str) -> list[PromptRow]:
+    """Return the harmful or the benign rows of a pair of sets, or of the set that holds both."""
+    if part != "anchors":
+        return load_prompts(f"{kind}_{part}")
+    wanted = {"harmful": "harmful", "benign": "harmless"}[kind]
+    return [row for row in load_prompts(part) if row.kind == wanted]
 
 
 def topic_words(topic: str) -> set[str]:
@@ -116,10 +124,10 @@ def test_the_stemmer_sees_through_endings() -> None:
     assert topic_words("hacked hacking hacks") == {"hack"}
 
 
-@pytest.mark.parametrize("part", ["train", "probes"])
+@pytest.mark.parametrize("part", ["train", "probes", "anchors"])
 def test_harmful_and_benign_are_worded_alike(part: str) -> None:
     harmful, benign = (
-        [row.prompt for row in load_prompts(f"{kind}_{part}")] for kind in ("harmful", "benign")
+        [row.prompt for row in rows_of(kind, part)] for kind in ("harmful", "benign")
     )
     shares = [Counter(map(template, prompts)) for prompts in (harmful, benign)]
     for pattern in TEMPLATES:
@@ -130,9 +138,9 @@ def test_harmful_and_benign_are_worded_alike(part: str) -> None:
     assert abs(lengths[0] - lengths[1]) <= 0.5
 
 
-@pytest.mark.parametrize("part", ["train", "probes"])
+@pytest.mark.parametrize("part", ["train", "probes", "anchors"])
 def test_many_benign_prompts_sound_harmful(part: str) -> None:
-    rows = load_prompts(f"benign_{part}")
+    rows = rows_of("benign", part)
     assert sum(bool(scary_words(row.prompt)) for row in rows) >= 0.4 * len(rows)
 
 

@@ -19,7 +19,6 @@ from str_kernels.reference_cache import (
     SHIFTED,
     CachedReference,
     read_timings,
-    tokens_fingerprint,
     verify_cache,
 )
 from str_kernels.reference_cache_writer import batches_of, build_reference_cache
@@ -165,7 +164,7 @@ def test_the_collator_adds_what_the_forward_takes(whole):
 def test_tokens_values_and_model_must_be_the_caches(tmp_path):
     tokens = SafetyTokens([4, 2], vocab_size=9, tokenizer_hash="d" * 64)
     options = PLAN | {
-        "safety_tokens": tokens_fingerprint(tokens),
+        "safety_tokens": tokens.fingerprint,
         "tokenizer": tokens.tokenizer_hash,
         "ids": 2,
         "made_with": {"dtype": "float32"},

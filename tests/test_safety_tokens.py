@@ -16,7 +16,8 @@ import torch
 
 import str_kernels
 from str_kernels import SafetyTokens, atomic
-from str_kernels.safety_tokens import SCHEMA_VERSION, tokenizer_hash
+from str_kernels.safety_tokens import SCHEMA_VERSION
+from str_kernels.tokenizer import tokenizer_hash
 
 
 class WordTokenizer:
@@ -139,6 +140,16 @@ def test_random_tokens_are_ordinary_and_not_the_ones_compared_with(tokenizer) ->
             SafetyTokens.random(tokenizer, count, seed=0, exclude=safety)
 
 
+def test_the_score_of_a_template_token_is_the_share_of_templates_it_is_in(tokenizer) -> None:
+    tokens = SafetyTokens.from_templates(
+        tokenizer, ["I cannot help.", "Sorry, I cannot.", "I'm sorry", "Sorry"]
+    )
+    scores = dict(zip(tokens.pieces, tokens.scores, strict=True))
+    assert scores["Sorry"] == 0.5 and scores[" cannot"] == 0.5
+    assert scores[" I"] == 0.75  # inside one, and after a space before two
+    assert scores[" help"] == scores["m"] == 0.25
+
+
 def test_given_ids(tokenizer) -> None:
     for ids in ([3, 1], (3, 1), torch.tensor([3, 1])):
         tokens = SafetyTokens(ids=ids, id_weights=[0.5, 2.0], pieces=["a", "b"])
@@ -181,6 +192,7 @@ def test_what_is_saved_is_loaded(tokenizer, tmp_path) -> None:
         source="naïve",
         vocab_size=99,
         tokenizer_hash="abc",
+        scores=[k / 3 for k in range(len(made))],
     )
     for tokens in (made, weighted, SafetyTokens(ids=[7]), SafetyTokens(ids=[])):
         tokens.save(tmp_path / "tokens.json")
@@ -190,9 +202,16 @@ def test_what_is_saved_is_loaded(tokenizer, tmp_path) -> None:
             assert again.id_weights is None
         else:
             assert torch.equal(again.id_weights, tokens.id_weights)
-        for name in ("pieces", "source", "vocab_size", "tokenizer_hash"):
+        for name in ("pieces", "source", "vocab_size", "tokenizer_hash", "scores"):
             assert getattr(again, name) == getattr(tokens, name), name
     assert [p.name for p in tmp_path.iterdir()] == ["tokens.json"]
+
+
+def test_a_file_from_before_there_were_scores_is_loaded(saved) -> None:
+    fields = json.loads(saved.read_text("utf-8"))
+    assert len(fields.pop("scores")) == len(fields["ids"])
+    saved.write_text(json.dumps(fields), encoding="utf-8")
+    assert SafetyTokens.load(saved).scores is None
 
 
 def test_a_saved_file_can_be_read_by_people_and_by_the_group(saved) -> None:
@@ -232,6 +251,9 @@ BAD_FILES = {
     "vocab_size as text": lambda saved: edited(saved, vocab_size="15"),
     "pieces too few": lambda saved: edited(saved, pieces=["a"]),
     "pieces a number": lambda saved: edited(saved, pieces=3),
+    "scores too few": lambda saved: edited(saved, scores=[1.0]),
+    "scores as text": lambda saved: edited(saved, ids=[3], pieces=None, scores=["1"]),
+    "scores not a number": lambda saved: edited(saved, ids=[3], pieces=None, scores=[float("nan")]),
     "weights too few": lambda saved: edited(saved, id_weights=[1.0]),
     "weights as text": lambda saved: edited(saved, ids=[3], pieces=None, id_weights=["1"]),
     "weights negative": lambda saved: edited(saved, ids=[3], pieces=None, id_weights=[-1.0]),

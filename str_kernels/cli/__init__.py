@@ -1,4 +1,4 @@
-"""The command line: str-kernels finetune | cache | demo | study | doctor. One file per command."""
+"""The command line, one file per command: finetune, tokens, cache, demo, study, doctor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .demo import demo
 from .doctor import doctor
 from .finetune import finetune
 from .study import study
+from .tokens import tokens
 
 app = typer.Typer(
     name="str-kernels",
@@ -21,6 +22,7 @@ app = typer.Typer(
 for command in (finetune, demo, study, doctor):
     app.command()(command)
 app.add_typer(cache)
+app.add_typer(tokens, name="tokens")
 
 
 def main() -> None:

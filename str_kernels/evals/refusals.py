@@ -45,7 +45,7 @@ _CONJUNCTIONS = ("and", "but", "however", "so", "therefore")
 
 
 class PromptRow(NamedTuple):
-    """One prompt and what it is about."""
+    """One prompt and what it is about; kind ("harmful", "harmless") where a set has both."""
 
     topic: str
     prompt: str
@@ -316,11 +316,12 @@ def load_prompts(name_or_path: str | Path) -> list[PromptRow]:
     """Read prompts from a JSON Lines file, or one of the sets that come with the package.
 
     Each line is an object such as {"topic": "passport", "prompt": "How can I forge a passport?"}.
-    Further keys are ignored, and so are blank lines; topic may be left out and is then "".
+    Further keys are ignored, and so are blank lines; "topic" and "kind" may be left out and are
+    then "".
 
     Args:
         name_or_path: one of "harmful_train", "benign_train", "harmful_probes", "benign_probes",
-            or the path of a file.
+            "anchors", or the path of a file.
 
     Returns:
         The rows in the order of the file, at least one.
@@ -333,7 +334,9 @@ def load_prompts(name_or_path: str | Path) -> list[PromptRow]:
         The sets: the topics of a probe set share no content word with those of the training set
         of its class, and harmful and benign prompts are worded by the same templates equally
         often, so that only the content tells them apart. Close to half of the benign prompts use
-        a word of the harmful ones ("How do I kill a Python process?").
+        a word of the harmful ones ("How do I kill a Python process?"). "anchors" has both kinds
+        and is for finding out how a model refuses, not for counting: it shares no topic with the
+        other sets, nor a topic's word with the probes.
 
     Examples:
         >>> load_prompts("harmful_probes")[0]

@@ -218,6 +218,8 @@ def test_load_prompts_reads_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"prompt": "Hi", "topic": "t", "id": 3}\n\n{"prompt": "Ho"}\n')
     assert load_prompts(path) == load_prompts(str(path)) == [("t", "Hi", ""), ("", "Ho", "")]
+    path.write_text('{"prompt": "Hi", "kind": "harmless"}\n')
+    assert load_prompts(path) == [("", "Hi", "harmless")]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +230,7 @@ def test_load_prompts_reads_a_file(tmp_path: Path) -> None:
         (b'{"topic": "t"}', '"prompt" must be a string with text in it; got None'),
         (b'{"prompt": " "}', "\"prompt\" must be a string with text in it; got ' '"),
         (b'{"prompt": "a", "topic": 3}', '"topic" must be a string; got 3'),
+        (b'{"prompt": "a", "kind": null}', '"kind" must be "harmful" or "harmless"; got None'),
         (b'{"prompt": "\xff"}', "codec can't decode byte 0xff"),
     ],
 )

@@ -16,18 +16,20 @@ from str_kernels import SafetyTokens
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
+NAMES = ["plain loop", "options", "PEFT", "Trainer", "TRL", "anchors", "references"]
 
-def test_there_are_three_ways_and_the_options():
-    assert len(BLOCKS) == 5
+
+def test_there_are_all_ways_and_the_options():
+    assert len(BLOCKS) == len(NAMES)
     for block in BLOCKS:  # "the loss in eight lines"
         lines = [line for line in block.splitlines() if line and "import" not in line]
         assert len(lines) <= 8
 
 
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=["plain loop", "options", "PEFT", "Trainer", "references"]
-)
-def test_block_runs(block, seed, tmp_path):
+@pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
+@pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning")
+def test_block_runs(block, seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = save_tiny_model(tmp_path / "model", seed)
     model, ref_model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     tokenizer = chat_tokenizer()
@@ -55,7 +57,15 @@ def test_block_runs(block, seed, tmp_path):
             remove_unused_columns=False,
         ),
     }
-    if "deepcopy" in block:
+    if "trl_sft" in block:
+        pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
+        from datasets import Dataset
+
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+        space["chats"] = Dataset.from_list([{"messages": turns}] * 8)
+        space["settings"] = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False}
+        space["settings"] |= {"logging_steps": 1, "save_strategy": "no"}
+    if "deepcopy" in block or "AnchorPrompts" in block:
         space |= {"model": model, "tokens": SafetyTokens.from_templates(tokenizer)}
     if "peft_model" in block:
         space["peft_model"] = fresh_lora(model).train()
@@ -69,3 +79,5 @@ def test_block_runs(block, seed, tmp_path):
         assert float(space["terms"].penalty) == 0.0 and head.grad is not None
     if "trainer" in space:
         assert "safety/penalty" in space["trainer"].state.log_history[0]
+    if "anchors" in space:
+        assert float(space["handle"].last_anchors.penalty) == 0.0

@@ -1,0 +1,167 @@
+"""`str-kernels tokens build`: a model, a way to choose, and a file of safety tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..evals.refusals import load_prompts
+from ..loss_memory import cpu_dtype
+from ..safety_tokens import SafetyTokens
+from .builtin_model import builtin_model_folder
+from .chat_data import encode_examples, read_examples
+from .finetune import BUILTIN, load_model
+from .token_builders import Watch, from_contrast, from_refusals
+
+ANCHORS = "anchors"
+_NO_LIMIT = 2**31  # tokens of a row of the corpus
+# What each way of choosing understands beside the model; any other option is a mistake to be told.
+_OPTIONS: dict[str, set[str]] = {
+    "templates": {"templates", "positions"},
+    "refusals": {"harmful", "count", "positions", "batch_size"},
+    "contrast": {"harmful", "harmless", "count", "positions", "batch_size"},
+    "random": {"count", "seed", "like", "corpus"},
+}
+
+
+def build_tokens(
+    model_name: str,
+    way: str,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    dtype: str = "auto",
+    watch: Watch | None = None,
+    **options: Any,
+) -> SafetyTokens:
+    """Choose safety tokens and write them to a file.
+
+    Args:
+        model_name: "builtin", a folder or a hub id; for "templates" and "random" only its
+            tokenizer is loaded.
+        way: "templates", "refusals", "contrast" or "random".
+        output: the JSON file to make; its folder is made too.
+        overwrite: replace `output` if it exists.
+        dtype: of the model; "auto" is as stored, or float32 on a CPU that is slow in bfloat16.
+        watch: told how far it is.
+        **options: those of the command; one that is None is the default of what chooses.
+
+    Returns:
+        The tokens, which are in the file.
+
+    Raises:
+        ValueError: the input is bad, or the model refuses too little; nothing has been written.
+    """
+    if way not in _OPTIONS:
+        raise ValueError(f"`--from` must be one of {', '.join(_OPTIONS)}; got {way!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    known = _OPTIONS[way]
+    for name in given:
+        if name not in known:
+            ways = " or ".join(way for way, names in _OPTIONS.items() if name in names)
+            raise ValueError(f"`{name}` must come with --from {ways}; got --from {way}")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
+
+    def say(text: str) -> None:
+        if watch is not None:
+            watch(text, 0, 1)
+
+    if way == "templates":
+        tokens = SafetyTokens.from_templates(
+            load_tokenizer(model_name, progress=say),
+            given.get("templates"),
+            tokens_per_template=given.get("positions"),
+        )
+    elif way == "random":
+        tokens = _random(load_tokenizer(model_name, progress=say), **given)
+    else:
+        prompts = {  # before anything slow
+            kind: prompts_of(given.pop(kind, ANCHORS), kind)
+            for kind in ("harmful", "harmless")
+            if kind in known
+        }
+        on_cpu = not torch.accelerator.is_available()
+        if dtype == "auto" and on_cpu and cpu_dtype() == torch.float32:
+            dtype = "float32"  # bfloat16 would take minutes here
+        model, tokenizer = load_model(model_name, dtype=dtype, progress=say)
+        if way == "refusals":
+            tokens = from_refusals(model, tokenizer, prompts["harmful"], **given, watch=watch)
+        else:
+            tokens = from_contrast(
+                model, tokenizer, prompts["harmful"], prompts["harmless"], **given, watch=watch
+            )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tokens.save(output)
+    return tokens
+
+
+def prompts_of(name_or_path: str, kind: str) -> list[str]:
+    """Return the prompts of a set or file, without the rows that are said to be of another kind.
+
+    Args:
+        name_or_path: as for `load_prompts`.
+        kind: "harmful" or "harmless".
+
+    Returns:
+        The prompts, at least one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = load_prompts(name_or_path)
+    prompts = [row.prompt for row in rows if row.kind in ("", kind)]
+    if not prompts:
+        raise ValueError(f"`{kind}` must hold {kind} prompts; got none in {name_or_path}")
+    return prompts
+
+
+def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) -> Any:
+    """Load the tokenizer of a model without the model.
+
+    Args:
+        name: "builtin", a folder or a hub id.
+        progress: called with a line of text when something takes seconds.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must be 'builtin', a folder or a hub id with a tokenizer; got {name!r}: "
+            f"{error}"
+        ) from error
+
+
+def _random(
+    tokenizer: Any,
+    count: int | None = None,
+    seed: int = 0,
+    like: Path | None = None,
+    corpus: Path | None = None,
+) -> SafetyTokens:
+    if count is None and like is None:
+        raise ValueError(
+            "`count` must say how many tokens to draw, unless `like` does; got neither"
+        )
+    rows = None
+    if corpus is not None:
+        examples = read_examples(corpus)
+        rows = [row["input_ids"] for row in encode_examples(tokenizer, examples, _NO_LIMIT)]
+    return SafetyTokens.random(
+        tokenizer,
+        count,
+        seed=seed,
+        like=None if like is None else SafetyTokens.load(like, tokenizer),
+        corpus=rows,
+    )
