@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .chat_data import render_prompts
 from .hf_models import contiguous_head_input, evaluation_mode
@@ -36,27 +37,31 @@ def answer_prompts(
     Returns:
         The answers without special tokens, one per prompt.
     """
-    texts = render_prompts(tokenizer, prompts)
+    return answer_texts(
+        model,
+        tokenizer,
+        render_prompts(tokenizer, prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def answer_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue texts that are rendered already, as answer_prompts does the prompts it renders."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers = [""] * len(texts)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in part],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
-        head_is_fast = contiguous_head_input(base_of(model))
-        with torch.inference_mode(), evaluation_mode(model), head_is_fast:
-            generated = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        new = generated[:, batch["input_ids"].shape[1] :]
+        _, new = continue_greedily(model, tokenizer, [texts[i] for i in part], max_new_tokens)
         for i, answer in zip(
             part, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
         ):
@@ -64,3 +69,36 @@ def answer_prompts(
         if progress is not None:
             progress(len(part))
     return answers
+
+
+def continue_greedily(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int
+) -> tuple[Any, Tensor]:
+    """Continue one batch of rendered texts.
+
+    Args:
+        model: a causal LM; its training mode is put back.
+        tokenizer: of the model.
+        texts: with all the special tokens they need.
+        max_new_tokens: continuations are cut there, tokens.
+
+    Returns:
+        The batch as the model got it, padded on the left, and the new ids (B, at most
+        max_new_tokens), padded on the right.
+    """
+    batch = tokenizer(
+        list(texts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    ).to(model.device)
+    head_is_fast = contiguous_head_input(base_of(model))
+    with torch.inference_mode(), evaluation_mode(model), head_is_fast:
+        generated = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return batch, generated[:, batch["input_ids"].shape[1] :]
