@@ -178,7 +178,7 @@ def drift_by_position(
     asked = batch["input_ids"].shape[1]
     given = _is_given(answer, _end_ids(reference, tokenizer))  # (B, m)
     mask = torch.cat([batch["attention_mask"], given[:, :-1].long()], dim=1)
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": torch.cat([batch["input_ids"], answer[:, :-1]], dim=1),
         "attention_mask": mask,
         "position_ids": mask.cumsum(dim=1).sub(1).clamp(min=0),
@@ -251,7 +251,7 @@ def _opened(model: Any) -> Iterator[LossPath]:
         yield path
 
 
-def _safety_logits(model: Any, tokens: SafetyTokens, inputs: dict[str, Tensor]) -> Tensor:
+def _safety_logits(model: Any, tokens: SafetyTokens, inputs: dict[str, Any]) -> Tensor:
     inner = model.get_base_model() if is_peft_model(model) else model
     device = inner.device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

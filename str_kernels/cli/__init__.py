@@ -1,4 +1,4 @@
-"""The command line: str-kernels finetune | demo | study | doctor. One file per command."""
+"""The command line: str-kernels finetune | eval | demo | study | doctor. One file per command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import typer
 
 from .demo import demo
 from .doctor import doctor
+from .evaluate import evaluation
 from .finetune import finetune
 from .study import study
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (finetune, demo, study, doctor):
     app.command()(command)
+app.add_typer(evaluation)
 
 
 def main() -> None:
