@@ -59,13 +59,18 @@ class AskedModel:
         self, kind: str, judge: Judge, prompts: Sequence[str], answers: Sequence[str]
     ) -> list[str]:
         """Ask the judge about each answer."""
+
+        def make(part: Sequence[tuple[str, str]]) -> list[str]:
+            try:
+                return [as_verdict(judge(*pair)) for pair in part]
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. All answers and the batches judged so far are kept: the same "
+                    "command goes on from here"
+                ) from None  # a judge's own exceptions may hold its key
+
         pairs = list(zip(prompts, answers, strict=True))
-        return self._batches(
-            f"judge-{kind}",
-            f"judge: {kind}",
-            pairs,
-            lambda part: [as_verdict(judge(*pair)) for pair in part],
-        )
+        return self._batches(f"judge-{kind}", f"judge: {kind}", pairs, make)
 
     def task(self, examples: list[Example]) -> dict[str, Any]:
         """Ask the task's questions, and take the loss on its answers."""

@@ -141,7 +141,8 @@ def _show_run(report: dict[str, Any], output: Path) -> None:
         name += f" with {report['adapter']['name']}"
     table = Table(title=Text(f"Refusals of {printable(name)} (95 % Wilson intervals)"))
     table.add_column("rule")
-    for column in ("harmful\nrefused", "harmless\nrefused", "degenerate", "unjudged"):
+    judged = ("unjudged",) if "judge" in report["counts"] else ()
+    for column in ("harmful\nrefused", "harmless\nrefused", "degenerate", *judged):
         table.add_column(column, justify="right", no_wrap=True)
     for rule, kinds in report["counts"].items():
         both = [kinds["harmful"], kinds["harmless"]]
@@ -149,7 +150,7 @@ def _show_run(report: dict[str, Any], output: Path) -> None:
             Text(rule),
             *(with_interval(one["refusal"], one["total"], one["interval"]) for one in both),
             " + ".join(str(one["degenerate"]) for one in both),
-            " + ".join(str(one["unjudged"]) for one in both) if rule == "judge" else "-",
+            *(" + ".join(str(one.get("unjudged", 0)) for one in both) for _ in judged),
         )
     console.print(table)
     measures = report["measures"]
