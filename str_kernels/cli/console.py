@@ -74,9 +74,9 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield watch
 
 
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+def print_json(value: Any, *, ascii_only: bool = False) -> None:
+    """Print a value as indented JSON; in ASCII where it holds what a model or a stranger wrote."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=ascii_only)
     sys.stdout.write("\n")
 
 

@@ -129,9 +129,56 @@ def run(
         for line in said:
             Console(stderr=True).print(Text(printable(line)), soft_wrap=True)
     if as_json:
-        print_json(report)
+        print_json(report, ascii_only=True)
     else:
         _show_run(report, output)
+
+
+@evaluation.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of eval run, two or more.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Compare RUNS on the same prompts, each with the first.
+
+    Writes report.md, report.html (one file, no script), refusals.png and, where drift was measured,
+    drift.png into the output folder.
+    """
+    with readable_errors():
+        integration = import_integration("eval_report")
+        comparison = integration.run_report(runs, output, overwrite=overwrite)
+    if as_json:
+        print_json(comparison, ascii_only=True)
+    else:
+        _show_report(comparison, output)
+
+
+def _show_report(comparison: dict[str, Any], output: Path) -> None:
+    console = Console()
+    table = Table("rule", "run", title="Refusals (95 % Wilson intervals)")
+    for column in ("harmful\nrefused", "harmless\nrefused", "degenerate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for rule in comparison["rules"]:
+        table.add_section()
+        for found in comparison["runs"]:
+            both = [found["counts"][rule][kind] for kind in ("harmful", "harmless")]
+            table.add_row(
+                Text(rule),
+                Text(printable(found["name"])),
+                *(with_interval(one["refusal"], one["total"], one["interval"]) for one in both),
+                " + ".join(str(one["degenerate"]) for one in both),
+            )
+    console.print(table)
+    for line in comparison["summary"]:
+        console.print(Text(printable(line)), soft_wrap=True)
+    for line in comparison["differences"]:
+        console.print(Text(f"Note: {printable(line)}."), soft_wrap=True)
+    console.print(Text(_LIMITS), soft_wrap=True)
+    console.print(
+        Text(f"Written to {printable(str(output))}: report.html, report.md"), soft_wrap=True
+    )
 
 
 def _show_run(report: dict[str, Any], output: Path) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 # Controls, formats (right-to-left overrides, joiners), surrogates, private and unassigned
 # characters, and the two separators that break lines.
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$^=])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 
 
 def printable(text: str) -> str:
@@ -45,7 +45,9 @@ def as_html(text: str) -> str:
 
 
 def as_markdown(text: str) -> str:
-    r"""Return a text for one line or table cell of Markdown: no markup, no HTML, no links.
+    r"""Return a text for inside a line or table cell of Markdown: no markup, no HTML, no links.
+
+    At the start of a line a "#" or "-" would still make a heading or a list.
 
     Examples:
         >>> print(as_markdown("<i>|`*x*` http://a.b"))

@@ -33,6 +33,7 @@ __all__ = [
     "count_refusals",
     "evaluate_refusals",
     "evaluate_rules",
+    "holm_adjusted",
     "load_prompts",
     "mcnemar_exact",
     "normalise",
@@ -155,6 +156,40 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     disagreements = only_first + only_second
     tail = sum(math.comb(disagreements, i) for i in range(min(only_first, only_second) + 1))
     return min(1.0, 2 * tail / (1 << disagreements))
+
+
+def holm_adjusted(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for how many there are, by Holm's step-down method.
+
+    With p_(1) <= ... <= p_(m) the sorted values:
+
+        adjusted p_(i) = min(1, max over j <= i of (m - j + 1) * p_(j))
+
+    Args:
+        p_values: of the tests of one family, each in [0, 1].
+
+    Returns:
+        The adjusted values, in the order given. Rejecting those below alpha keeps the chance of
+        any false rejection below alpha, however the tests depend on one another.
+
+    Raises:
+        ValueError: a value is outside [0, 1].
+
+    References:
+        Holm 1979, Scand. J. Statist. 6(2), 65-70.
+
+    Examples:
+        >>> holm_adjusted([0.5, 0.0625, 0.25])
+        [0.5, 0.1875, 0.5]
+    """
+    for p_value in p_values:
+        if not 0 <= p_value <= 1:
+            raise ValueError(f"`p_values` must be in [0, 1]; got {p_value}")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
 
 
 def count_refusals(answers: Sequence[str], rule: str = "opening") -> RefusalCounts:
