@@ -40,6 +40,8 @@ class AskedModel:
         self.tokenizer = found.tokenizer
         self.stages = stages
         self.watch = watch
+        reads = getattr(found.model.config, "max_position_embeddings", None)
+        self.max_length = min(options.max_length, reads or options.max_length)
 
     def answers(self, kind: str, prompts: Sequence[str]) -> list[str]:
         """Answer prompts, each as one chat turn."""
@@ -87,7 +89,7 @@ class AskedModel:
 
         given = self._batches("answers-task", "task", [question for question, _ in pairs], make)
         right = [is_exact_match(*both) for both in zip(given, (a for _, a in pairs), strict=True)]
-        encoded = encode_examples(self.tokenizer, examples, self.options.max_length)
+        encoded = encode_examples(self.tokenizer, examples, self.max_length)
         loss = self.stages.result(
             "task-loss", lambda: repr(held_out_loss(self.model, self.tokenizer, encoded))
         )
@@ -108,7 +110,7 @@ class AskedModel:
 
     def text(self, text: str) -> dict[str, Any]:
         """Measure the perplexity of the text."""
-        length = self.options.max_length
+        length = self.max_length
         found = self.stages.result(
             "text",
             lambda: [

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..evals.printable import printable
+
 JSON_OPTION = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
 ]
@@ -39,7 +41,9 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        # line by line: a message may quote a file that holds escape sequences
+        said = "\n".join(printable(line) for line in str(error).splitlines())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         raise typer.Exit(2) from error
 
 

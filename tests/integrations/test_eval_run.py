@@ -59,7 +59,7 @@ def options(folder: Path, **changes: Any) -> EvalOptions:
         "answer_tokens": 5,
         "positions": 3,
         "batch_size": 2,
-        "max_length": 8,
+        "max_length": 16,
     }
     return EvalOptions(**{**given, **changes})
 
@@ -131,7 +131,7 @@ def test_the_report_is_what_its_parts_say(folder: Path) -> None:
     assert task["total"] == 4 and task["too_long"] == 1 and task["loss"] > 0
     text = report["measures"]["text"]
     expected = text_perplexity(
-        model, tokenizer, (folder / "text.txt").read_text(), max_length=8, stride=4
+        model, tokenizer, (folder / "text.txt").read_text(), max_length=16, stride=8
     )
     assert text["perplexity"] == pytest.approx(expected.perplexity)
     assert report["adapter"]["type"] == "LORA" and report["reference"].startswith("the model")
@@ -217,6 +217,11 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.output.split()), result.output
         assert "Traceback" not in result.output and not output.exists()
+    hostile = folder / "hostile.jsonl"
+    hostile.write_text('["\x9b31m\u202e[red]"]')
+    result = run(model, "--output", output, "--harmful", hostile)
+    assert result.exit_code == 2 and "\\x9b31m\\u202e[red]" in result.output
+    assert "\x9b" not in result.output and "\u202e" not in result.output
     with pytest.raises(ValueError, match=r"`answer_tokens` must be in \[1, 12\]; got 13"):
         EvalOptions("builtin", answer_tokens=13)
     output.mkdir()
