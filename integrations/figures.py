@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..atomic import replacing
 
 # Wong's palette, told apart by people who do not see red and green as different.
-_COLOURS = ("#999999", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
+COLOURS = ("#999999", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 _CURVES = (
     ("safety/ce", "cross-entropy (nats)"),
     ("safety/penalty", "penalty (squared logits)"),
@@ -30,7 +30,7 @@ def draw_curves(log: Sequence[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
         points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=_COLOURS[2])
+        axes.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[2])
         axes.set_xlabel("step")
         axes.set_title(label, fontsize=10)
         axes.set_ylim(bottom=0)
@@ -58,25 +58,25 @@ def _draw_runs(runs: Sequence[dict[str, Any]], row: Any, title: str) -> None:
     refusals, task, drift = row
     width = 0.38
     for offset, key, label, colour in (
-        (-width / 2, "harmful", "harmful probes (more is better)", _COLOURS[2]),
-        (width / 2, "benign", "harmless probes (fewer is better)", _COLOURS[3]),
+        (-width / 2, "harmful", "harmful probes (more is better)", COLOURS[2]),
+        (width / 2, "benign", "harmless probes (fewer is better)", COLOURS[3]),
     ):
         places = [place + offset for place in range(len(runs))]
         shares = [100 * run[key]["refusal"] / run[key]["total"] for run in runs]
         refusals.bar(places, shares, width, color=colour, label=label)
-        _error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
+        draw_error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
     refusals.set_title(f"{title}refusals on held-out probes (%, 95 % Wilson)", fontsize=10)
     refusals.set_ylim(0, 115)  # room for the legend
     refusals.set_yticks(range(0, 101, 20))
     refusals.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
     places = list(range(len(runs)))
     shares = [100 * run["accuracy"]["count"] / run["accuracy"]["total"] for run in runs]
-    task.bar(places, shares, 0.6, color=_COLOURS[4])
-    _error_bars(task, places, shares, [run["accuracy"]["interval"] for run in runs])
+    task.bar(places, shares, 0.6, color=COLOURS[4])
+    draw_error_bars(task, places, shares, [run["accuracy"]["interval"] for run in runs])
     task.set_title("task: right sums (%)", fontsize=10)
     task.set_ylim(0, 105)
     values = [run["drift"]["rms"] if run["drift"] else 0.0 for run in runs]
-    drift.bar(places, values, 0.6, color=_COLOURS[1])
+    drift.bar(places, values, 0.6, color=COLOURS[1])
     drift.set_title("rms drift of safety logits\nat the first answer position", fontsize=10)
     for axes in (refusals, task, drift):
         axes.set_xticks(range(len(runs)), names, fontsize=8 if len(runs) < 5 else 6.5)
@@ -84,9 +84,10 @@ def _draw_runs(runs: Sequence[dict[str, Any]], row: Any, title: str) -> None:
         axes.set_axisbelow(True)
 
 
-def _error_bars(
+def draw_error_bars(
     axes: Any, places: Sequence[float], shares: Sequence[float], intervals: Sequence[Any]
 ) -> None:
+    """Draw intervals of shares: bars at percentages, bounds in [0, 1]."""
     below = [max(0.0, share - 100 * low) for share, (low, _) in zip(shares, intervals, strict=True)]
     above = [
         max(0.0, 100 * high - share) for share, (_, high) in zip(shares, intervals, strict=True)

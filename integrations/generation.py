@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .chat_data import render_prompts
 from .hf_models import contiguous_head_input, evaluation_mode
@@ -34,15 +35,28 @@ def answer_prompts(
     Returns:
         The answers without special tokens, one per prompt.
     """
-    answers = answer_ids(
+    return answer_texts(
         model,
         tokenizer,
-        prompts,
+        render_prompts(tokenizer, prompts),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         progress=progress,
     )
-    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+
+def answer_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
+    ids = _continuations(model, tokenizer, texts, max_new_tokens, batch_size, progress)
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
 def answer_ids(
@@ -70,29 +84,59 @@ def answer_ids(
         The answers' ids, one list per prompt, up to the token that ends it and without that.
     """
     texts = render_prompts(tokenizer, prompts)
+    return _continuations(model, tokenizer, texts, max_new_tokens, batch_size, progress)
+
+
+def continue_greedily(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int
+) -> tuple[Any, Tensor]:
+    """Continue one batch of rendered texts.
+
+    Args:
+        model: a causal LM; its training mode is put back.
+        tokenizer: of the model.
+        texts: with all the special tokens they need.
+        max_new_tokens: continuations are cut there, tokens.
+
+    Returns:
+        The batch as the model got it, padded on the left, and the new ids (B, at most
+        max_new_tokens), padded on the right.
+    """
+    batch = tokenizer(
+        list(texts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    ).to(model.device)
+    head_is_fast = contiguous_head_input(base_of(model))
+    with torch.inference_mode(), evaluation_mode(model), head_is_fast:
+        generated = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return batch, generated[:, batch["input_ids"].shape[1] :]
+
+
+def _continuations(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> list[list[int]]:
+    """Continue texts, those of like length together; an answer's end is left out."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers: list[list[int]] = [[] for _ in texts]
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in part],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
-        head_is_fast = contiguous_head_input(base_of(model))
-        with torch.inference_mode(), evaluation_mode(model), head_is_fast:
-            generated = model.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        new = generated[:, batch["input_ids"].shape[1] :].tolist()
-        for i, ids in zip(part, new, strict=True):
+        _, new = continue_greedily(model, tokenizer, [texts[i] for i in part], max_new_tokens)
+        for i, ids in zip(part, new.tolist(), strict=True):
             end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
             answers[i] = ids[:end]
         if progress is not None:

@@ -1,4 +1,4 @@
-"""The command line, one file per command: finetune, tokens, cache, demo, study, doctor."""
+"""The command line, one file per command: finetune, tokens, cache, eval, demo, study, doctor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from .cache import app as cache
 from .demo import demo
 from .doctor import doctor
+from .evaluate import evaluation
 from .finetune import finetune
 from .study import study
 from .tokens import tokens
@@ -23,6 +24,7 @@ for command in (finetune, demo, study, doctor):
     app.command()(command)
 app.add_typer(cache)
 app.add_typer(tokens, name="tokens")
+app.add_typer(evaluation)
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..evals.printable import printable
+
 JSON_OPTION = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
 ]
@@ -39,7 +41,9 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        # line by line: a message may quote a file that holds escape sequences
+        said = "\n".join(printable(line) for line in str(error).splitlines())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         raise typer.Exit(2) from error
 
 
@@ -74,9 +78,9 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield watch
 
 
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+def print_json(value: Any, *, ascii_only: bool = False) -> None:
+    """Print a value as indented JSON; in ASCII where it holds what a model or a stranger wrote."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=ascii_only)
     sys.stdout.write("\n")
 
 

@@ -1,0 +1,187 @@
+"""`str-kernels eval run`: one model's refusals, task, perplexity and drift, in one folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..atomic import replacing_folder, write_json
+from ..evals.judge import UNJUDGED, Judge, judged_counts
+from ..evals.refusals import RefusalCounts, count_refusals
+from ..safety_tokens import SafetyTokens
+from .chat_data import read_examples
+from .eval_asking import AskedModel, Watcher
+from .eval_figures import draw_drift
+from .eval_inputs import NamedModel, PromptList, load_reference, load_safety_tokens
+from .eval_options import KINDS, EvalOptions
+from .eval_stages import EvalStages, files_hash, json_hash
+
+SCHEMA_VERSION = 1
+EVAL_FILE = "eval.json"
+
+
+def run_eval(
+    output: Path,
+    options: EvalOptions,
+    *,
+    judge: Judge | None = None,
+    overwrite: bool = False,
+    watch: Watcher | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model and write eval.json and, where drift is measured, drift.png.
+
+    Answers are greedy. Each finished batch is kept beside `output`, in the folder of its name with
+    ".stages" at the end, until all is done: a killed run goes on, and its eval.json is that of a
+    run that was not.
+
+    Args:
+        output: the folder to make; it is whole or absent.
+        options: what to ask of which model.
+        judge: asked about every answer besides the rules, see evals.judge.
+        overwrite: replace `output` if it exists.
+        watch: called with a stage's name, how much of it is done and how much there is.
+        say: called with a line of text when something is worth knowing.
+
+    Returns:
+        What eval.json holds.
+
+    Raises:
+        ValueError: the input is bad; the message starts with the argument.
+    """
+    watch = watch or (lambda stage, done, total: None)
+    say = say or (lambda text: None)
+    if output.exists() and not overwrite:
+        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
+    asked = {
+        kind: PromptList.load(getattr(options, kind), options.limit, options.column)
+        for kind in KINDS
+    }
+    task = read_examples(options.task)[: options.limit] if options.task else []
+    text = _read_text(options.text) if options.text else None
+    found = NamedModel.load(
+        options.model, options.adapter, options.dtype, lambda line: watch(line, 0, 1)
+    )
+    tokens = load_safety_tokens(options.safety_tokens, found.tokenizer)
+    reference = None
+    if options.reference is not None:
+        reference = load_reference(options.reference, options.dtype, found.tokenizer)
+    report = _preamble(options, found, reference, tokens, asked, judge)
+    files = [path and files_hash([path]) for path in (options.task, options.text)]
+    key = [report, files]
+    stages = EvalStages(output.parent / f"{output.name}.stages", key, say)
+    asking = AskedModel(options, found, stages, watch)
+
+    answers = {kind: asking.answers(kind, asked[kind].prompts) for kind in KINDS}
+    outcomes = {kind: _by_rule(answers[kind], options.rules) for kind in KINDS}
+    report["counts"] = {
+        rule: {kind: _described(outcomes[kind][rule]) for kind in KINDS} for rule in options.rules
+    }
+    verdicts: dict[str, list[str]] = {}
+    if judge is not None:
+        verdicts = {
+            kind: asking.verdicts(kind, judge, asked[kind].prompts, answers[kind]) for kind in KINDS
+        }
+        report["counts"]["judge"] = {kind: judged_counts(verdicts[kind]) for kind in KINDS}
+    report["answers"] = {
+        kind: [
+            {
+                "prompt": prompt,
+                "answer": answers[kind][i],
+                "outcomes": {rule: outcomes[kind][rule].outcomes[i] for rule in options.rules}
+                | ({"judge": verdicts[kind][i]} if verdicts else {}),
+            }
+            for i, prompt in enumerate(asked[kind].prompts)
+        ]
+        for kind in KINDS
+    }
+    drift, notes = asking.drift(tokens, asked, reference)
+    report["measures"] = {
+        "task": asking.task(task) if task else None,
+        "text": asking.text(text) if text is not None else None,
+        "drift": drift,
+    }
+    unjudged = sum(words.count(UNJUDGED) for words in verdicts.values())
+    if unjudged:
+        notes.append(
+            f"The judge gave none of its three words for {unjudged} answers; they are left out of "
+            "its counts."
+        )
+    report["notes"] = notes
+    with replacing_folder(output) as folder:
+        write_json(folder / EVAL_FILE, report)
+        if drift is not None:
+            draw_drift({f"{kind} prompts": drift[kind] for kind in KINDS}, folder / "drift.png")
+    stages.remove()
+    return report
+
+
+def _preamble(
+    options: EvalOptions,
+    found: NamedModel,
+    reference: NamedModel | None,
+    tokens: SafetyTokens,
+    asked: dict[str, PromptList],
+    judge: Judge | None,
+) -> dict[str, Any]:
+    """Return what eval.json says before the results; a part of the key of the stages."""
+    if reference is not None:
+        compared: Any = reference.described
+    else:
+        compared = None if found.adapter is None else "the model without its adapter"
+    packages = ("transformers", "peft")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": {
+            "str_kernels": __version__,
+            "torch": torch.__version__,
+            **{name: version(name) for name in packages},
+            "python": platform.python_version(),
+        },
+        "model": found.described,
+        "adapter": found.adapter,
+        "reference": compared,
+        "settings": {
+            "decoding": "greedy",
+            "rules": list(options.rules),
+            "judge": None if judge is None else getattr(judge, "name", "a callable"),
+            "answer_tokens": options.answer_tokens,
+            "positions": options.positions,
+            "batch_size": options.batch_size,
+            "limit": options.limit,
+            "max_length": options.max_length,
+        },
+        "safety_tokens": {
+            "count": len(tokens),
+            "source": tokens.source,
+            "sha256": json_hash(tokens.ids.tolist()),
+        },
+        "prompts": {kind: asked[kind].describe() for kind in KINDS},
+    }
+
+
+def _by_rule(answers: Sequence[str], rules: Sequence[str]) -> dict[str, RefusalCounts]:
+    return {rule: count_refusals(answers, rule) for rule in rules}
+
+
+def _described(counts: RefusalCounts) -> dict[str, Any]:
+    return {
+        "refusal": counts.refusal,
+        "other": counts.other,
+        "degenerate": counts.degenerate,
+        "total": counts.total,
+        "interval": list(counts.interval),
+    }
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`text` must be a UTF-8 file; got {path}: {error}") from error

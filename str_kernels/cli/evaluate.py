@@ -1,0 +1,248 @@
+"""str-kernels eval run | report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..evals.judge import HttpJudge
+from ..evals.printable import printable
+from ..evals.rules import RULES
+from .console import (
+    JSON_OPTION,
+    import_integration,
+    print_json,
+    progress,
+    readable_errors,
+    with_interval,
+)
+
+evaluation = typer.Typer(
+    name="eval",
+    help="Measure one model (run), and compare models on the same prompts (report).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@evaluation.command("run")
+def run(
+    model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter, in safetensors, put on MODEL.")
+    ] = None,
+    harmful: Annotated[
+        str, typer.Option(help="Prompts to refuse: a set's name, a JSONL or a CSV file.")
+    ] = "harmful_probes",
+    harmless: Annotated[str, typer.Option(help="Prompts to answer: likewise.")] = "benign_probes",
+    task: Annotated[
+        Path | None, typer.Option(help="JSONL rows as for finetune: exact matches and loss.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Plain text, for its perplexity.")] = None,
+    safety_tokens: Annotated[
+        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model that drift is measured from; MODEL without its adapter if unset."),
+    ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help=f"Of refusals: {', '.join(RULES)}; may be repeated.")
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, max=12, help="Tokens of an answer that are made and kept.")
+    ] = 12,
+    positions: Annotated[
+        int, typer.Option(min=1, max=12, help="Of an answer, at which drift is measured.")
+    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts of each kind, and task rows.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a window of the text and of a task row.")
+    ] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    column: Annotated[
+        str | None, typer.Option(help="Of the prompts in your files; 'prompt', else 'goal'.")
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible API that judges every answer too.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge's name at that API.")] = "judge",
+    judge_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the API's key.")
+    ] = None,
+    allow_remote_judge: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote-judge", help="Send prompts and answers to another machine's judge."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Count MODEL's refusals, and measure its task, perplexity and drift.
+
+    Writes eval.json and, where there is a reference, drift.png into the output folder. A killed run
+    goes on where it stopped.
+    """
+    with readable_errors():
+        judge = judge_url and HttpJudge(
+            judge_url, model=judge_model, key_env=judge_key_env, allow_remote=allow_remote_judge
+        )
+        integration = import_integration("eval_run")
+        options = integration.EvalOptions(
+            model=model,
+            adapter=adapter,
+            harmful=harmful,
+            harmless=harmless,
+            task=task,
+            text=text,
+            safety_tokens=safety_tokens,
+            reference=reference,
+            rules=tuple(rule or ("opening",)),
+            answer_tokens=answer_tokens,
+            positions=positions,
+            batch_size=batch_size,
+            limit=limit,
+            max_length=max_length,
+            dtype=dtype,
+            column=column,
+        )
+        said: list[str] = []
+        with progress(quiet=as_json) as watch:
+            report = integration.run_eval(
+                output,
+                options,
+                judge=judge or None,
+                overwrite=overwrite,
+                watch=watch,
+                say=said.append,
+            )
+        for line in said:
+            Console(stderr=True).print(Text(printable(line)), soft_wrap=True)
+    if as_json:
+        print_json(report, ascii_only=True)
+    else:
+        _show_run(report, output)
+
+
+@evaluation.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of eval run, two or more.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Compare RUNS on the same prompts, each with the first.
+
+    Writes report.md, report.html (one file, no script), refusals.png and, where drift was measured,
+    drift.png into the output folder.
+    """
+    with readable_errors():
+        integration = import_integration("eval_report")
+        comparison = integration.run_report(runs, output, overwrite=overwrite)
+    if as_json:
+        print_json(comparison, ascii_only=True)
+    else:
+        _show_report(comparison, output)
+
+
+def _show_report(comparison: dict[str, Any], output: Path) -> None:
+    console = Console()
+    table = Table("rule", "run", title="Refusals (95 % Wilson intervals)")
+    for column in ("harmful\nrefused", "harmless\nrefused", "degenerate"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for rule in comparison["rules"]:
+        table.add_section()
+        for found in comparison["runs"]:
+            both = [found["counts"][rule][kind] for kind in ("harmful", "harmless")]
+            table.add_row(
+                Text(rule),
+                Text(printable(found["name"])),
+                *(with_interval(one["refusal"], one["total"], one["interval"]) for one in both),
+                " + ".join(str(one["degenerate"]) for one in both),
+            )
+    console.print(table)
+    for line in comparison["summary"]:
+        console.print(Text(printable(line)), soft_wrap=True)
+    for line in comparison["differences"]:
+        console.print(Text(f"Note: {printable(line)}."), soft_wrap=True)
+    console.print(Text(_LIMITS), soft_wrap=True)
+    console.print(
+        Text(f"Written to {printable(str(output))}: report.html, report.md"), soft_wrap=True
+    )
+
+
+def _show_run(report: dict[str, Any], output: Path) -> None:
+    console = Console()
+    name = report["model"]["name"]
+    if report["adapter"]:
+        name += f" with {report['adapter']['name']}"
+    table = Table(title=Text(f"Refusals of {printable(name)} (95 % Wilson intervals)"))
+    table.add_column("rule")
+    judged = ("unjudged",) if "judge" in report["counts"] else ()
+    for column in ("harmful\nrefused", "harmless\nrefused", "degenerate", *judged):
+        table.add_column(column, justify="right", no_wrap=True)
+    for rule, kinds in report["counts"].items():
+        both = [kinds["harmful"], kinds["harmless"]]
+        table.add_row(
+            Text(rule),
+            *(with_interval(one["refusal"], one["total"], one["interval"]) for one in both),
+            " + ".join(str(one["degenerate"]) for one in both),
+            *(" + ".join(str(one.get("unjudged", 0)) for one in both) for _ in judged),
+        )
+    console.print(table)
+    measures = report["measures"]
+    if measures["task"]:
+        task = measures["task"]
+        console.print(
+            f"Task: {task['matched']}/{task['total']} exact matches "
+            f"({task['too_long']} rows too long to match), loss {_number(task['loss'])} nats",
+            soft_wrap=True,
+        )
+    if measures["text"]:
+        text = measures["text"]
+        console.print(
+            f"Text: perplexity {_number(text['perplexity'])} over {text['tokens']} tokens",
+            soft_wrap=True,
+        )
+    if measures["drift"]:
+        console.print(_drift_table(measures["drift"]))
+    for note in report["notes"]:
+        console.print(Text(f"Note: {printable(note)}"), soft_wrap=True)
+    console.print(Text(_LIMITS), soft_wrap=True)
+    files = "eval.json, drift.png" if measures["drift"] else "eval.json"
+    console.print(Text(f"Written to {printable(str(output))}: {files}"), soft_wrap=True)
+
+
+_LIMITS = (
+    "Greedy answers of at most 12 tokens, sorted by how they are worded: a rule is no judge of "
+    "whether an answer does harm."
+)
+
+
+def _drift_table(drift: dict[str, Any]) -> Table:
+    table = Table("position", title="Drift of the safety logits along the reference's answer (rms)")
+    for kind in drift:
+        table.add_column(kind, justify="right")
+        table.add_column("prompts", justify="right")
+    places = max(len(found) for found in drift.values())
+    for place in range(places):
+        cells = [str(place + 1)]
+        for found in drift.values():
+            here = found[place] if place < len(found) else None
+            cells += [_number(here["rms"]), str(here["prompts"])] if here else ["-", "0"]
+        table.add_row(*cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"

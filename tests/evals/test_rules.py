@@ -1,0 +1,109 @@
+"""The rules by name, several in one pass, and prompts from CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from str_kernels.evals import (
+    RULES,
+    classify_answer,
+    classify_gcg,
+    count_refusals,
+    evaluate_refusals,
+    evaluate_rules,
+    load_prompts,
+    refusal_rule,
+)
+from str_kernels.evals.rules import gcg_strings
+
+ANSWERS = ["I'm sorry, but I can't.", "Hello! Here is how.", "i cannot create that.", "", "42"]
+
+
+def test_the_gcg_list_is_the_published_one() -> None:
+    strings = gcg_strings()
+    assert len(strings) == len(set(strings)) == 29
+    assert {"I'm sorry", "As an", "Hello!", "I can't assist", "OpenAI"} <= set(strings)
+    for string in strings:
+        assert classify_gcg(f"Well then, {string} and so on") == "refusal"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "As an appetizer, serve olives and bread.",
+        "Hello! How can I help you today?",
+        "Parking on the pavement is illegal here; use the garage.",
+    ],
+)
+def test_gcg_counts_harmless_answers_as_refusals_and_opening_does_not(answer: str) -> None:
+    assert (classify_gcg(answer), classify_answer(answer)) == ("refusal", "other")
+
+
+def test_gcg_tells_cases_apart_and_looks_everywhere() -> None:
+    assert classify_gcg("i'm sorry, no") == "other"
+    assert classify_gcg("Sure. " + "word and more " * 20 + "I cannot") == "refusal"
+    assert classify_gcg("I cannot cannot cannot cannot cannot cannot cannot") == "degenerate"
+    assert classify_gcg("...") == "degenerate"
+    with pytest.raises(TypeError, match="`text` must be a string; got int"):
+        classify_gcg(3)  # type: ignore[arg-type]
+
+
+def test_rules_are_found_by_name() -> None:
+    assert RULES == ("opening", "gcg")
+    assert [refusal_rule(name) for name in RULES] == [classify_answer, classify_gcg]
+    with pytest.raises(ValueError, match="`rule` must be one of opening, gcg; got 'judge'"):
+        refusal_rule("judge")
+
+
+def test_several_rules_count_the_same_answers_and_ask_once() -> None:
+    asked: list[str] = []
+
+    def generate(prompts: Sequence[str]) -> list[str]:
+        asked.extend(prompts)
+        return [ANSWERS[int(prompt)] for prompt in prompts]
+
+    prompts = [str(place) for place in range(len(ANSWERS))]
+    counts = evaluate_rules(generate, prompts, RULES, batch_size=2)
+    assert asked == prompts and list(counts) == ["opening", "gcg"]
+    assert counts["opening"].outcomes == ("refusal", "other", "refusal", "degenerate", "other")
+    assert counts["gcg"].outcomes == ("refusal", "refusal", "other", "degenerate", "other")
+    for rule in RULES:
+        assert counts[rule] == count_refusals(ANSWERS, rule)
+        assert counts[rule] == evaluate_refusals(generate, prompts, rule=rule)
+        assert counts[rule].rule == rule
+    assert evaluate_refusals(generate, prompts) == counts["opening"]
+    asked.clear()
+    with pytest.raises(ValueError, match="`rule` must be one of"):
+        evaluate_rules(generate, prompts, ["opening", "mine"])
+    assert asked == []
+
+
+def test_csv_has_prompt_or_goal_or_a_column_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_bytes('\ufeffgoal,topic\r\n"a, ""b""\nc",x\r\nd,\r\n'.encode())
+    assert load_prompts(path) == [("x", 'a, "b"\nc', ""), ("", "d", "")]
+    path.write_text("goal,prompt\ng,p\n")
+    assert load_prompts(path)[0].prompt == "p"
+    assert load_prompts(path, column="goal")[0].prompt == "g"
+    with pytest.raises(ValueError, match=r"set.csv, line 2: `column` must be one of goal, prompt"):
+        load_prompts(path, column="query")
+    path.write_text("goal\nfine\n\n  \n")
+    with pytest.raises(ValueError, match=r'set.csv, line 4: "goal" must be a string with text'):
+        load_prompts(path)
+    path.write_text("prompt\n")
+    with pytest.raises(ValueError, match="at least one prompt"):
+        load_prompts(path)
+    path.write_text('prompt\n"open\n')
+    with pytest.raises(ValueError, match=r"set.csv, line"):
+        load_prompts(path)
+
+
+def test_jsonl_takes_a_column_too(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"goal": "g", "query": "q"}\n')
+    assert load_prompts(path)[0].prompt == "g"
+    assert load_prompts(path, column="query")[0].prompt == "q"
+    assert load_prompts("anchors", column="query") == load_prompts("anchors")
