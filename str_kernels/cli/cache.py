@@ -154,7 +154,7 @@ def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
     table = Table("", "", title=escape(str(folder)), show_header=False)
     for name, value in found.items():
         if name != "made_with":
-            label = name.replace("_seconds_per_1000_tokens", ", s / 1,000 tokens").replace("_", " ")
+            label = name.replace("_", " ").replace(" seconds per 1000", ", s / 1,000")
             table.add_row(label, _text(value))
     table.add_row("made with", ", ".join(f"{k} {v}" for k, v in found["made_with"].items()))
     Console().print(table)
