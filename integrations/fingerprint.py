@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,10 @@ def model_fingerprint(model: nn.Module) -> str:
     base = base_of(model)
     digest = hashlib.sha256(_config_text(getattr(base, "config", None)).encode())
     known: dict[int, str] = {}  # a tied weight is read once
+    stored = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()}
     for name, tensor in sorted(_base_tensors(base, ""), key=lambda item: item[0]):
+        if id(tensor) not in stored:  # a buffer that is made of the config
+            continue
         if id(tensor) not in known:
             known[id(tensor)] = _tensor_digest(name, tensor)
         dtype = str(tensor.dtype)
@@ -65,12 +69,13 @@ def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]
     if isinstance(inside, nn.Module):
         yield from _base_tensors(inside, prefix)
         return
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        stored = name not in module._non_persistent_buffers_set and name not in adapters
-        if tensor is not None and stored:
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    for name, tensor in itertools.chain(parameters, buffers):
+        if name not in adapters:
             yield prefix + name, tensor
-    for name, child in module._modules.items():
-        if child is not None and name not in adapters:
+    for name, child in module.named_children():
+        if name not in adapters:
             yield from _base_tensors(child, f"{prefix}{name}.")
 
 

@@ -154,7 +154,8 @@ def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
     table = Table("", "", title=escape(str(folder)), show_header=False)
     for name, value in found.items():
         if name != "made_with":
-            table.add_row(name.replace("_", " "), _text(value))
+            label = name.replace("_", " ").replace(" seconds per 1000", ", s / 1,000")
+            table.add_row(label, _text(value))
     table.add_row("made with", ", ".join(f"{k} {v}" for k, v in found["made_with"].items()))
     Console().print(table)
 
@@ -194,4 +195,4 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
