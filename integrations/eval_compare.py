@@ -118,7 +118,10 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
             for kind in KINDS
             for found in _changed(runs[0], run, rule, kind)
         ],
-        "differences": [text for run in runs[1:] for text in _differences(runs[0], run)],
+        "differences": [
+            *(text for run in runs[1:] for text in _differences(runs[0], run)),
+            *_other_references(runs),
+        ],
     }
 
 
@@ -285,6 +288,23 @@ def _differences(first: Run, run: Run) -> list[str]:
             values = "" if name == "sha256" else f": {other} instead of {one}"
             found.append(f"{run.name} differs from {first.name} in {shown}{values}")
     return found
+
+
+def _other_references(runs: Sequence[Run]) -> list[str]:
+    """Say whose drift is measured from another model than the first one's that has a drift."""
+    drifted = [run for run in runs if run.report["measures"]["drift"]]
+    return [
+        f"{run.name} differs from {drifted[0].name} in the reference of its drift"
+        for run in drifted[1:]
+        if _reference_hash(run) != _reference_hash(drifted[0])
+    ]
+
+
+def _reference_hash(run: Run) -> object:
+    reference = run.report.get("reference")
+    # without adapter: the model itself
+    found = reference if isinstance(reference, dict) else run.report["model"]
+    return found.get("sha256")
 
 
 def clip(text: str, characters: int, words: int | None = None) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..evals.prompt_sets import load_prompts
 from ..safety_tokens import SafetyTokens
@@ -108,11 +111,12 @@ def _model_hash(name: str, model: Any) -> str:
     if folder.is_dir():
         files = (path for path in folder.iterdir() if not path.name.startswith("."))
         return files_hash(path for path in files if path.is_file())
-    # of a hub id: the commit that was downloaded names its files
-    commit = getattr(model.config, "_commit_hash", None)
-    if not commit:
-        raise ValueError(f"`model` must be a folder or of a known commit; got {name!r}")
-    return json_hash([name, commit])
+    # of a hub id the files are wherever the hub's library puts them: what was loaded is hashed
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_adapter_files(adapter: Path) -> None:

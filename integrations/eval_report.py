@@ -108,7 +108,7 @@ def document(comparison: dict[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Heading(1, "Evaluation report"),
         Paragraph(f"The same prompts were asked in every run: {asked}."),
-        *(Paragraph(text) for text in comparison["summary"]),
+        *(Paragraph(text) for text in _shown(comparison)),
         Table(
             ("run", "model", "adapter", "dtype", "answers cut at"),
             [
@@ -138,6 +138,16 @@ def document(comparison: dict[str, Any]) -> list[Block]:
         *_examples(comparison),
     ]
     return blocks
+
+
+def _shown(comparison: dict[str, Any]) -> list[str]:
+    """Return the summary by the first rule; the tables have every rule."""
+    rule, *more = comparison["rules"]
+    pairs = zip(comparison["summary"], comparison["pairs"], strict=True)
+    said = [text for text, pair in pairs if pair["rule"] == rule]
+    if more:
+        said.append(f"By rule {' and rule '.join(more)}: see the tables below.")
+    return said
 
 
 def _refusals(comparison: dict[str, Any]) -> list[Block]:

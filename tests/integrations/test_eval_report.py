@@ -176,6 +176,24 @@ def test_what_is_not_the_same_is_said(runs: list[Path], tmp_path: Path) -> None:
     ]
 
 
+def test_drift_from_another_reference_is_said(tmp_path: Path) -> None:
+    def model(name: str) -> dict[str, Any]:
+        return {"name": "m", "dtype": "bfloat16", "device": "cpu", "sha256": name}
+
+    given = {
+        "a": {"model": model("1"), "reference": "the model without its adapter"},
+        "b": {"model": model("2"), "reference": {"sha256": "1"}},
+        "c": {"model": model("2"), "reference": "the model without its adapter"},
+    }
+    folders = [
+        write_run(tmp_path / name, [OTHER], [OTHER], measures=drift(1.0), **changes)
+        for name, changes in given.items()
+    ]
+    assert compare_runs(read_runs(folders))["differences"] == [
+        "c differs from a in the reference of its drift"
+    ]
+
+
 def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     def answers_changed(report: dict[str, Any]) -> None:
         report["answers"]["harmful"][0]["prompt"] = "another"
@@ -222,6 +240,12 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_both_commands_have_help_and_json(command: str) -> None:
+    result = CliRunner().invoke(app, ["eval", command, "--help"])
+    assert result.exit_code == 0 and "--json" in result.output
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from str_kernels.cli import app
 from str_kernels.evals import count_refusals
-from str_kernels.integrations import eval_asking, eval_run
+from str_kernels.integrations import eval_asking, eval_inputs, eval_run
 from str_kernels.integrations.eval_options import EvalOptions
 from str_kernels.integrations.eval_stages import EvalStages
 from str_kernels.integrations.generation import answer_prompts
@@ -195,6 +195,18 @@ def test_a_changed_model_or_prompt_makes_another_key(
     model.save_pretrained(folder / "model")
     found.append(key_of())
     assert len(set(found)) == len(found)
+
+
+def test_a_model_from_the_hub_is_known_by_what_was_loaded(folder: Path) -> None:
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    found = eval_inputs._model_hash("owner/name", first)
+    assert found == eval_inputs._model_hash("owner/name", second)
+    with torch.no_grad():
+        second.lm_head.weight[3, 3] += 1
+    assert found != eval_inputs._model_hash("owner/name", second)
 
 
 def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
