@@ -53,16 +53,14 @@ class AnchorPass:
         share: Tensor,  # () of the step's labels, those of this batch
     ) -> Tensor:
         """Return what the anchors add to the loss of a batch."""
-        self._count_step()
-        places = self.anchors.draw(self.step)
         states, refs, weights = [], [], []
-        for part in [places] if self.together else [[place] for place in places]:
-            anchors = self.anchors.batch(part, ids.device)
+        log_probs = penalty.kind in ON_LOG_PROBS
+        for places, anchors in self._next(ids.device):
             like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
             for name in batch:  # which Gemma 3 wants while it trains
                 if name.endswith("token_type_ids"):
                     like[name] = torch.zeros_like(anchors.input_ids)
-            refs.append(self._reference(part, anchors, like, ids, penalty.kind in ON_LOG_PROBS))
+            refs.append(self._reference(places, anchors, like, ids, log_probs))
             _, found = self.path.run(forward, {**like, "return_dict": True})
             states.append(found.flatten(0, 1))
             weights.append(torch.zeros_like(refs[-1][:, 0]).index_fill_(0, anchors.held, 1.0))
@@ -91,6 +89,7 @@ class AnchorPass:
         self.last = terms.detach()
         return terms.loss
 
+    @runs_the_model
     def _reference(
         self,
         places: list[int],
@@ -112,6 +111,13 @@ class AnchorPass:
         return ref.index_copy_(0, anchors.held, known)
 
     @not_compiled
+    def _next(self, device: torch.device) -> list[tuple[list[int], AnchorBatch]]:
+        """Return the anchors whose turn it is, in one batch or each by itself."""
+        self._count_step()
+        places = self.anchors.draw(self.step)
+        parts = [places] if self.together else [[place] for place in places]
+        return [(part, self.anchors.batch(part, device)) for part in parts]
+
     def _count_step(self) -> None:
         """Take the step as done when an optimizer has written to what is trained."""
         if not self._counts_steps:

@@ -25,7 +25,7 @@ from ..reference_cache import (
 from ..reference_cache_writer import BuildReport, build_reference_cache
 from ..safety_tokens import SafetyTokens
 from .fingerprint import model_fingerprint
-from .hf_models import evaluation_mode, not_compiled, runs_the_model
+from .hf_models import checkpoints, evaluation_mode, not_compiled, runs_the_model
 from .loss_paths import PathName, check_path, make_path
 from .peft_adapters import base_of, check_adapters, has_adapters, is_prompt_learning
 from .references import (
@@ -132,7 +132,7 @@ class CacheReference(Reference):
 
     def _uses_cache(self, batch: dict[str, Any]) -> bool:
         """Say whether the student's forward makes a cache, with which rows are not told apart."""
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.inner.modules()):
+        if checkpoints(self.inner):
             return False  # while it trains
         asked = batch.get("use_cache")
         return bool(getattr(self.inner.config, "use_cache", False) if asked is None else asked)

@@ -185,6 +185,12 @@ def ignores_padding(model: nn.Module) -> bool:
     return bool(miss <= 10 * _tolerance(logits.dtype))
 
 
+@not_compiled
+def checkpoints(model: nn.Module) -> bool:
+    """Tell whether gradient checkpointing is on, under which transformers makes no cache."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
     """Return what a mixture-of-experts model adds to its loss by itself."""
     auxiliary = getattr(output, "aux_loss", None)

@@ -15,7 +15,7 @@ from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from ..safety_tokens import SafetyTokens
 from .anchor_pass import AnchorPass
-from .hf_models import auxiliary_loss, not_compiled, runs_the_model, shift
+from .hf_models import auxiliary_loss, checkpoints, not_compiled, runs_the_model, shift
 from .loss_paths import LossPath
 from .positions import ROW_WEIGHT, Positions, beside, row_weight_at
 from .references import Reference
@@ -80,16 +80,16 @@ class SafetyForward:
         # no ids: plain cross-entropy, and the pass of the reference is spared
         ref = None
         if len(self.safety_tokens) and self.forwards % self.ref_every == 0:
-            ref = self.reference(safety_ids, batch, on_log_probs)
+            # In eval mode the reference would make a cache where the checkpointed student makes
+            # none, and with one transformers lets packed rows see each other.
+            same = {**batch, "use_cache": False} if checkpoints(self.inner) else batch
+            ref = self.reference(safety_ids, same, on_log_probs)
         self.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
-        terms = self._terms(states, target, num_items, ref, row_weight, metrics=fused)
-        self.last = terms.detach()
-        loss = terms.loss
+        loss, share = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
         if self.anchor_pass is not None and len(self.safety_tokens):
-            share = _count(target) / torch.as_tensor(num_items).clamp(min=1)
             loss = loss + self.anchor_pass(self.original, batch, safety_ids, self.penalty, share)
-        if fused and self.fused_output is not None:
+        if fused and self.fused_output is not None and self.last is not None:
             return self.fused_output(output, loss, self.last, target, num_items)
         output = self._with_loss(output, loss)
         return output.to_tuple() if as_tuple else output
@@ -128,7 +128,7 @@ class SafetyForward:
         return target, row_weight, _count(target) if num_items is None else num_items
 
     @not_compiled
-    def _terms(
+    def _loss(
         self,
         states: Tensor,  # (B, T, D or V)
         target: Tensor,  # (B, T)
@@ -136,8 +136,8 @@ class SafetyForward:
         ref: Tensor | None,  # (B, T, K)
         row_weight: Tensor | None,  # (B, T)
         metrics: bool,
-    ) -> SafetyLoss:
-        """Make the loss of the rows."""
+    ) -> tuple[Tensor, Tensor]:
+        """Make the rows' loss and keep its terms; return it, and the batch's share of the step."""
         if states.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
@@ -148,7 +148,7 @@ class SafetyForward:
             if self.ref_every > 1:
                 weight = target != IGNORE_INDEX if row_weight is None else row_weight
                 row_weight = weight * self.ref_every
-        return self.path.loss(
+        terms = self.path.loss(
             states,
             target.flatten(),
             None if ref is None else self.safety_tokens.ids_on(target.device),
@@ -159,6 +159,8 @@ class SafetyForward:
             num_safety_items=num_items,
             metrics=metrics,
         )
+        self.last = terms.detach()
+        return terms.loss, _count(target) / torch.as_tensor(num_items).clamp(min=1)
 
     @not_compiled
     def _with_loss(self, output: Any, loss: Tensor) -> Any:
