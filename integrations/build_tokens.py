@@ -135,7 +135,7 @@ def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) 
     """
     source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`model` must be 'builtin', a folder or a hub id with a tokenizer; got {name!r}: "

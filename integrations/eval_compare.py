@@ -121,6 +121,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         "differences": [
             *(text for run in runs[1:] for text in _differences(runs[0], run)),
             *_other_references(runs),
+            *_other_judges(runs),
         ],
     }
 
@@ -206,7 +207,9 @@ def _shared_rules(runs: Sequence[Run]) -> list[str]:
     used = {rule for run in runs for rule in run.report["settings"]["rules"]}
     rules = [rule for rule in RULES if rule in used] or [RULES[0]]
     rows = [row for run in runs for kind in KINDS for row in run.report["answers"][kind]]
-    judged = all(JUDGE in row["outcomes"] for row in rows)
+    judges = {run.report["settings"]["judge"] for run in runs}
+    # a pair that two judges looked at tells them apart, and not the runs
+    judged = len(judges) == 1 and all(JUDGE in row["outcomes"] for row in rows)
     return [*rules, JUDGE] if rows and judged else list(rules)
 
 
@@ -269,6 +272,13 @@ def _changed(first: Run, run: Run, rule: str, kind: str) -> list[dict[str, Any]]
     ]
 
 
+_SHOWN = {
+    "sha256": "the safety tokens",
+    "task": "the task's rows",
+    "text": "the text of the perplexity",
+}
+
+
 def _differences(first: Run, run: Run) -> list[str]:
     """Say what else than the model is different, which may explain what the counts show."""
     found = []
@@ -278,16 +288,27 @@ def _differences(first: Run, run: Run) -> list[str]:
         ("dtype", "model"),
         ("device", "model"),
         ("sha256", "safety_tokens"),
+        ("task", "files"),
+        ("text", "files"),
         ("torch", "versions"),
         ("transformers", "versions"),
         ("str_kernels", "versions"),
     ):
         one, other = (report.get(of, {}).get(name) for report in (first.report, run.report))
         if one != other:
-            shown = "the safety tokens" if name == "sha256" else name
-            values = "" if name == "sha256" else f": {other} instead of {one}"
+            shown = _SHOWN.get(name, name)
+            values = "" if name in _SHOWN else f": {other} instead of {one}"
             found.append(f"{run.name} differs from {first.name} in {shown}{values}")
     return found
+
+
+def _other_judges(runs: Sequence[Run]) -> list[str]:
+    """Say that verdicts of different judges are left out."""
+    judges = [run.report["settings"]["judge"] for run in runs]
+    if len(set(judges)) < 2:
+        return []
+    asked = ", ".join(f"{run.name}: {judge}" for run, judge in zip(runs, judges, strict=True))
+    return [f"The judges are not the same, and their verdicts are left out ({asked})"]
 
 
 def _other_references(runs: Sequence[Run]) -> list[str]:

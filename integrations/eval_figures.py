@@ -80,7 +80,8 @@ def draw_refusals(
 
 def figure_label(text: str) -> str:
     """Return a name as matplotlib shows it literally: short, and without its mathematics."""
-    plain = printable(text)
+    # what the font has no glyph for would be an empty box and a warning
+    plain = printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
     if len(plain) > _LABEL_CHARACTERS:
         plain = plain[: _LABEL_CHARACTERS - 3] + "..."
     plain = plain.replace("$", r"\$")

@@ -73,8 +73,11 @@ def run_eval(
     if options.reference is not None:
         reference = load_reference(options.reference, options.dtype, found.tokenizer)
     report = _preamble(options, found, reference, tokens, asked, judge)
-    files = [path and files_hash([path]) for path in (options.task, options.text)]
-    key = [report, files]
+    report["files"] = {
+        name: path and files_hash([path])
+        for name, path in (("task", options.task), ("text", options.text))
+    }
+    key = [report]
     stages = EvalStages(output.parent / f"{output.name}.stages", key, say)
     asking = AskedModel(options, found, stages, watch)
 

@@ -71,8 +71,11 @@ def load_model(
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        # False, not unset: unset, transformers asks at the terminal, and a "y" runs the folder's code
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`model` must be 'builtin', a folder or a hub id of a causal LM; got {name!r}: {error}"

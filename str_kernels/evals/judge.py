@@ -135,7 +135,8 @@ class HttpJudge:
                 if error.code != 429 and error.code < 500:
                     break
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-                reason = f"it could not be reached ({type(error).__name__})"
+                why = getattr(error, "reason", error)  # URLError is but a wrapper
+                reason = f"it could not be reached ({type(why).__name__})"
             except (ValueError, LookupError, TypeError):
                 reason = "its answer is no chat completion"
         # Only the reason: an exception or a body may hold what was sent, the key too.

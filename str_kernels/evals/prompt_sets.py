@@ -108,6 +108,10 @@ def _parse_row(row: dict[str, Any], column: str | None, where: str) -> PromptRow
     prompt, topic, kind = row.get(column), row.get("topic", ""), row.get("kind", "")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'{where}: "{column}" must be a string with text in it; got {prompt!r}')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+        raise ValueError(f'{where}: "{column}" must be text; got {prompt!r}') from error
     if not isinstance(topic, str):
         raise ValueError(f'{where}: "topic" must be a string; got {topic!r}')
     if kind not in ("", "harmful", "harmless"):
