@@ -61,7 +61,7 @@ class AnchorCollator:
         rows = [*rows, *self._next_anchors()]
         self._check(rows)
         held = torch.tensor([int(row.get(HELD, 0)) for row in rows]).unsqueeze(1)  # (B, 1)
-        batch = self.collate([{k: v for k, v in row.items() if k != HELD} for row in rows])
+        batch = self.collate([_columns(row) for row in rows])
         labels, mask = batch["labels"], batch["attention_mask"]
         labels[held.squeeze(1) > 0] = IGNORE_INDEX  # a collator for plain text labels every token
         column = torch.arange(labels.shape[1])
@@ -142,6 +142,13 @@ def anchor_row(anchor: AnchorRow) -> dict[str, Any]:
         "labels": [IGNORE_INDEX] * len(ids),
         HELD: anchor.held,
     }
+
+
+def _columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a collator pads, with a mask in every row: they must all have the same."""
+    columns = {name: value for name, value in row.items() if name != HELD}
+    columns.setdefault("attention_mask", [1] * len(columns["input_ids"]))
+    return columns
 
 
 def _has_no_label(row: dict[str, Any]) -> bool:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
@@ -20,8 +22,8 @@ class AnchorPass:
     """Holds the model at the step's anchors.
 
     A pass of its own, and not rows added to the batch: those would be padded to its length, or
-    would have to be packed with it. The reference's logits on each anchor are computed when it is
-    first drawn, and kept.
+    would have to be packed with it. The reference is asked when a step has an anchor that is new,
+    and what it says is kept. Every micro-step makes the pass.
     """
 
     def __init__(
@@ -35,8 +37,21 @@ class AnchorPass:
         self.step = 0
         self.last: SafetyLoss | None = None
         self._counts_steps = True
+        self._stepped = False
         self._version: int | None = None
+        self._hook: Any = None
+        self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
         self._known: dict[tuple[int, bool], Tensor] = {}  # (place, log_probs) -> (held, K)
+
+    def open(self) -> None:
+        """Watch for steps of the optimizer that trains the model."""
+        self._hook = register_optimizer_step_post_hook(self._note_step)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
 
     def set_step(self, step: int) -> None:
         """Say which optimizer step it is, from here on by the caller."""
@@ -113,16 +128,48 @@ class AnchorPass:
     @not_compiled
     def _next(self, device: torch.device) -> list[tuple[list[int], AnchorBatch]]:
         """Return the anchors whose turn it is, in one batch or each by itself."""
+        _check_checkpointing(self.inner)
         self._count_step()
-        places = self.anchors.draw(self.step)
-        parts = [places] if self.together else [[place] for place in places]
-        return [(part, self.anchors.batch(part, device)) for part in parts]
+        key = (self.step, device)
+        if self._drawn is None or self._drawn[0] != key:  # the micro-steps of a step share them
+            places = self.anchors.draw(self.step)
+            parts = [places] if self.together else [[place] for place in places]
+            self._drawn = key, [(part, self.anchors.batch(part, device)) for part in parts]
+        return self._drawn[1]
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._counts_steps and not self._stepped:
+            mine = {id(p) for p in self.inner.parameters() if p.requires_grad}
+            groups = optimizer.param_groups
+            self._stepped = any(id(p) in mine for group in groups for p in group["params"])
 
     def _count_step(self) -> None:
-        """Take the step as done when an optimizer has written to what is trained."""
+        """Go on where an optimizer made a step, or something else wrote to what is trained.
+
+        Fused optimizers write without counting it; loops without a torch.optim.Optimizer call no
+        hook.
+        """
         if not self._counts_steps:
             return
         version = sum(p._version for p in self.inner.parameters() if p.requires_grad)
-        if self._version is not None and version != self._version:
+        if self._stepped or (self._version is not None and version != self._version):
             self.step += 1
-        self._version = version
+        self._version, self._stepped = version, False
+
+
+def _check_checkpointing(inner: nn.Module) -> None:
+    """Refuse reentrant checkpointing on several ranks.
+
+    It runs backward once for each of the two forwards, so that DDP, which reduces a gradient when
+    it is first ready, would leave the second part on its own rank.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for module in inner.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "`anchors` must be None under reentrant gradient checkpointing on several "
+                    "ranks: gradients would stay apart. Pass {'use_reentrant': False}"
+                )

@@ -174,11 +174,22 @@ class AnchorPrompts:
         """Return which anchors, by their place in `rows`, are held in an optimizer step."""
         drawn = []
         for _, count, kind in self._counts():
-            deck = [place for place, row in enumerate(self.rows) if row.kind == kind]
             for turn in range(step * count, (step + 1) * count):
-                shuffled = random.Random(f"{self.seed} {kind} {turn // len(deck)}")
-                drawn.append(shuffled.sample(deck, len(deck))[turn % len(deck)])
+                deck = self._deck(kind, turn)
+                drawn.append(deck[turn % len(deck)])
         return drawn
+
+    def _deck(self, kind: Kind, turn: int) -> list[int]:
+        """Return the places of a kind in the order of the turn's round; the last one is kept."""
+        places = [place for place, row in enumerate(self.rows) if row.kind == kind]
+        key = (kind, turn // max(len(places), 1))
+        decks: dict[Any, list[int]] = self.__dict__.setdefault("_decks", {})
+        if key not in decks:
+            for old in [one for one in decks if one[0] == kind]:
+                del decks[old]
+            shuffled = random.Random(f"{self.seed} {key[0]} {key[1]}")
+            decks[key] = shuffled.sample(places, len(places))
+        return decks[key]
 
     def batch(self, places: Sequence[int], device: torch.device | str = "cpu") -> AnchorBatch:
         """Pad the rows at `places` into one batch."""

@@ -76,9 +76,11 @@ def attach(
         anchors: prompts without answers at which the model is held too, a few of them in each
             step, in a pass of their own; see AnchorPrompts.
         ref_every: the reference's pass is made, and the penalty taken, in every n-th training
-            forward only, where it counts n times. Anchors are held in each step all the same.
-        ref_tokens: the reference reads so many of each row's first columns and no more; nothing
-            is compared after them. Rows padded on the left lose theirs.
+            forward (a micro-step) only, where it counts n times. Anchors are held in each all the
+            same.
+        ref_tokens: the reference reads so many of the batch's first columns and no more; nothing
+            is compared after them. For rows padded on the right, each by itself: of packed rows
+            the later ones would have no penalty, and raise.
         path: "linear" reads the head's weight and never makes the full logits; "logits" takes
             the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
             or DoRA), and keeps them all in memory. docs/support.md says which model needs which.
@@ -193,10 +195,15 @@ class SafetyHandle:
         self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
         forward.path.open()
         forward.reference.open()
+        if forward.anchor_pass is not None:
+            forward.anchor_pass.open()
 
     @property
     def last(self) -> SafetyLoss | None:
-        """The detached terms of the last training step; None before the first."""
+        """The detached terms of the last training forward; None before the first.
+
+        A micro-step's, where gradients are accumulated, and without the anchors' part.
+        """
         return self._forward.last
 
     @property
@@ -210,15 +217,16 @@ class SafetyHandle:
 
     @property
     def last_anchors(self) -> SafetyLoss | None:
-        """The detached terms of the last step's anchors, their weight among the rows included."""
+        """The detached terms of the anchors in it, their weight among the rows included."""
         return None if self._forward.anchor_pass is None else self._forward.anchor_pass.last
 
     @property
     def step(self) -> int:
         """The optimizer step, which says whose turn it is among the anchors.
 
-        Counted by itself: a forward after the trained weights changed is in the next step. Setting
-        it, as SafetyTrainer does for the sake of resumed runs, puts that in your hands.
+        Counted by itself: a forward after an optimizer's step, or after a write to the trained
+        weights, is in the next one. Setting it, as SafetyTrainer does for the sake of resumed
+        runs, puts that in your hands.
         """
         return 0 if self._forward.anchor_pass is None else self._forward.anchor_pass.step
 
@@ -238,6 +246,8 @@ class SafetyHandle:
         self._forward.active = False  # for those who wrapped it meanwhile, as accelerate does
         self._forward.path.close()
         self._forward.reference.close()
+        if self._forward.anchor_pass is not None:
+            self._forward.anchor_pass.close()
         if vars(self._inner).get("forward") is not self._forward:
             return
         if self._previous is None:

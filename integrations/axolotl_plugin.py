@@ -23,7 +23,8 @@ from pydantic import BaseModel, create_model
 from .attach_settings import NAMES, SafetySettings
 from .hf_trainer import SafetyTrainerMixin
 
-_HINTS = get_type_hints(SafetySettings)
+# YAML reads 3 as a number; TRL's parser takes no union with str
+_HINTS = get_type_hints(SafetySettings) | {"safety_positions": int | str}
 _FIELDS: Any = {one.name: (_HINTS[one.name], one.default) for one in fields(SafetySettings)}
 SafetyArgs: type[BaseModel] = create_model("SafetyArgs", **_FIELDS)
 """What Axolotl validates the YAML by; the fields are those of SafetySettings."""

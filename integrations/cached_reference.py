@@ -99,6 +99,12 @@ class CacheReference(Reference):
 
     @override
     @not_compiled
+    def skip(self, batch: dict[str, Any]) -> None:
+        take_from(batch)
+        self._given = None
+
+    @override
+    @not_compiled
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         self.cached.check_values(log_probs)  # at each step: the penalty's kind may have been set
         found, self._given = take_from(batch) or self._given, None

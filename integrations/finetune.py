@@ -71,7 +71,7 @@ def load_model(
         raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}; got {dtype!r}")
     source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
     try:
-        # False, not unset: unset, transformers asks at the terminal, and a "y" runs the folder's code
+        # unset, transformers would ask at the terminal, and a "y" would run the folder's code
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False

@@ -23,10 +23,10 @@ class SafetyTrainerMixin:
     """What makes transformers' Trainer, or one built on it, train with the safety loss.
 
     Put it in front of the trainer's class. It attaches the model for train() and logs, beside the
-    trainer's own entries and at the same steps, averaged over the steps between: `safety/ce`
-    (nats), `safety/penalty` (squared logits), with anchors `safety/anchor_penalty` (the same,
-    times their weight), and `safety/max_drift` (logits, the largest, anchors included). They stay
-    on the device until they are logged.
+    trainer's own entries and at the same steps, averaged over the steps between, of all ranks:
+    `safety/ce` (nats), `safety/penalty` (squared logits), with anchors `safety/anchor_penalty` (the
+    same, times their weight), and `safety/max_drift` (logits, the largest, anchors included). They
+    stay on the device until they are logged.
     """
 
     safety: SafetyHandle | None = None
@@ -37,9 +37,12 @@ class SafetyTrainerMixin:
     state: Any
     compute_loss_func: Any
     model_accepts_loss_kwargs: bool
+    accelerator: Any
+    get_tp_size: Any
     _sums: dict[str, Tensor]  # of the micro-steps since the last log
     _worst: Tensor | None  # () max_drift
     _micro_steps: int
+    _has_num_items: bool
     _step_of_last_log: int
 
     def __init__(
@@ -49,6 +52,11 @@ class SafetyTrainerMixin:
         self.safety_tokens = safety_tokens
         super().__init__(*args, **kwargs)
         self._start_sums()
+        self._has_num_items = False
+        if getattr(self, "model_init", None) is not None:
+            raise ValueError(
+                "`model_init` must be None: train() would make another model than the attached one"
+            )
         _check_liger(self.args)
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise ValueError(
@@ -89,19 +97,14 @@ class SafetyTrainerMixin:
         loss = super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         if handle.last is None or handle.last is before:
             raise RuntimeError("this step made no safety loss: its batch must have labels")
+        self._has_num_items = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         self._keep(handle)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms to the training entries, then log as the trainer does."""
         if "loss" in logs and self._sums and self._worst is not None:
-            # Terms divided by num_items_in_batch add up over the micro-steps of a step;
-            # terms that are means of their own micro-batch are averaged.
-            steps = max(1, self.state.global_step - self._step_of_last_log)
-            count = steps if self.model_accepts_loss_kwargs else self._micro_steps
-            *means, worst = torch.stack(
-                [*(total / count for total in self._sums.values()), self._worst]
-            ).tolist()
+            *means, worst = self._over_ranks().tolist()
             logs = {
                 **logs,
                 **dict(zip(self._sums, means, strict=True)),
@@ -109,6 +112,22 @@ class SafetyTrainerMixin:
             }
             self._start_sums()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _over_ranks(self) -> Tensor:
+        """Return the terms averaged over the steps since the last log, and the largest drift."""
+        # Terms divided by num_items_in_batch add up over the micro-steps of a step, and over the
+        # ranks if it counts their labels too; terms that are means of their own are averaged.
+        steps = max(1, self.state.global_step - self._step_of_last_log)
+        terms = torch.stack(list(self._sums.values()))
+        terms = terms / (steps if self._has_num_items else self._micro_steps)
+        worst = torch.stack([terms.new_zeros(()) if self._worst is None else self._worst])
+        ranks = self.accelerator.num_processes
+        if ranks > 1:
+            across = self._has_num_items and self.args.average_tokens_across_devices
+            parts = self.get_tp_size() if across else ranks  # the ranks of one TP group agree
+            terms = self.accelerator.reduce(terms, "sum") / parts
+            worst = self.accelerator.gather(worst).amax(dim=0, keepdim=True)
+        return torch.cat([terms, worst])
 
     def _keep(self, handle: SafetyHandle) -> None:
         terms = handle.last

@@ -39,7 +39,10 @@ class Reference(ABC):
     reads_tokens: int | None = None
     """How many columns of a batch it reads; None for all."""
 
-    def open(self) -> None:  # noqa: B027 - most need nothing
+    def skip(self, batch: dict[str, Any]) -> None:  # noqa: B027 - most need nothing
+        """Take out of a batch what was meant for this, whether it was asked or not."""
+
+    def open(self) -> None:  # noqa: B027
         """Put in place what has to be there while the student is attached."""
 
     def close(self) -> None:  # noqa: B027
@@ -232,8 +235,9 @@ class Shortened(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        given = batch.get("input_ids", batch.get("inputs_embeds"))
-        length = given.shape[1] if isinstance(given, Tensor) else 0
+        given = [batch.get(name) for name in ("input_ids", "inputs_embeds")]
+        length = next((x.shape[1] for x in given if isinstance(x, Tensor)), 0)
+        _check_apart(batch)
         cut = {name: self._cut(name, value, length) for name, value in batch.items()}
         values = self.reference(ids, cut, log_probs)
         # NaN, so that a position that nobody read cannot pass for one without a drift
@@ -248,3 +252,13 @@ class Shortened(Reference):
                 )
             return value
         return value[:, : self.reads_tokens]
+
+
+def _check_apart(batch: dict[str, Any]) -> None:
+    """Refuse packed rows, of which the later ones would be cut off whole."""
+    positions = batch.get("position_ids")
+    packed = any(name.startswith("cu_seq_lens") for name in batch)
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.device.type == "cpu":
+        packed = packed or bool((positions[:, 1:] < positions[:, :-1]).any())
+    if packed:
+        raise ValueError("`ref_tokens` must be None for packed rows: it would cut off whole rows")

@@ -74,6 +74,8 @@ class SafetyForward:
                 "`fused_lm_head` must be False: this trainer of TRL makes its loss itself, of "
                 "log-probabilities. Use SafetySFTTrainer, or the functions of str_kernels"
             )
+        if fused:
+            batch["num_items_in_batch"], self.num_items = self.num_items, None
         target, row_weight, num_items = self._prepare(batch)
         safety_ids = self.safety_tokens.ids_on(target.device)
         on_log_probs = self.penalty.kind in ON_LOG_PROBS
@@ -84,6 +86,7 @@ class SafetyForward:
             # none, and with one transformers lets packed rows see each other.
             same = {**batch, "use_cache": False} if checkpoints(self.inner) else batch
             ref = self.reference(safety_ids, same, on_log_probs)
+        self.reference.skip(batch)
         self.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
         loss, share = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
@@ -124,7 +127,6 @@ class SafetyForward:
             )
         else:
             row_weight = row_weight.to(target.device)
-        num_items = self.num_items if num_items is None else num_items
         return target, row_weight, _count(target) if num_items is None else num_items
 
     @not_compiled
@@ -160,7 +162,8 @@ class SafetyForward:
             metrics=metrics,
         )
         self.last = terms.detach()
-        return terms.loss, _count(target) / torch.as_tensor(num_items).clamp(min=1)
+        items = torch.as_tensor(num_items).to(target.device, non_blocking=True)
+        return terms.loss, _count(target) / items.clamp(min=1)
 
     @not_compiled
     def _with_loss(self, output: Any, loss: Tensor) -> Any:

@@ -66,6 +66,7 @@ def test_the_fields_of_the_yaml_are_validated(plugin: Any) -> None:
     model = getattr(importlib.import_module(module), name)  # as Axolotl looks it up
     assert tuple(model.model_fields) == NAMES
     assert model(safety_weight="0.5").safety_weight == 0.5
+    assert model(safety_positions=3).safety_positions == 3  # as YAML reads it
     with pytest.raises(ValueError, match="safety_anchors_per_step"):
         model(safety_anchors_per_step="many")
 
@@ -86,6 +87,7 @@ def test_it_trains_and_logs(plugin: Any, seed: int, tmp_path: Any) -> None:
         "safety_templates": str(templates),
         "safety_anchors": str(anchors),
         "safety_anchors_per_step": 1,
+        "safety_positions": 3,
         "seed": 3,
     }
     torch.manual_seed(seed)
@@ -104,6 +106,7 @@ def test_it_trains_and_logs(plugin: Any, seed: int, tmp_path: Any) -> None:
     assert isinstance(trainer, AxolotlTrainer)
     one.post_trainer_create(cfg, trainer)
     assert trainer.attach_options["anchors"].seed == 3
+    assert trainer.attach_options["positions"] == 3
     trainer.train()
     first, last = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["safety/penalty"] == first["safety/anchor_penalty"] == 0.0

@@ -73,6 +73,10 @@ INTERNALS = [
     Internal("original_module", "copy", "fingerprint.py", NOT_SAID, COPY, a(nn.Linear)),
     Internal("gradient_checkpointing", "decoder", "hf_models.py", SILENT,
              "the reference of packed rows under checkpointing", a(bool)),
+    Internal("gradient_checkpointing _gradient_checkpointing_func", "checkpointed",
+             "anchor_pass.py", "nothing else says whether it is reentrant",
+             "refusing anchors with reentrant checkpointing on several ranks",
+             lambda of: of is True or of.keywords == {"use_reentrant": True}),
     Internal("modules_to_save", "copy", "heads.py", NOT_SAID, COPY, a(nn.ModuleDict)),
     Internal("original_module", "copy", "heads.py", NOT_SAID, COPY, a(nn.Linear)),
     Internal("active_adapters", "copy", "heads.py", NOT_SAID, COPY, a(list)),
@@ -105,7 +109,7 @@ SPELT = {
     "GGUF_CONFIG_MAPPING": "_model_name_or_path",
 }
 ALLOWED = {"_asdict", "_fields", "_make", "_replace"}  # of a NamedTuple: public, says Python
-ALLOWED |= {"_copies"}  # a key of our own
+ALLOWED |= {"_copies", "_decks"}  # keys of our own
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +121,11 @@ def holders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     virtual = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     prompt = get_peft_model(tiny_model("llama", 0), virtual)
     mixtral = tiny_model("mixtral", 0)
+    checkpointing = tiny_model("llama", 0)
+    enable = getattr(checkpointing, "activation_checkpointing_enable", None)
+    enable = enable or checkpointing.gradient_checkpointing_enable  # its name before 5.20
+    enable({"use_reentrant": True})
+    checkpointed = checkpointing.model
     arguments = transformers.TrainingArguments(str(tmp_path_factory.mktemp("trainer")))
     trainer = transformers.Trainer(tiny_model("llama", 0), arguments)
 
@@ -133,6 +142,7 @@ def holders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "prompt": prompt,
         "mixtral": mixtral,
         "decoder": mixtral.model,
+        "checkpointed": checkpointed,
         "output": mixtral(torch.tensor([[3, 4, 5]])),
         "trainer": trainer,
         "arguments": arguments,

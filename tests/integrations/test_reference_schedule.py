@@ -92,6 +92,12 @@ def test_what_cannot_be_shortened_is_refused(seed: int) -> None:
     prompted = get_peft_model(tiny_model("llama", seed), config)
     with pytest.raises(ValueError, match="`ref_tokens` must be None for prompt learning"):
         attach(prompted, TOKENS, ref_tokens=3)
+    for packed in (
+        {"position_ids": torch.arange(11).remainder(6).expand(3, 11)},
+        {"cu_seq_lens_q": torch.tensor([0, 6, 11])},
+    ):
+        with attach(model, TOKENS, ref_tokens=3), pytest.raises(ValueError, match="packed rows"):
+            model(**batch_of(seed), **packed)
     batch = batch_of(seed)
     batch["attention_mask"] = torch.zeros(3, 1, 11, 11)
     with attach(model, TOKENS, ref_tokens=3), pytest.raises(ValueError, match="`attention_mask`"):
