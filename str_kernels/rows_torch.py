@@ -112,15 +112,15 @@ def row_step_torch(
     inside = (target >= 0) & (target < vocab)
     ignored = target == options.ignore_index
     column = torch.where(inside, target, 0)
-    all_ids = safety_ids
+    id_columns = safety_ids
     if shard is not None:
         hit = column = shard.columns(target)
-        safety_ids = shard.columns(safety_ids)
+        id_columns = shard.columns(safety_ids)
     # Everything that single columns need is read before `grad`, which may be `logits`, is written.
     z_y = _scale_and_cap_(logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype), options)
     # Two values of one logit: the row's own, which lse is made of, for the softmax, and the finer
     # one of `project` for the penalty. Mixing them would spoil p_y - 1 where y is a safety id.
-    row_safety_logits = _scale_and_cap_(logits.index_select(1, safety_ids).to(dtype), options)
+    row_safety_logits = _scale_and_cap_(logits.index_select(1, id_columns).to(dtype), options)
     z_s = row_safety_logits if safety_logits is None else safety_logits
 
     norm_known = norm is not None
@@ -176,11 +176,11 @@ def row_step_torch(
         grad[row, column] = _column(p_y, 1.0, z_y, soft, ce_scale, lse, options).to(grad.dtype)
         if safety_ids.shape[0]:
             p_s = torch.exp((row_safety_logits - top.unsqueeze(1)) - log_total.unsqueeze(1))
-            is_target = (all_ids == target.unsqueeze(1)).to(dtype)
+            is_target = (safety_ids == target.unsqueeze(1)).to(dtype)
             on_ids = _column(p_s, is_target, row_safety_logits, soft, ce_scale, lse, options)
             pull = _where_nonzero(penalty_scale.unsqueeze(1), KINDS[options.kind].slope(subset))
             on_ids += torch.where(pull != 0, pull * _slope(z_s, options), 0.0)
-            grad[row.unsqueeze(1), safety_ids] = on_ids.to(grad.dtype)
+            grad[row.unsqueeze(1), id_columns] = on_ids.to(grad.dtype)
         if shard is not None:
             grad[:, -1] = 0
     return terms

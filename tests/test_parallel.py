@@ -260,7 +260,7 @@ def under_autocast(case: Case, sizes: list[int]) -> Result:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each rank found, by name."""
     folder = tmp_path_factory.mktemp("ranks")
-    of_ranks = run_ranks(4, on_a_rank, CASES, folder=folder, preload=("test_parallel",))
+    of_ranks = run_ranks(4, on_a_rank, CASES, folder=folder)
     return {name: [of_rank[name] for of_rank in of_ranks] for name in of_ranks[0]}
 
 
