@@ -55,10 +55,17 @@ def run_ranks(
     errors: dict[int, str] = {}
     deadline = time.monotonic() + SECONDS
     try:
-        while len(found) + len(errors) < ranks and not (errors and time.monotonic() > deadline):
+        while len(found) + len(errors) < ranks:
             try:
                 rank, value, error = pickle.loads(results.get(timeout=1))
             except queue.Empty:
+                for rank, process in enumerate(processes):
+                    if process.exitcode and rank not in errors and rank not in found:
+                        errors[rank] = f"ended with exit code {process.exitcode}"
+                        # the others are to notice by themselves
+                        deadline = min(deadline, time.monotonic() + 3 * gloo_seconds)
+                if time.monotonic() > deadline and errors:
+                    break
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"ranks hang; done are {sorted(found)}") from None
                 continue
@@ -73,7 +80,7 @@ def run_ranks(
             if process.is_alive():
                 process.terminate()
     if errors:
-        raise RuntimeError("\n".join(f"rank {rank}: {text}" for rank, text in errors.items()))
+        raise RuntimeError("\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
     return [found[rank] for rank in range(ranks)]
 
 
