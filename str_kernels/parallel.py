@@ -88,10 +88,9 @@ class VocabShard(NamedTuple):
         total = totals.sum(dim=0)
         mean, right, entropy = own.mean, own.right, own.entropy
         if "mean" in parts:
-            sizes = torch.tensor(self.sizes, dtype=top.dtype).unsqueeze(1)
-            means = torch.where(nothing, -torch.inf, parts["mean"] + (tops - top))
-            sizes = sizes.to(means.device, non_blocking=True)
-            mean = torch.where(sizes > 0, sizes * means, 0.0).sum(dim=0) / self.vocab
+            means = torch.where(nothing, -torch.inf, parts["mean"] + (tops - top)).unbind(0)
+            sums = [size * of_rank for size, of_rank in zip(self.sizes, means, strict=True) if size]
+            mean = torch.stack(sums).sum(dim=0) / self.vocab
         if "right" in parts:
             first = (tops == top).to(top.dtype).argmax(dim=0, keepdim=True)
             right = parts["right"].gather(0, first).squeeze(0)
