@@ -259,12 +259,21 @@ def tensor_parallel(
             batch = batch_of(seed, rows=ROWS)
             mine = model(**batch, num_items_in_batch=count(batch)).loss
             mine.backward()
+        before = float("nan")
+        if training == "lora":  # one that has not moved
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
+            with attach(model, TOKENS, penalty=PENALTY, path=path, **options) as handle:
+                model(**batch)
+                before = float(handle.last.penalty)
         losses = [torch.zeros(()) for _ in range(ranks)]
         dist.all_gather(losses, mine.detach())
         return {
             "loss": abs(float(mine.detach()) - loss),
             "gradients": compare(gradients(model), grads),
             "equal": len({float(x) for x in losses}) == 1,
+            "penalty at first": before,
         }
 
 
