@@ -32,6 +32,7 @@ from .references import (
     Shortened,
 )
 from .safety_forward import FusedOutput, SafetyForward
+from .sharded_weights import check_not_sharded
 
 
 def attach(
@@ -131,6 +132,7 @@ def attach(
             "an attached model is attached, for good: copy it before.)"
         )
     check_student(model)
+    check_not_sharded("model", model)
     if reference is None and ref_model is None and has_adapters(model):
         check_adapters(model)
     elif is_prompt_learning(model):
@@ -178,6 +180,7 @@ def _second_model(
             "`ref_model` must not have virtual tokens in front of its input; got a PeftModel with "
             "prompt learning. Pass a function that calls it as `reference`."
         )
+    check_not_sharded("ref_model", ref_model)
     ref_path = make_path(ref_inner, *path)
     _check_vocabulary("ref_model", ref_path.vocab_size, safety_tokens)
     return FrozenModel(ref_inner, ref_path, inner)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .sharded_weights import check_group, group_of
+
 # PEFT's layer on an nn.Linear, by name, so that peft need not be there. Its subclasses compute
 # something else.
 _LORA_LINEAR = ("peft.tuners.lora.layer", "Linear")
@@ -42,11 +44,13 @@ class Head:
         module: an nn.Linear, or PEFT's layer around one.
         logit_scale: factor on its output.
         softcap: cap in logits, or None.
+        group: the ranks that tensor parallelism spread its rows over, "" for none.
     """
 
     module: nn.Module
     logit_scale: float = 1.0
     softcap: float | None = None
+    group: str = ""
 
     @property
     def vocab_size(self) -> int:
@@ -66,9 +70,15 @@ class Head:
             hidden: (N, D), what the head is given; an adapter's first matrix is applied to it.
         """
         layer = _copy_in_use(self.module)
+        check_group(_linear_in(self.module).weight, self.group)
         if not _is_lora(layer):
             return Operands(layer.weight, layer.bias, None)
         return _lora_operands(layer, hidden)
+
+
+def head_at(module: nn.Module) -> Head:
+    """Return a head as it is spread now, its scale and cap not known yet."""
+    return Head(module, group=group_of(_linear_in(module).weight))
 
 
 def find_head(model: nn.Module) -> nn.Module | None:

@@ -9,6 +9,7 @@ that is to take its place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from ..contracts import IGNORE_INDEX
 from ..projection import scale_and_cap
-from .heads import Head, find_head, reason_against
+from .heads import Head, find_head, head_at, reason_against
+from .sharded_weights import whole
 
 # The largest raw logit of the probe. Far above ordinary caps (30), so that a cap shows even in
 # bfloat16, and far below where float16 overflows.
@@ -107,7 +109,7 @@ def probe_head(model: nn.Module) -> Head:
     reason = reason_against(module, model)
     if reason is not None or module is None:
         raise refuse("linear", reason or "have output embeddings")
-    head = Head(module)
+    head = head_at(module)
     seen: dict[str, Tensor] = {}
 
     def replace_hidden(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -265,9 +267,9 @@ def _check_own_loss(
 def _raw_logits(head: Head, hidden: Tensor) -> Tensor:
     rows = hidden.flatten(0, -2)
     weight, bias, low_rank = head.operands(rows)
-    raw = linear(rows, weight, bias).float()
+    raw = linear(rows, whole(weight), None if bias is None else whole(bias)).float()
     if low_rank is not None:
-        raw = raw + low_rank[0].float() @ low_rank[1].float().t()
+        raw = raw + low_rank[0].float() @ whole(low_rank[1]).float().t()
     logits: Tensor = raw.unflatten(0, hidden.shape[:-1])
     return logits
 
@@ -279,7 +281,7 @@ def _with_scale_and_cap(head: Head, raw: Tensor, logits: Tensor, model: nn.Modul
         miss = float((expected - logits.float()).abs().max() / expected.abs().max())
         misses.append(f"scale {scale:g} cap {cap}: {miss:.1e}")
         if miss <= _tolerance(logits.dtype):
-            return Head(head.module, scale, cap)
+            return dataclasses.replace(head, logit_scale=scale, softcap=cap)
     raise refuse(
         "linear",
         f"make its logits by scale and cap of its head's output; those of {type(model).__name__} "

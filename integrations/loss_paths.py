@@ -24,6 +24,7 @@ from ..functional import (
 from ..projection import project
 from .heads import Tap
 from .hf_models import check_head, not_compiled, probe_head, probe_logits, runs_the_model
+from .sharded_weights import in_memory
 
 PathName = Literal["linear", "logits"]
 
@@ -124,12 +125,13 @@ class HeadPath(LossPath):
     @not_compiled
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         rows = states.flatten(0, 1)
-        weight, *_ = operands = self.head.operands(rows)
-        options = {**operands.extras, **self._transform}
-        if log_probs:
-            values = safety_log_probs(rows, weight, ids, **options, **self._run_as)
-        else:
-            values = project(rows, weight, ids, **options)
+        with in_memory(self.head.module):
+            weight, *_ = operands = self.head.operands(rows)
+            options = {**operands.extras, **self._transform}
+            if log_probs:
+                values = safety_log_probs(rows, weight, ids, **options, **self._run_as)
+            else:
+                values = project(rows, weight, ids, **options)
         by_batch: Tensor = values.unflatten(0, states.shape[:2])
         return by_batch
 
@@ -139,11 +141,12 @@ class HeadPath(LossPath):
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:
         rows = states.flatten(0, 1)
-        weight, *_ = operands = self.head.operands(rows)
-        return safety_linear_cross_entropy(
-            rows, weight, target, ids, ref,
-            **operands.extras, **self._transform, **self._run_as, **options,
-        )  # fmt: skip
+        with in_memory(self.head.module):
+            weight, *_ = operands = self.head.operands(rows)
+            return safety_linear_cross_entropy(
+                rows, weight, target, ids, ref,
+                **operands.extras, **self._transform, **self._run_as, **options,
+            )  # fmt: skip
 
 
 class LogitsPath(LossPath):

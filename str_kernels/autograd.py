@@ -19,9 +19,13 @@ from .checks import check_values
 from .chunks import Plan, empty_like_grads, linear_terms_and_grads
 from .contracts import LossArgs, RowTerms, SafetyLoss
 from .eager import reduce_rows
+from .parallel import VocabShard
 from .projection import Head
 
-_ARGS = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(LossArgs).items())
+_ARGS = ", ".join(
+    f"{'int[]' if kind == list[int] else kind.__name__} {name}"
+    for name, kind in get_type_hints(LossArgs).items()
+)
 _N_ARGS = len(LossArgs._fields)
 _N_TERMS = len(SafetyLoss._fields)
 _ROWS_SCALED = 2048
@@ -127,11 +131,13 @@ def _from_inputs(inputs: tuple[Any, ...]) -> tuple[Tensor, Head, LossArgs, Plan]
 )
 def _linear_op(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, head, args, plan = _from_inputs(inputs)
-    check_values(args.target, args.safety_ids, head.weight.shape[0], args.ignore_index)
+    shard = VocabShard.named(args.group_name, args.shard_sizes)
+    vocab = head.weight.shape[0] if shard is None else shard.vocab
+    check_values(args.target, args.safety_ids, vocab, args.ignore_index)
     if not args.reduce:  # what reaches each row is known in backward
         plan = plan._replace(needs=(False,) * _N_HEAD)
     factor, ce_scale, penalty_scale = _scales(args, torch.ones_like(args.inv_items))
-    terms, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale)
+    terms, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale, shard)
     return (*_reduce(terms, args), *grads, factor, terms.norm)
 
 
@@ -154,7 +160,8 @@ def _linear_fake(*inputs: Any) -> tuple[Tensor, ...]:
 def _linear_grad_op(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, head, args, plan = _from_inputs(inputs)
     factor, ce_scale, penalty_scale = _scales(args, inputs[-1])
-    _, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale)
+    shard = VocabShard.named(args.group_name, args.shard_sizes)
+    _, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale, shard)
     return tuple(
         _scaled(grad, factor, grad.dtype if leaf is None else leaf.dtype)
         for grad, leaf in zip(grads, (hidden, *head), strict=True)

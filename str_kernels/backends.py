@@ -11,18 +11,22 @@ import torch
 
 from .checks import check_backend
 from .contracts import RowStep
+from .parallel import VocabShard
 from .rows_torch import row_step_torch
 
 _GPU_TYPES = ("cuda", "xpu")  # ROCm calls its devices "cuda" too
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, spread: bool = False
+) -> str:
     """Turn "auto" into "triton" or "torch", and refuse a backend that cannot do what is asked.
 
     Args:
         backend: a `contracts.Backend`.
         device: where the logits or hidden states are.
         dtype: their dtype; float64 is for "torch" and "eager".
+        spread: whether the vocabulary is spread over ranks, which only "torch" knows of.
 
     Returns:
         Any of them but "auto".
@@ -31,6 +35,13 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> st
         ValueError: the name is unknown, or the backend was asked for where it cannot run.
     """
     check_backend(backend)
+    if spread:
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                "`backend` must be 'auto' or 'torch' where the head's rows are spread over a "
+                f"process group; got {backend!r}"
+            )
+        return "torch"
     if backend == "auto":
         if device.type not in _GPU_TYPES or _missing_for_triton(device, dtype):
             return "torch"
@@ -106,6 +117,11 @@ def row_step_of(backend: str) -> RowStep:
     from .rows_triton import row_step_cluster, row_step_triton
 
     return row_step_cluster if backend == "triton_cluster" else row_step_triton
+
+
+def row_step_of_shard(shard: VocabShard) -> RowStep:
+    """Return the row step of a rank that holds a part of the vocabulary."""
+    return functools.partial(row_step_torch, shard=shard)
 
 
 def _interpreting() -> bool:

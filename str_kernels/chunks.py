@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import row_step_of
+from .backends import row_step_of, row_step_of_shard
 from .contracts import LossArgs, RowTerms, accumulation_dtype
+from .parallel import VocabShard
 from .projection import Head, project_head
 
 # Logits of one chunk. Enough rows for the products to be limited by arithmetic and not by reading
@@ -24,6 +25,7 @@ _CHUNK_BYTES = 256 << 20
 _MIN_CHUNK_ROWS = 1024
 _TILE = 128 * 128  # of a product, per multiprocessor: fewer leave some of them idle
 _HEAD_ROWS_PER_PRODUCT = 16384  # rows of grad_weight made at a time: bounds its temporary
+_HEAD_ROWS_WIDENED = 2048  # the same, of its copy in float32
 _PAD = 16  # elements: a row that starts aligned is loaded 16 bytes at a time
 
 
@@ -81,23 +83,30 @@ def linear_terms_and_grads(
     plan: Plan,
     ce_scale: Tensor,  # (N,)
     penalty_scale: Tensor,  # (N,)
+    shard: VocabShard | None = None,
 ) -> tuple[RowTerms, Grads]:
     """Compute the row terms, and the gradients of sum(ce_scale ce + penalty_scale phi).
 
-    Rows that take no part have terms and gradients of 0.
+    Rows that take no part have terms and gradients of 0. With `shard` the head is this rank's part
+    of it, the terms are those of the whole, and the rows' gradients are summed over the ranks in
+    float32 before they are rounded.
     """
     vocab = head.weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
-        safety_logits = project_head(hidden, head, args.safety_ids, args.logit_scale, args.softcap)
+        safety_logits = project_head(
+            hidden, head, args.safety_ids, args.logit_scale, args.softcap, shard
+        )
         takes_part = args.takes_part()
         rows = takes_part.nonzero().squeeze(1) if plan.pack else None
         if rows is not None and rows.shape[0] == hidden.shape[0]:
             rows = None
         n_rows = hidden.shape[0] if rows is None else rows.shape[0]
-        grads = _empty_grads(hidden, head, plan.needs, zeroed=rows is not None)
+        wide = hidden.dtype if shard is None else accumulation_dtype(hidden.dtype)
+        grads = _empty_grads(hidden, head, plan.needs, zeroed=rows is not None, of_rows=wide)
         wants_grad = any(plan.needs)
-        step = row_step_of(args.backend)
-        workspace = _workspace(hidden, vocab, min(plan.chunk_rows, n_rows))
+        step = row_step_of(args.backend) if shard is None else row_step_of_shard(shard)
+        width = vocab if shard is None else vocab + 1  # one column for what is another rank's
+        workspace = _workspace(hidden, width, min(plan.chunk_rows, n_rows))
         terms = []
         for start in range(0, n_rows, plan.chunk_rows):
             part: slice | Tensor = slice(start, min(start + plan.chunk_rows, n_rows))
@@ -110,7 +119,7 @@ def linear_terms_and_grads(
                 x = torch.where(taken, x, 0.0)
                 t = None if t is None else torch.where(taken, t, 0.0)
             logits = workspace[: x.shape[0]]
-            _logits_into(logits, x, t, head)
+            _logits_into(logits[:, :vocab], x, t, head)
             found = step(
                 logits,
                 args.target[part],
@@ -126,7 +135,13 @@ def linear_terms_and_grads(
             )
             terms.append(found)
             if wants_grad:
-                _add_grads(grads, plan.needs, logits, x, t, head, part)
+                _add_grads(grads, plan.needs, logits[:, :vocab], x, t, head, part)
+        if shard is not None:
+            summed = (
+                shard.sum_over_ranks_(grad).to(hidden.dtype) if need else grad.to(hidden.dtype)
+                for grad, need in ((grads.hidden, plan.needs[0]), (grads.t, plan.needs[3]))
+            )
+            grads = grads._replace(**dict(zip(("hidden", "t"), summed, strict=True)))
         return _at_rows(_concatenate(terms, safety_logits), rows, hidden.shape[0]), grads
 
 
@@ -153,7 +168,9 @@ def _add_grads(
     for need, out, weight in ((need_hidden, grads.hidden, head.weight), (need_t, grads.t, head.b)):
         if not need or weight is None:
             continue
-        if isinstance(part, slice):
+        if out.dtype != weight.dtype:
+            out[part] = _wide_product(grad_logits, weight, out.dtype)
+        elif isinstance(part, slice):
             torch.mm(grad_logits, weight, out=out[part])
         else:
             out[part] = torch.mm(grad_logits, weight)
@@ -165,16 +182,38 @@ def _add_grads(
         _add_product(grads.b, grad_logits, t)
 
 
-def _empty_grads(hidden: Tensor, head: Head, needs: tuple[bool, ...], *, zeroed: bool) -> Grads:
+def _wide_product(grad_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad_logits weight in float32, unrounded: the other ranks' will be added to it."""
+    if weight.device.type == "cuda":
+        return torch.mm(grad_logits, weight, out_dtype=dtype)
+    out = grad_logits.new_zeros((grad_logits.shape[0], weight.shape[1]), dtype=dtype)
+    for columns, rows in zip(
+        grad_logits.split(_HEAD_ROWS_WIDENED, dim=1),
+        weight.split(_HEAD_ROWS_WIDENED),
+        strict=True,
+    ):
+        out.addmm_(columns.to(dtype), rows.to(dtype))
+    return out
+
+
+def _empty_grads(
+    hidden: Tensor,
+    head: Head,
+    needs: tuple[bool, ...],
+    *,
+    zeroed: bool,
+    of_rows: torch.dtype | None = None,
+) -> Grads:
     """Allocate what is needed: a row's gradients as its dtype, the head's in float32, zeroed."""
     dtype = accumulation_dtype(hidden.dtype)
+    of_rows = of_rows or hidden.dtype
     found = []
-    of_rows = (True, False, False, True, False)
-    for like, need, of_row in zip((hidden, *head), needs, of_rows, strict=True):
+    are_rows = (True, False, False, True, False)
+    for like, need, of_row in zip((hidden, *head), needs, are_rows, strict=True):
         if like is None or not need:
-            found.append(hidden.new_empty(0, dtype=hidden.dtype if of_row else dtype))
+            found.append(hidden.new_empty(0, dtype=of_rows if of_row else dtype))
         elif of_row:
-            found.append((torch.zeros_like if zeroed else torch.empty_like)(like))
+            found.append((torch.zeros_like if zeroed else torch.empty_like)(like, dtype=of_rows))
         else:
             found.append(like.new_zeros(like.shape, dtype=dtype))
     return Grads(*found)

@@ -234,6 +234,8 @@ class LossArgs(NamedTuple):
     metrics: bool
     reduce: bool  # False: reduction "none"
     backend: str
+    group_name: str  # of the ranks that the head's rows are spread over; "": none
+    shard_sizes: list[int]  # how many each of them has
 
     @property
     def options(self) -> RowOptions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,11 @@ from .chunks import row_bytes, rows_per_chunk
 from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from .eager import eager_cross_entropy, eager_linear_cross_entropy
 from .loss_args import DEFAULT_PENALTY, make_loss_args
-from .projection import Head, cast_for_autocast, project_head
+from .parallel import VocabShard
+from .projection import Head, cast_for_autocast, local_head, project_head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def safety_cross_entropy(
@@ -165,6 +171,7 @@ def safety_linear_cross_entropy(
     metrics: bool = False,
     pack_rows: bool | None = None,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> SafetyLoss:
     """Compute `safety_cross_entropy(hidden @ linear_weight.T + linear_bias, ...)` without logits.
@@ -202,16 +209,26 @@ def safety_linear_cross_entropy(
             on a CPU; True: anywhere, for which a GPU is waited for once; False: nowhere.
         chunk_bytes: memory for one chunk's logits, bytes, at least one row's; None picks a size for
             the device. The result does not depend on it beyond rounding.
-        backend: as in `safety_cross_entropy`.
+        process_group: of the ranks that the vocabulary is spread over: each gives its consecutive
+            rows of linear_weight, linear_bias and B, in the ranks' order and any number of them,
+            and V is their sum. All else is the same on every rank: targets and ids are those of
+            the whole vocabulary. A linear_weight that is a DTensor placed Shard(0) on a mesh of one
+            dimension says this by itself.
+        backend: as in `safety_cross_entropy`; with a process group "auto" is "torch", and the
+            others are refused.
 
     Returns:
-        SafetyLoss, as `safety_cross_entropy`.
+        SafetyLoss, as `safety_cross_entropy`; with a process group equal in every bit on each rank.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, value or name is wrong.
 
     Notes:
+        With a process group of p ranks the gradient of `hidden` (and of t) is summed over them in
+        float32, those of the head's parts are the rank's own. Exchanged are, of each row, 4 bytes
+        times: 3 p (4 p with smoothing, 2 p more with metrics) gathered, K and D (and r) summed.
+        The ranks' numbers of rows are asked for once for each linear_weight that is a plain tensor.
         The gradient is made in the forward, so backward only multiplies. Under autocast the
         operands are rounded to autocast's dtype, as in the head's own product.
 
@@ -224,7 +241,9 @@ def safety_linear_cross_entropy(
         >>> round(float(terms.ce), 4)
         1.9459
     """
-    hidden, head = _checked_head(hidden, linear_weight, linear_bias, low_rank, chunk_bytes)
+    hidden, head, shard, widest = _checked_head(
+        hidden, linear_weight, linear_bias, low_rank, chunk_bytes, process_group
+    )
     check_flag("pack_rows", pack_rows, optional=True)
     args = make_loss_args(
         hidden,
@@ -244,12 +263,13 @@ def safety_linear_cross_entropy(
         softcap=softcap,
         metrics=metrics,
         backend=backend,
+        shard=shard,
     )
     if args.backend == "eager":
         return eager_linear_cross_entropy(hidden, head, args)
     pack = hidden.device.type == "cpu" if pack_rows is None else pack_rows
     train_head = torch.is_grad_enabled() and linear_weight.requires_grad
-    chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes, train_head)
+    chunk_rows = rows_per_chunk(hidden, widest, chunk_bytes, train_head)
     return autograd.linear_cross_entropy(hidden, head, args, chunk_rows, pack)
 
 
@@ -263,6 +283,7 @@ def safety_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (N, K)
     """Compute the safety ids' log-probabilities, the reference of penalty kind "logprob".
@@ -278,6 +299,7 @@ def safety_log_probs(
         logit_scale: as in `safety_linear_cross_entropy`.
         softcap: as in `safety_linear_cross_entropy`.
         chunk_bytes: as in `safety_linear_cross_entropy`.
+        process_group: as in `safety_linear_cross_entropy`.
         backend: as in `safety_linear_cross_entropy`.
 
     Returns:
@@ -294,7 +316,9 @@ def safety_log_probs(
         >>> safety_log_probs(torch.ones(1, 4), torch.zeros(8, 4), ids)[0, 0].exp().item()
         0.125
     """
-    hidden, head = _checked_head(hidden, linear_weight, linear_bias, low_rank, chunk_bytes)
+    hidden, head, shard, widest = _checked_head(
+        hidden, linear_weight, linear_bias, low_rank, chunk_bytes, process_group
+    )
     check_tensor("safety_ids", safety_ids, ("K",))
     with torch.no_grad():
         args = make_loss_args(
@@ -305,12 +329,13 @@ def safety_log_probs(
             logit_scale=logit_scale,
             softcap=softcap,
             backend=backend,
+            shard=shard,
         )
         if args.backend == "eager":
             args = args._replace(backend="torch")  # one pass over the same rows
-        chunk_rows = rows_per_chunk(hidden, linear_weight.shape[0], chunk_bytes)
+        chunk_rows = rows_per_chunk(hidden, widest, chunk_bytes)
         lse = autograd.log_normalizer(hidden, head, args, chunk_rows)
-        z_s = project_head(hidden, head, safety_ids, args.logit_scale, args.softcap)
+        z_s = project_head(hidden, head, safety_ids, args.logit_scale, args.softcap, shard)
         return z_s - lse.unsqueeze(1)
 
 
@@ -320,14 +345,20 @@ def _checked_head(
     linear_bias: Tensor | None,
     low_rank: tuple[Tensor, Tensor] | None,
     chunk_bytes: int | None,
-) -> tuple[Tensor, Head]:
-    """Check the operands of the head's products, and cast them as autocast would."""
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Head, VocabShard | None, int]:
+    """Check the operands of the head's products, and cast them as autocast would.
+
+    Returns the largest V that a rank has, too: all have to go through the rows in equal steps.
+    """
     head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
+    head, shard = local_head(head, process_group)
     check_head(hidden, head)
+    widest = head.weight.shape[0] if shard is None else max(shard.sizes) + 1
     hidden, head = cast_for_autocast(hidden, head)
     names = ("linear_weight", "linear_bias", "low_rank", "low_rank")
     for name, value in zip(names, head, strict=True):
         if value is not None:
             check_float(name, value, like=hidden.dtype, of="hidden")
-    check_chunk_bytes(chunk_bytes, row_bytes(hidden, linear_weight.shape[0]))
-    return hidden, head
+    check_chunk_bytes(chunk_bytes, row_bytes(hidden, widest))
+    return hidden, head, shard, widest

@@ -14,6 +14,7 @@ from .checks import (
     check_rows,
 )
 from .contracts import IGNORE_INDEX, LossArgs, SafetyPenalty, accumulation_dtype
+from .parallel import VocabShard
 
 DEFAULT_PENALTY = SafetyPenalty()
 
@@ -37,6 +38,7 @@ def make_loss_args(
     softcap: float | None = None,
     metrics: bool = False,
     backend: str = "auto",
+    shard: VocabShard | None = None,
 ) -> LossArgs:
     """Check what both functions share and turn every default into a tensor."""
     check_options(
@@ -102,7 +104,9 @@ def make_loss_args(
         delta=float(penalty.delta),
         metrics=metrics,
         reduce=reduction != "none",
-        backend=choose_backend(backend, like.device, like.dtype),
+        backend=choose_backend(backend, like.device, like.dtype, spread=shard is not None),
+        group_name="" if shard is None else shard.group.group_name,
+        shard_sizes=[] if shard is None else list(shard.sizes),
     )
 
 

@@ -7,12 +7,13 @@ states then give bitwise equal safety logits, and the penalty is exactly 0.0 bef
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .contracts import accumulation_dtype
+from .parallel import VocabShard, local_rows, same_on_ranks, sum_over_ranks
 
 _ROWS_PER_BLOCK = 1024  # bounds the float32 copy of the hidden states; fixed, see the module's note
 
@@ -35,6 +36,7 @@ def project(
     low_rank: tuple[Tensor, Tensor] | None = None,  # (N, r), (V, r)
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    process_group: Any = None,
 ) -> Tensor:  # (N, K)
     """Compute the logits of the safety ids alone, without the rest of the vocabulary.
 
@@ -51,35 +53,73 @@ def project(
         low_rank: (t, B) of a LoRA on the head, as in `safety_linear_cross_entropy`, or None.
         logit_scale: factor on the head's output.
         softcap: cap in logits, or None for none.
+        process_group: of the ranks that the head's rows are spread over, as in
+            `safety_linear_cross_entropy`.
 
     Returns:
         (N, K) float32 (float64 for float64 inputs), logits.
+
+    Raises:
+        ValueError: with a `process_group`, on a CPU: an id is outside the vocabulary.
 
     Notes:
         Products are made in float32 whatever the inputs' dtype: a bfloat16 logit of 20 has steps
         of 0.125, more than the drift that the penalty has to see. Under autocast the operands are
         first rounded to autocast's dtype, as the head itself would do.
     """
-    head = _rows_of(Head(linear_weight, linear_bias, *(low_rank or ())), safety_ids)
+    head, shard = local_head(Head(linear_weight, linear_bias, *(low_rank or ())), process_group)
+    if shard is not None and safety_ids.device.type == "cpu" and safety_ids.numel():
+        least, most = int(safety_ids.min()), int(safety_ids.max())
+        if least < 0 or most >= shard.vocab:  # else nobody's, and 0
+            raise ValueError(
+                f"`safety_ids` must be in [0, {shard.vocab}); got {least if least < 0 else most}"
+            )
+    head = _rows_of(head, safety_ids, shard)
     hidden, head = cast_for_autocast(hidden, head)  # of K rows, not of the whole head
-    return _project_rows(hidden, head, logit_scale, softcap)
+    return _project_rows(hidden, head, safety_ids, logit_scale, softcap, shard)
 
 
 def project_head(
-    hidden: Tensor, head: Head, safety_ids: Tensor, logit_scale: float, softcap: float | None
+    hidden: Tensor,
+    head: Head,
+    safety_ids: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    shard: VocabShard | None = None,
 ) -> Tensor:  # (N, K)
     """Compute `project` of operands that are already what autocast makes of them."""
-    return _project_rows(hidden, _rows_of(head, safety_ids), logit_scale, softcap)
+    rows = _rows_of(head, safety_ids, shard)
+    return _project_rows(hidden, rows, safety_ids, logit_scale, softcap, shard)
 
 
-def _rows_of(head: Head, ids: Tensor) -> Head:
+def local_head(head: Head, process_group: Any) -> tuple[Head, VocabShard | None]:
+    """Take this rank's rows of a head; `local_rows` says what a process group is."""
     weight, bias, t, b = head
-    bias, b = (None if x is None else x.index_select(0, ids) for x in (bias, b))
-    return Head(weight.index_select(0, ids), bias, t, b)
+    parts = {"linear_weight": weight, "linear_bias": bias, "low_rank[1]": b}
+    (first, bias, b), shard = local_rows(parts, process_group)
+    return Head(weight if first is None else first, bias, t, b), shard
+
+
+def _rows_of(head: Head, ids: Tensor, shard: VocabShard | None) -> Head:
+    """Return the ids' rows of the head; any for those that are another rank's."""
+    if shard is not None and not shard.width:
+        # all are another rank's; made by a product, so that the gradient has its way to them
+        one = ids.new_zeros(len(ids), 0, dtype=head.weight.dtype)
+        bias = None if head.bias is None else one @ head.bias
+        return Head(one @ head.weight, bias, head.t, None if head.b is None else one @ head.b)
+    column = ids if shard is None else shard.columns(ids).clamp(max=shard.width - 1)
+    weight, bias, t, b = head
+    bias, b = (None if x is None else x.index_select(0, column) for x in (bias, b))
+    return Head(weight.index_select(0, column), bias, t, b)
 
 
 def _project_rows(
-    hidden: Tensor, head: Head, logit_scale: float, softcap: float | None
+    hidden: Tensor,
+    head: Head,  # of the K rows
+    ids: Tensor,  # (K,)
+    logit_scale: float,
+    softcap: float | None,
+    shard: VocabShard | None,
 ) -> Tensor:  # (N, K)
     dtype = accumulation_dtype(hidden.dtype)
     if not head.weight.shape[0]:
@@ -89,16 +129,19 @@ def _project_rows(
         weight = head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
         blocks = [
-            torch.nn.functional.linear(block.to(dtype), weight, bias)
+            torch.nn.functional.linear(same_on_ranks(block.to(dtype), shard), weight, bias)
             for block in hidden.split(_ROWS_PER_BLOCK)
         ]
         if head.t is not None and head.b is not None:
             b = head.b.to(dtype).t()
             blocks = [
-                torch.addmm(block, t.to(dtype), b)
+                torch.addmm(block, same_on_ranks(t.to(dtype), shard), b)
                 for block, t in zip(blocks, head.t.split(_ROWS_PER_BLOCK), strict=True)
             ]
-        return scale_and_cap(torch.cat(blocks), logit_scale, softcap)
+        raw = torch.cat(blocks)
+        if shard is not None:  # an id is one rank's, and 0 is added to it: nothing is rounded
+            raw = sum_over_ranks(torch.where(shard.columns(ids) < shard.width, raw, 0.0), shard)
+        return scale_and_cap(raw, logit_scale, softcap)
 
 
 def scale_and_cap(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .contracts import RowOptions, RowTerms, accumulation_dtype
+from .parallel import RowSums, VocabShard
 from .penalties import KINDS, ON_LOG_PROBS, subset_of
 
 _BLOCK_BYTES_CPU = 2 << 20  # about one core's L2; see docs/log.md for the measurement
@@ -94,18 +95,32 @@ def row_step_torch(
     padded: bool = False,
     block_step: BlockStep | None = None,
     block_bytes: int | None = None,
+    shard: VocabShard | None = None,
 ) -> RowTerms:
-    """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
+    """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are.
+
+    With `shard`, `logits` and `grad` have the columns of this rank and one more, of the caller's
+    memory: it stands for every id that is not here, and is 0 in the gradient. The other arguments
+    are those of the whole vocabulary, and so are the terms.
+    """
     rows, vocab = logits.shape
     dtype = accumulation_dtype(logits.dtype)
+    wide_logits, wide_grad, hit = logits, grad, target
+    if shard is not None:
+        vocab = shard.vocab
+        wide_logits, wide_grad = logits[:, :-1], None if grad is None else grad[:, :-1]
     inside = (target >= 0) & (target < vocab)
     ignored = target == options.ignore_index
     column = torch.where(inside, target, 0)
+    id_columns = safety_ids
+    if shard is not None:
+        hit = column = shard.columns(target)
+        id_columns = shard.columns(safety_ids)
     # Everything that single columns need is read before `grad`, which may be `logits`, is written.
     z_y = _scale_and_cap_(logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype), options)
     # Two values of one logit: the row's own, which lse is made of, for the softmax, and the finer
     # one of `project` for the penalty. Mixing them would spoil p_y - 1 where y is a safety id.
-    row_safety_logits = _scale_and_cap_(logits.index_select(1, safety_ids).to(dtype), options)
+    row_safety_logits = _scale_and_cap_(logits.index_select(1, id_columns).to(dtype), options)
     z_s = row_safety_logits if safety_logits is None else safety_logits
 
     norm_known = norm is not None
@@ -122,12 +137,19 @@ def row_step_torch(
         options.metrics and not norm_known,
     )
     asked = (top.new_empty(rows if on else (rows, 0)) for on in (smooth, metrics, metrics))
-    wide = Wide(target, top, log_total, *asked)
+    wide = Wide(hit, top, log_total, *asked)
     if block_bytes is None:
         block_bytes = _BLOCK_BYTES_CPU if logits.device.type == "cpu" else _BLOCK_BYTES
-    n_block = max(1, block_bytes // (vocab * dtype.itemsize))
+    n_block = max(1, block_bytes // max(wide_logits.shape[1] * dtype.itemsize, 1))
     step = block_step or _block_step
-    _in_blocks(step, n_block, logits, wide, options, norm_known, soft, grad)
+    if shard is not None and not norm_known:
+        # the gradient needs the norm of the whole row, so the logits are read twice
+        wide, z_y = _exchange(shard, step, n_block, wide_logits, wide, z_y, options)
+        norm = torch.stack((wide.top, wide.log_total))
+        top, log_total = norm
+    known = norm_known or shard is not None
+    if not known or soft is not None:
+        _in_blocks(step, n_block, wide_logits, wide, options, known, soft, wide_grad)
     lse = top + log_total
     subset = subset_of(z_s, ref, id_weights, lse, options)
     if norm_known:
@@ -158,8 +180,32 @@ def row_step_torch(
             on_ids = _column(p_s, is_target, row_safety_logits, soft, ce_scale, lse, options)
             pull = _where_nonzero(penalty_scale.unsqueeze(1), KINDS[options.kind].slope(subset))
             on_ids += torch.where(pull != 0, pull * _slope(z_s, options), 0.0)
-            grad[row.unsqueeze(1), safety_ids] = on_ids.to(grad.dtype)
+            grad[row.unsqueeze(1), id_columns] = on_ids.to(grad.dtype)
+        if shard is not None:
+            grad[:, -1] = 0
     return terms
+
+
+def _exchange(
+    shard: VocabShard,
+    step: BlockStep,
+    n_block: int,
+    logits: Tensor,  # (n, this rank's columns)
+    wide: Wide,
+    z_y: Tensor,
+    options: RowOptions,
+) -> tuple[Wide, Tensor]:
+    """Look at this rank's columns, and learn of the other ranks' what a row needs."""
+    if logits.shape[1]:
+        _in_blocks(step, n_block, logits, wide, options, False, None, None)
+    else:
+        wide.top.fill_(-torch.inf)
+        for found in wide[2:]:
+            found.zero_()
+    target, *own = wide
+    z_y = torch.where(target < logits.shape[1], z_y, 0.0)
+    top, log_total, z_y, *rest = shard.whole_rows(RowSums(own[0], own[1], z_y, *own[2:]))
+    return Wide(target, top, log_total, *rest), z_y
 
 
 def _soft(

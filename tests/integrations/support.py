@@ -62,6 +62,34 @@ USES = {
         "test_anchor_batches.py::test_rows_of_the_batch_equal_a_pass_of_their_own"
     ),
     "Anchors and gradient accumulation": "test_anchors.py::test_accumulation_equals_one_batch",
+    "A reference cache beside the reference's own passes": (
+        "test_cached_reference.py::test_training_equals_the_live_reference"
+    ),
+    "DDP; FSDP2 with the head in the root, a unit of its own, or tied": (
+        "test_distributed.py::test_a_step_equals_that_of_one_process"
+    ),
+    "Tensor parallelism by transformers' plan, and FSDP2 over it": (
+        "test_distributed.py::test_a_step_equals_that_of_one_process"
+    ),
+    "A sequence split over ranks, with shift_labels": (
+        "test_distributed.py::test_a_step_equals_that_of_one_process"
+    ),
+    "A checkpoint of two ranks on one and on four": (
+        "test_distributed_training.py"
+        "::test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four"
+    ),
+    "Refused: a model already sharded by fully_shard, or in DDP": (
+        "test_distributed.py::test_what_is_refused"
+    ),
+    "Refused: anchors with reentrant checkpointing on several ranks": (
+        "test_distributed_training.py::test_anchors_and_reentrant_checkpointing_are_refused"
+    ),
+    "SafetySFTTrainer: TRL's own numbers, packing, completions, accumulation": (
+        "test_trl.py::test_without_a_penalty_it_is_sft_trainer"
+    ),
+    "A plain loop, Accelerate, Trainer and TRL log the same": (
+        "test_trainers_agree.py::test_all_trainers_log_the_same"
+    ),
     "A reference asked in every n-th forward": (
         "test_reference_schedule.py::test_every_third_forward_counts_three_times"
     ),

@@ -22,6 +22,8 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from tiny_models import fresh_lora, tiny_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from str_kernels.integrations import peft_adapters as ours
 
@@ -54,6 +56,14 @@ INTERNALS = [
              "copying id_weights anew once somebody wrote into them", a(int)),
     Internal("get_cpp_compiler", "torch._inductor.cpp_builder", "backends.py",
              "torch.compile fails only once it compiles", "saying that a compiler is missing"),
+    Internal("_resolve_process_group", "torch.distributed.distributed_c10d", "parallel.py",
+             "an op's schema holds no group, and no public function finds one by its name",
+             "a vocabulary spread over ranks"),
+    Internal("unshard reshard", "fsdp", "sharded_weights.py", SILENT,
+             "a head that is an FSDP2 unit of its own, and refusing a sharded model"),
+    Internal("full_tensor", "dtensor", "sharded_weights.py", SILENT, "looking at a spread head"),
+    Internal("device_mesh", "dtensor", "sharded_weights.py", SILENT,
+             "telling that a head is spread", a(property)),
     Internal("peft.tuners.lora.layer.Linear", "classes", "heads.py",
              "isinstance takes its subclasses for it, and peft need not be there", HEAD),
     Internal("lora_A lora_B lora_dropout", "LoRA", "heads.py", NOT_SAID, HEAD, a(nn.ModuleDict)),
@@ -147,6 +157,8 @@ def holders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "trainer": trainer,
         "arguments": arguments,
         "tensor": torch.zeros(1),
+        "fsdp": FSDPModule,
+        "dtensor": DTensor,
     }
 
 

@@ -1,0 +1,98 @@
+"""attach() on several ranks: the loss and every gradient are those of one process.
+
+Gloo ranks on this machine, started once for each number of them; distributed_cases.py is what runs
+there. Each rank trains a step alone too, and compares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import distributed_cases as cases
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
+
+LOSS, GRADIENTS = 2e-5, 1e-4  # as in docs/support.md, and a tenth of what is granted there
+UNITS = "fsdp, head its own unit"
+TOGETHER = "fsdp, head and embedding one unit"
+PRELOADED = (
+    "peft",
+    "peft.tuners.lora.model",
+    "str_kernels.integrations.attach",
+    "transformers.distributed.tensor_parallel",
+    "transformers.modeling_utils",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gemma2.configuration_gemma2",
+)  # fmt: skip
+BUSY = {"anchors": True, "micro_steps": 2}
+
+
+def calls(ranks: int, seed: int, folder: str) -> dict[str, tuple[Any, ...]]:
+    """Name what runs on so many ranks: (function of distributed_cases, its arguments, options)."""
+    data = "data_parallel"
+    found: dict[str, tuple[Any, ...]] = {}
+    for training in ("lora", "full"):
+        if ranks == 2:
+            found |= {
+                f"ddp {training}": (data, "ddp", "llama", training, seed, BUSY),
+                f"fsdp {training}": (data, "fsdp", "llama", training, seed, BUSY),
+                f"{UNITS} {training}": (data, UNITS, "llama", training, seed, BUSY),
+                f"fsdp tied {training}": (data, "fsdp", "llama-tied", training, seed, {}),
+                f"{TOGETHER} {training}": (data, TOGETHER, "llama-tied", training, seed, {}),
+                f"fsdp logits {training}": (
+                    data, "fsdp", "llama", training, seed, {"path": "logits"},
+                ),
+                f"tensor parallel logits {training}": (
+                    "tensor_parallel", training, seed, folder, {"path": "logits"},
+                ),
+            }  # fmt: skip
+        else:
+            found[f"{UNITS} {training}"] = (data, UNITS, "llama", training, seed, {})
+            found[f"fsdp and tensor parallel {training}"] = (
+                "fsdp_and_tensor_parallel", training, seed, {},
+            )  # fmt: skip
+        found[f"tensor parallel {training}"] = (
+            "tensor_parallel", training, seed, folder, {"anchors": True},
+        )  # fmt: skip
+    found["split sequence"] = ("split_sequence", seed, {})
+    if ranks == 2:
+        found["refusals"] = ("refusals", seed, {})
+    return found
+
+
+NAMES = [(ranks, name) for ranks in (2, 4) for name in calls(ranks, 0, "") if name != "refusals"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank found, by the number of ranks."""
+    results = {}
+    for ranks in (2, 4):
+        folder = tmp_path_factory.mktemp("ranks")
+        todo = calls(ranks, 11, str(folder))
+        results[ranks] = run_ranks(ranks, cases.run_all, todo, folder=folder, preload=PRELOADED)
+    return results
+
+
+@pytest.mark.parametrize(("ranks", "name"), NAMES)
+def test_a_step_equals_that_of_one_process(ranks: int, name: str, found) -> None:
+    for of_rank in found[ranks]:
+        errors = of_rank[name]
+        assert isinstance(errors, dict), errors
+        assert errors["loss"] <= LOSS and errors["gradients"] <= GRADIENTS
+        assert errors.get("equal", True)  # the loss, in every bit
+        if name.startswith("tensor parallel") and name.endswith("lora"):
+            assert errors["penalty at first"] == 0.0
+
+
+def test_what_is_refused(found) -> None:
+    for of_rank in found[2]:
+        said = of_rank["refusals"]
+        for name, argument in (("attached after", "model"), ("a ref_model after", "ref_model")):
+            text = f"`{argument}` must be given to attach() before fully_shard(); got one that is"
+            assert said[f"{name} fully_shard"].startswith(text)
+        assert "DistributedDataParallel" in said["attached after DDP"]
+        assert said["spread since"].startswith("`model` must have its head in one unit")
