@@ -12,7 +12,8 @@ from test_trainer import Padding, Rows
 from tiny_models import VOCAB, fresh_lora, tiny_model, with_lora
 from transformers import TrainingArguments
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
+from str_kernels.integrations.anchors import AnchorRow
 from str_kernels.integrations.cached_reference import cache_model
 from str_kernels.integrations.fingerprint import model_fingerprint
 from str_kernels.integrations.hf_trainer import SafetyTrainer
@@ -251,6 +252,30 @@ def test_a_batch_with_values_of_another_batch(base: Any, rows: Any, folder: Any,
     with attach(model.train(), TOKENS, reference=cached):
         with pytest.raises(ValueError, match="row 1 of the batch is not there"):
             model(**pad(absent))
+
+
+def test_anchors_beside_a_reference_that_is_asked_in_every_second_forward(
+    base: Any, rows: Any, tmp_path: Any, seed: int
+) -> None:
+    """What the collator looked up is the batch's, and no anchor's, though nobody asked for it."""
+    two = [row[:4] for row in rows[1:3]]  # a batch as large as the anchors
+    cache_model(base, [*two, rows[0][:4]], TOKENS, tmp_path / "cache")
+    cached = CachedReference(tmp_path / "cache")
+    model = with_lora(base, seed).train()
+    anchors = AnchorPrompts([AnchorRow(tuple(row)) for row in two], per_step=1)
+
+    def losses(collate: Any, **reference: Any) -> list[float]:
+        found = []
+        with attach(model, TOKENS, anchors=anchors, ref_every=2, **reference) as handle:
+            for step in range(4):
+                handle.step = step
+                found.append(float(model(**collate([rows[0][:4]])).loss.detach()))
+        return found
+
+    expected = losses(pad)
+    assert losses(pad, reference=cached) == pytest.approx(expected, rel=1e-5)
+    given = losses(cached.with_collator(pad), reference=cached)
+    assert given == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_full_fine_tuning_may_begin_and_be_resumed(
