@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
 from str_kernels.atomic import replacing
 
 from .results import Row, origin
@@ -45,6 +45,7 @@ class Setup:
         batch_size: rows of a micro-step.
         accumulation: micro-steps of a step.
         learning_rate: of the first step.
+        anchors: prompts at which the model is held in each step too.
     """
 
     make_model: Callable[[], Any]
@@ -55,6 +56,12 @@ class Setup:
     batch_size: int = 2
     accumulation: int = 2
     learning_rate: float = 1e-3
+    anchors: AnchorPrompts | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `attach`."""
+        return {"penalty": self.penalty, "anchors": self.anchors}
 
     @property
     def steps(self) -> int:
@@ -86,7 +93,7 @@ def plain_loop(setup: Setup) -> Log:
     optimizer, schedule = _optimizer(model, setup)
     log: Log = []
     batches = setup.micro_batches()
-    with attach(model, setup.tokens, penalty=setup.penalty) as handle:
+    with attach(model, setup.tokens, **setup.options) as handle:
         for start in range(0, len(batches), setup.accumulation):
             window = batches[start : start + setup.accumulation]
             count = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
@@ -106,7 +113,7 @@ def accelerate_loop(setup: Setup) -> Log:
 
     accelerator = Accelerator(gradient_accumulation_steps=setup.accumulation, cpu=True)
     model = setup.make_model().train()
-    handle = attach(model, setup.tokens, penalty=setup.penalty)  # before prepare() wraps it
+    handle = attach(model, setup.tokens, **setup.options)  # before prepare() wraps it
     optimizer, schedule = _optimizer(model, setup)
     batches = setup.micro_batches()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -143,7 +150,7 @@ def safety_trainer(setup: Setup) -> Log:
             train_dataset=setup.rows(),
             data_collator=DataCollatorForSeq2Seq(setup.tokenizer, label_pad_token_id=-100),
             safety_tokens=setup.tokens,
-            penalty=setup.penalty,
+            **setup.options,
         )
         return _trained(trainer)
 
@@ -169,7 +176,7 @@ def safety_sft_trainer(setup: Setup) -> Log:
             train_dataset=Dataset.from_list(rows),
             processing_class=setup.tokenizer,
             safety_tokens=setup.tokens,
-            penalty=setup.penalty,
+            **setup.options,
         )
         return _trained(trainer)
 

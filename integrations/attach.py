@@ -14,6 +14,7 @@ from ..safety_tokens import SafetyTokens
 from .anchor_pass import AnchorPass
 from .anchors import AnchorPrompts
 from .cached_reference import given_reference
+from .hf_models import check_own_forward
 from .loss_paths import PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
@@ -133,6 +134,7 @@ def attach(
         )
     check_student(model)
     check_not_sharded("model", model)
+    check_own_forward(inner)
     if reference is None and ref_model is None and has_adapters(model):
         check_adapters(model)
     elif is_prompt_learning(model):

@@ -140,6 +140,21 @@ def probe_head(model: nn.Module) -> Head:
     return head
 
 
+def check_own_forward(model: nn.Module) -> None:
+    """Refuse a model whose class has a forward of Unsloth's.
+
+    It makes the loss in kernels of its own, of a head that it may not call, and keeps buffers
+    between the forwards of a step.
+    """
+    module = str(getattr(type(model).forward, "__module__", ""))
+    if module.partition(".")[0] in ("unsloth", "unsloth_zoo"):
+        raise ValueError(
+            f"`model` must have transformers' own forward; got {module}. Unsloth makes the loss in "
+            "kernels of its own: load the model by transformers, or use the functions of "
+            "str_kernels on hidden states"
+        )
+
+
 @not_compiled
 def check_head(model: nn.Module, head: Head) -> None:
     """Refuse to go on with a head that was replaced, wrapped or merged since it was probed."""

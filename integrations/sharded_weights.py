@@ -28,7 +28,12 @@ def whole(part: Tensor) -> Tensor:
 
 
 def check_not_sharded(name: str, model: nn.Module) -> None:
-    """Refuse a model that FSDP2 has spread: outside its own forward its weights are parts."""
+    """Refuse a model that FSDP2 or ZeRO-3 has spread: outside its own forward it has but parts."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"`{name}` must not be spread by DeepSpeed's ZeRO-3, under which the head is put away "
+            "before the loss reads it. ZeRO-2, FSDP2 and tensor parallelism are exact"
+        )
     if any(map(_is_fsdp, model.modules())):
         raise ValueError(
             f"`{name}` must be given to attach() before fully_shard(); got one that is sharded"

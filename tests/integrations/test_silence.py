@@ -224,3 +224,24 @@ def test_a_removed_handle_stays_removed(lora: Any) -> None:
     handle.remove()
     with pytest.raises(RuntimeError, match="was removed"):
         handle.__enter__()
+
+
+@pytest.mark.parametrize("name", ["unsloth.models.llama", "unsloth_zoo.compiled"])
+def test_a_forward_of_unsloth_s_is_refused(name: str, seed: int, monkeypatch: Any) -> None:
+    model = fresh_lora(tiny_model("llama", seed))
+    forward = type(model.get_base_model()).forward
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    theirs.__module__ = name
+    monkeypatch.setattr(type(model.get_base_model()), "forward", theirs)
+    with pytest.raises(ValueError, match=f"got {name}. Unsloth makes the loss"):
+        attach(model, TOKENS)
+
+
+def test_a_model_in_zero_3_is_refused(seed: int) -> None:
+    model = fresh_lora(tiny_model("llama", seed))
+    next(model.parameters()).ds_id = 0  # as deepspeed.zero.Init marks what it has put away
+    with pytest.raises(ValueError, match="must not be spread by DeepSpeed's ZeRO-3"):
+        attach(model, TOKENS)

@@ -10,7 +10,7 @@ from tiny_models import fresh_lora
 from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from str_kernels import SafetyPenalty, SafetyTokens
+from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens
 
 pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
 from bench import trainers
@@ -18,9 +18,10 @@ from bench import trainers
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning")
 
 
+@pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 def test_all_trainers_log_the_same(
-    batch_size: int, accumulation: int, seed: int, tmp_path: Any
+    batch_size: int, accumulation: int, anchored: bool, seed: int, tmp_path: Any
 ) -> None:
     folder = save_tiny_model(tmp_path / "model", seed)
 
@@ -33,9 +34,12 @@ def test_all_trainers_log_the_same(
         for a in range(1, 5)
         for b in range(1, 5)
     ]
+    anchors = None
+    if anchored:  # one in each step, and another one in the next
+        anchors = AnchorPrompts.from_prompts(chat_tokenizer(), ["help me", "bye", "7"], per_step=1)
     setup = trainers.Setup(
         make_model, chat_tokenizer(), examples, SafetyTokens(ids=[10, 11, 13, 14]),
-        SafetyPenalty(0.3), batch_size, accumulation, learning_rate=2e-2,
+        SafetyPenalty(0.3), batch_size, accumulation, learning_rate=2e-2, anchors=anchors,
     )  # fmt: skip
     expected = trainers.plain_loop(setup)
     assert len(expected) == 4 and expected[-1]["safety/penalty"] > 1e-4
