@@ -120,6 +120,11 @@ class SafetyForward:
         target = target.to(self.path.device or target.device)
         if row_weight is None:
             row_weight = row_weight_at(self.positions, target, batch.get("attention_mask"))
+        elif self.positions != "response":
+            raise ValueError(
+                f"`positions` must be 'response' for batches with `{ROW_WEIGHT}`, which says where "
+                f"the penalty is taken; got {self.positions!r}"
+            )
         elif row_weight.shape != target.shape:
             raise ValueError(
                 f"`{ROW_WEIGHT}` must have the labels' shape {tuple(target.shape)}; got "

@@ -139,3 +139,6 @@ def test_what_cannot_be_joined_is_named(seed: int) -> None:
     batch = padding("right")(rows_of(seed))
     with attach(model, TOKENS), pytest.raises(ValueError, match="`safety_row_weight` must have"):
         model(**batch, safety_row_weight=torch.ones(2, 2))
+    weight = torch.ones_like(batch["labels"], dtype=torch.float32)
+    with attach(model, TOKENS, positions=3), pytest.raises(ValueError, match="`positions` must"):
+        model(**batch, safety_row_weight=weight)
