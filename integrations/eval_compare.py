@@ -207,7 +207,7 @@ def _shared_rules(runs: Sequence[Run]) -> list[str]:
     used = {rule for run in runs for rule in run.report["settings"]["rules"]}
     rules = [rule for rule in RULES if rule in used] or [RULES[0]]
     rows = [row for run in runs for kind in KINDS for row in run.report["answers"][kind]]
-    judges = {run.report["settings"]["judge"] for run in runs}
+    judges = {run.report["settings"].get("judge") for run in runs}
     # a pair that two judges looked at tells them apart, and not the runs
     judged = len(judges) == 1 and all(JUDGE in row["outcomes"] for row in rows)
     return [*rules, JUDGE] if rows and judged else list(rules)
@@ -304,7 +304,7 @@ def _differences(first: Run, run: Run) -> list[str]:
 
 def _other_judges(runs: Sequence[Run]) -> list[str]:
     """Say that verdicts of different judges are left out."""
-    judges = [run.report["settings"]["judge"] for run in runs]
+    judges = [run.report["settings"].get("judge") for run in runs]
     if len(set(judges)) < 2:
         return []
     asked = ", ".join(f"{run.name}: {judge}" for run, judge in zip(runs, judges, strict=True))
