@@ -67,8 +67,8 @@ def _show(report: dict[str, Any], output: Path) -> None:
     for found in report["tasks"].values():
         console.print(escape(found["summary"]), soft_wrap=True)
     console.print(
-        "One model, one seed, one rule for refusals, greedy answers cut at 12 tokens. The task loss "
-        "is of held-out answers without the opening.",
+        "One model, one seed, one rule for refusals, greedy answers cut at 12 tokens. The task "
+        "loss is of held-out answers without the opening.",
         soft_wrap=True,
     )
     console.print(f"Written to {escape(str(output))}: report.json, study.png", soft_wrap=True)

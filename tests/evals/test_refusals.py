@@ -231,6 +231,7 @@ def test_load_prompts_reads_a_file(tmp_path: Path) -> None:
         (b'{"prompt": " "}', "\"prompt\" must be a string with text in it; got ' '"),
         (b'{"prompt": "a", "topic": 3}', '"topic" must be a string; got 3'),
         (b'{"prompt": "a", "kind": null}', '"kind" must be "harmful" or "harmless"; got None'),
+        (b'{"prompt": "\\ud83d"}', '"prompt" must be text'),
         (b'{"prompt": "\xff"}', "codec can't decode byte 0xff"),
     ],
 )

@@ -155,6 +155,13 @@ def test_rules_are_counted_again_and_a_judge_is_believed(tmp_path: Path) -> None
     assert counts["judge"]["harmful"]["total"] == 1
     judged = [pair for pair in found["pairs"] if (pair["rule"], pair["kind"])[0] == "judge"]
     assert (judged[0]["total"], judged[0]["only_first"], judged[0]["only_second"]) == (1, 1, 0)
+    # two judges tell themselves apart, and not the runs
+    report = json.loads((folders[0] / "eval.json").read_text())
+    report["settings"]["judge"] = "another"
+    (folders[0] / "eval.json").write_text(json.dumps(report))
+    found = compare_runs(read_runs(folders))
+    assert found["rules"] == ["opening", "gcg"]
+    assert any("judges are not the same" in text for text in found["differences"])
 
 
 def test_what_is_not_the_same_is_said(runs: list[Path], tmp_path: Path) -> None:
@@ -174,6 +181,10 @@ def test_what_is_not_the_same_is_said(runs: list[Path], tmp_path: Path) -> None:
     assert found["differences"] == [
         "aligned (2) differs from aligned in answer_tokens: 6 instead of 12"
     ]
+    files = {"task": "1" * 64, "text": None}
+    other = write_run(tmp_path / "y" / "aligned", [REFUSAL] * 10, [OTHER] * 4, files=files)
+    found = compare_runs(read_runs([runs[0], other]))
+    assert found["differences"] == ["aligned (2) differs from aligned in the task's rows"]
 
 
 def test_drift_from_another_reference_is_said(tmp_path: Path) -> None:
