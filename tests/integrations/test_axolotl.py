@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from str_kernels.integrations.attach_settings import NAMES
 
+pytest.importorskip("pydantic")  # which Axolotl brings
 PLUGIN = "str_kernels.integrations.axolotl_plugin"
 
 

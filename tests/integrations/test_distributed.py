@@ -81,6 +81,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 def test_a_step_equals_that_of_one_process(ranks: int, name: str, found) -> None:
     for of_rank in found[ranks]:
         errors = of_rank[name]
+        if isinstance(errors, str) and "unexpected keyword argument 'tp_size'" in errors:
+            pytest.skip("this transformers has no DistributedConfig(tp_size=)")
         assert isinstance(errors, dict), errors
         assert errors["loss"] <= LOSS and errors["gradients"] <= GRADIENTS
         assert errors.get("equal", True)  # the loss, in every bit
