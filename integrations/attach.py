@@ -82,7 +82,8 @@ def attach(
             same.
         ref_tokens: the reference reads so many of the batch's first columns and no more; nothing
             is compared after them. For rows padded on the right, each by itself: of packed rows
-            the later ones would have no penalty, and raise.
+            the later ones would have no penalty, which raises where `cu_seq_lens_*`, or
+            `position_ids` on a CPU, show them.
         path: "linear" reads the head's weight and never makes the full logits; "logits" takes
             the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
             or DoRA), and keeps them all in memory. docs/support.md says which model needs which.

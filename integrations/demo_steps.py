@@ -9,29 +9,35 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__
 from ..atomic import replacing_folder, write_json
 from ..contracts import SafetyPenalty
+from ..evals.prompt_sets import data_digest
 from ..evals.refusals import RefusalCounts, evaluate_refusals, load_prompts
 from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
+from .anchors import AnchorPrompts
+from .builtin_model import builtin_model_folder
 from .chat_data import Example, encode_examples
 from .demo_data import is_right, lesson, sums
 from .demo_report import share
-from .evaluation import drift_at_answer_start, held_out_loss
 from .generation import answer_prompts
+from .measures import combine_drift, drift_by_position, held_out_loss
+from .peft_adapters import is_peft_model
 from .training import TrainingOptions, train_lora
 
 ANSWER_TOKENS = 12  # of an answer to a probe: enough to tell a refusal, and all that is ever stored
 MAX_LENGTH = 256
+_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,109 @@ class Probes:
         return cls(harmful, benign, sums(plan.task_probes, plan.seed + 1, exclude=trained))
 
 
+class DemoRun:
+    """What the demo and the study do alike: the taught model, its questions, a fine-tuning of it.
+
+    Attributes:
+        plan: how much to do.
+        tokens: the safety tokens, and control: as many random ones.
+        sums: the rows of the task.
+        stages: results on disk.
+    """
+
+    def __init__(self, output: Path, plan: DemoPlan, watch: Watcher | None) -> None:
+        self.plan = plan
+        self.watch: Watcher = watch or (lambda stage, done, total: None)
+        source = builtin_model_folder(progress=lambda text: self.watch(text, 0, 1))
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.stages = Stages(output / "stages", plan)
+        self.tokens = SafetyTokens.from_templates(self.tokenizer)
+        count = len(self.tokens)
+        self.control = SafetyTokens.random(
+            self.tokenizer, count, seed=plan.seed, exclude=self.tokens
+        )
+        self.sums = sums(plan.task_steps * plan.task_rows, plan.seed)
+        self.probes = Probes.load(plan, self.sums)
+        self._taught = self.stages.folder(
+            "taught", lambda folder: teach(source, self.tokenizer, folder, plan, self.watch)
+        )
+
+    def base(self) -> dict[str, Any]:
+        """Return what the taught model is measured by."""
+        found = self.stages.result("base", lambda: self._evaluate(load(self._taught), "base"))
+        return {"name": "taught base", "log": [], **found}
+
+    def fine_tune(
+        self,
+        name: str,
+        rows: list[Example],
+        held: SafetyTokens,
+        weight: float,
+        *,
+        anchors: AnchorPrompts | None = None,
+        stage: str | None = None,
+    ) -> dict[str, Any]:
+        """Return the log and the measures of one fine-tuning of the taught model.
+
+        Args:
+            name: of the run.
+            rows: all rows, in as many steps as the plan has.
+            held: the ids of the penalty; the drift is always that of the safety tokens.
+            weight: of the penalty; 0 is cross-entropy, with the drift still measured.
+            anchors: prompts that are held too.
+            stage: what its file and its progress are called; `name` when None.
+        """
+        stage = stage or name
+        found = self.stages.result(
+            stage.replace(" ", "-"),
+            lambda: self._fine_tune(stage, rows, held, weight, anchors),
+        )
+        return {"name": name, **found}
+
+    def _fine_tune(
+        self,
+        stage: str,
+        rows: list[Example],
+        held: SafetyTokens,
+        weight: float,
+        anchors: AnchorPrompts | None,
+    ) -> dict[str, Any]:
+        steps = self.plan.task_steps
+        options = TrainingOptions(
+            steps=steps,
+            batch_size=len(rows) // steps,
+            learning_rate=self.plan.learning_rate,
+            seed=self.plan.seed,
+        )
+        start = time.perf_counter()
+        model, log = train_lora(
+            load(self._taught),
+            self.tokenizer,
+            encode_examples(self.tokenizer, rows, MAX_LENGTH),
+            held,
+            SafetyPenalty(weight),
+            options,
+            anchors=anchors,
+            on_step=lambda step: self.watch(f"fine-tune: {stage}", step, steps),
+        )
+        seconds = (time.perf_counter() - start) / steps
+        return {"log": log, "seconds_per_step": seconds, **self._evaluate(model, stage)}
+
+    def _evaluate(self, model: Any, name: str) -> dict[str, Any]:
+        return evaluate(model, self.tokenizer, self.tokens, self.probes, name, self.watch)
+
+    def about(self) -> dict[str, Any]:
+        """Return what a report says before its results."""
+        return {
+            "schema_version": 1,
+            "version": __version__,
+            "torch": torch.__version__,
+            "plan": asdict(self.plan),
+            "safety_tokens": {"count": len(self.tokens), "source": self.tokens.source},
+            "random_tokens": {"count": len(self.control), "source": self.control.source},
+        }
+
+
 def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Watcher) -> None:
     """Make the aligned model: LoRA on refusals and on the model's own benign answers, merged."""
     model = load(source)
@@ -156,18 +265,23 @@ def evaluate(
         "benign": _counts(evaluate_refusals(answer, probes.benign, batch_size=128)),
         "accuracy": share(sum(right), len(right)),
         "task_loss": held_out_loss(model, tokenizer, encoded),
-        "drift": drift_at_answer_start(model, tokenizer, tokens, probes.harmful),
+        "drift": _drift_at_answer_start(model, tokenizer, tokens, probes.harmful),
     }
 
 
-def task_options(plan: DemoPlan, batch_size: int | None = None) -> TrainingOptions:
-    """Return how each fine-tuning of a plan is run."""
-    return TrainingOptions(
-        steps=plan.task_steps,
-        batch_size=batch_size or plan.task_rows,
-        learning_rate=plan.learning_rate,
-        seed=plan.seed,
+def _drift_at_answer_start(
+    model: Any, tokenizer: Any, tokens: SafetyTokens, prompts: list[str]
+) -> dict[str, float] | None:
+    """Return the drift where an answer begins; None for a model without adapters, unmoved."""
+    if not is_peft_model(model):
+        return None
+    found = combine_drift(
+        [
+            drift_by_position(model, tokenizer, tokens, prompts[start : start + _BATCH], 1)
+            for start in range(0, len(prompts), _BATCH)
+        ]
     )
+    return {"rms": found[0].rms, "mean_abs": found[0].mean_abs, "max_abs": found[0].max_abs}
 
 
 def _counts(counts: RefusalCounts) -> dict[str, Any]:
@@ -198,12 +312,13 @@ def _counter(watch: Watcher, stage: str, total: int) -> Callable[[int], None]:
 
 
 class Stages:
-    """Results of finished stages on disk, under a key of the plan and the version."""
+    """Results of finished stages on disk, under a key of plan, version and the package's data."""
 
     def __init__(self, root: Path, plan: DemoPlan) -> None:
         key = json.dumps([__version__, torch.__version__, str(cpu_dtype()), asdict(plan)])
+        digest = hashlib.sha256(key.encode() + data_digest())
         self.root = root
-        self.folder_of_plan = root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        self.folder_of_plan = root / digest.hexdigest()[:16]
         self.folder_of_plan.mkdir(parents=True, exist_ok=True)
 
     def result(self, name: str, make: Callable[[], Any]) -> Any:

@@ -15,12 +15,12 @@ from .chat_data import Example, encode_examples
 from .eval_inputs import NamedModel, PromptList
 from .eval_options import KINDS, EvalOptions
 from .eval_stages import EvalStages
-from .evaluation import held_out_loss
 from .generation import answer_prompts, answer_texts
 from .measures import (
     EXACT_MATCH_RULE,
     combine_drift,
     drift_by_position,
+    held_out_loss,
     is_exact_match,
     question_and_answer,
     text_perplexity,

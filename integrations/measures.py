@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DataCollatorForSeq2Seq
 
 from ..evals.drift import DriftStatistics, drift_statistics
 from ..safety_tokens import SafetyTokens
@@ -19,6 +20,7 @@ from .loss_paths import LossPath, make_path
 from .peft_adapters import adapters_off, check_adapters, is_peft_model, is_prompt_learning
 from .references import read_safety_logits
 
+_ROWS = 32  # of one forward
 EXACT_MATCH_RULE = (
     "equal after runs of white space are made one blank, blanks at both ends removed and one final "
     "period dropped; upper and lower case are told apart"
@@ -71,6 +73,19 @@ def question_and_answer(tokenizer: Any, example: Example) -> tuple[str, str]:
         list(example.messages[:last]), tokenize=False, add_generation_prompt=True
     )
     return question, example.messages[last]["content"]
+
+
+def held_out_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, list[int]]]) -> float:
+    """Return the mean cross-entropy of all labels in `rows`, nats per token."""
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    total = count = 0.0
+    with torch.inference_mode(), evaluation_mode(model):
+        for start in range(0, len(rows), _ROWS):
+            batch = collate(list(rows[start : start + _ROWS])).to(model.device)
+            labels = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(model(**batch).loss) * labels
+            count += labels
+    return total / max(count, 1.0)
 
 
 def text_perplexity(

@@ -20,7 +20,7 @@ from .loss_paths import LossPath
 from .positions import ROW_WEIGHT, Positions, beside, row_weight_at
 from .references import Reference
 
-FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Any], Any]
+FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Tensor], Any]
 """From the model's output, the loss, its terms, the target and the divisor to what TRL expects."""
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 _CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
@@ -89,11 +89,13 @@ class SafetyForward:
         self.reference.skip(batch)
         self.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
-        loss, share = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
+        loss = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
         if self.anchor_pass is not None and len(self.safety_tokens):
+            share = _count(target) / _as_tensor(num_items, target.device).clamp(min=1)
             loss = loss + self.anchor_pass(self.original, batch, safety_ids, self.penalty, share)
         if fused and self.fused_output is not None and self.last is not None:
-            return self.fused_output(output, loss, self.last, target, num_items)
+            items = _as_tensor(num_items, target.device)
+            return self.fused_output(output, loss, self.last, target, items)
         output = self._with_loss(output, loss)
         return output.to_tuple() if as_tuple else output
 
@@ -143,8 +145,8 @@ class SafetyForward:
         ref: Tensor | None,  # (B, T, K)
         row_weight: Tensor | None,  # (B, T)
         metrics: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Make the rows' loss and keep its terms; return it, and the batch's share of the step."""
+    ) -> Tensor:
+        """Make the rows' loss and keep its terms."""
         if states.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
@@ -167,8 +169,7 @@ class SafetyForward:
             metrics=metrics,
         )
         self.last = terms.detach()
-        items = torch.as_tensor(num_items).to(target.device, non_blocking=True)
-        return terms.loss, _count(target) / items.clamp(min=1)
+        return terms.loss
 
     @not_compiled
     def _with_loss(self, output: Any, loss: Tensor) -> Any:
@@ -195,5 +196,14 @@ def _check_logits_to_keep(batch: dict[str, Any]) -> None:
         raise ValueError("`logits_to_keep` must be 0 when labels are given to an attached model")
 
 
+@not_compiled
+def _as_tensor(number: Any, device: torch.device) -> Tensor:  # ()
+    """Take a count to the device; a Python number is filled in there and not copied."""
+    if isinstance(number, Tensor):
+        return number.to(device, non_blocking=True)
+    return torch.full((), number, device=device)
+
+
+@not_compiled
 def _count(target: Tensor) -> Tensor:  # ()
     return (target != IGNORE_INDEX).sum()

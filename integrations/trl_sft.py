@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -60,13 +59,12 @@ def _as_trl_output(
     loss: Tensor,  # ()
     terms: SafetyLoss,
     target: Tensor,  # (B, T)
-    num_items: Any,
+    num_items: Tensor,  # ()
 ) -> FusedCausalLMOutput:
     """Return what TRL sums over all positions and divides, as one position that holds the sums."""
-    items = torch.as_tensor(num_items).to(loss.device)
 
     def total(mean: Tensor | None) -> Tensor | None:
-        return None if mean is None else (mean * items).reshape(1, 1)
+        return None if mean is None else (mean * num_items).reshape(1, 1)
 
     return FusedCausalLMOutput(
         log_probs=total(-loss),

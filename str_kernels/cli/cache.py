@@ -14,7 +14,15 @@ from rich.table import Table
 from ..cache_format import DTYPES
 from ..contracts import Backend, PenaltyKind
 from ..reference_cache import CachedReference, read_timings, verify_cache
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import (
+    JSON_OPTION,
+    SAFETY_TOKENS_OPTION,
+    TEMPLATES_OPTION,
+    import_integration,
+    print_json,
+    progress,
+    readable_errors,
+)
 
 app = typer.Typer(
     name="cache",
@@ -33,12 +41,8 @@ def build(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
     data: Annotated[Path, typer.Argument(help="JSONL, as for finetune.")],
     output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
-    safety_tokens: Annotated[
-        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
-    ] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
-    ] = None,
+    safety_tokens: SAFETY_TOKENS_OPTION = None,
+    templates: TEMPLATES_OPTION = None,
     anchors: Annotated[
         str | None,
         typer.Option(help='Prompts to cache too: JSONL with "prompt", or a built-in set.'),

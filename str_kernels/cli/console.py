@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,12 @@ from ..evals.printable import printable
 
 JSON_OPTION = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
+]
+SAFETY_TOKENS_OPTION = Annotated[
+    Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
+]
+TEMPLATES_OPTION = Annotated[
+    Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
 ]
 _PACKAGE = __package__.partition(".")[0]
 

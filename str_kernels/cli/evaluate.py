@@ -15,6 +15,7 @@ from ..evals.printable import printable
 from ..evals.rules import RULES
 from .console import (
     JSON_OPTION,
+    SAFETY_TOKENS_OPTION,
     import_integration,
     print_json,
     progress,
@@ -45,9 +46,7 @@ def run(
         Path | None, typer.Option(help="JSONL rows as for finetune: exact matches and loss.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Plain text, for its perplexity.")] = None,
-    safety_tokens: Annotated[
-        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
-    ] = None,
+    safety_tokens: SAFETY_TOKENS_OPTION = None,
     reference: Annotated[
         str | None,
         typer.Option(help="Model that drift is measured from; MODEL without its adapter if unset."),

@@ -11,7 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..contracts import Backend, PenaltyKind, SafetyPenalty
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import (
+    JSON_OPTION,
+    SAFETY_TOKENS_OPTION,
+    TEMPLATES_OPTION,
+    import_integration,
+    print_json,
+    progress,
+    readable_errors,
+)
 
 _KINDS, _BACKENDS = get_args(PenaltyKind), get_args(Backend)
 
@@ -38,12 +46,8 @@ def finetune(
     positions: Annotated[
         str, typer.Option(help="'response', 'all', or the first m labels of each response.")
     ] = "response",
-    safety_tokens: Annotated[
-        Path | None, typer.Option(help="A safety_tokens.json, instead of the templates.")
-    ] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
-    ] = None,
+    safety_tokens: SAFETY_TOKENS_OPTION = None,
+    templates: TEMPLATES_OPTION = None,
     anchors: Annotated[
         str | None,
         typer.Option(

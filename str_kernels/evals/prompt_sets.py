@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -67,6 +68,15 @@ def load_prompts(name_or_path: str | Path, *, column: str | None = None) -> list
     if not rows:
         raise ValueError(f"`name_or_path` must hold at least one prompt; got the empty {source}")
     return rows
+
+
+def data_digest() -> bytes:
+    """Return the SHA-256 of all prompts and phrases that come with the package."""
+    digest = hashlib.sha256()
+    files = (path for ending in ("json", "jsonl", "txt") for path in _DATA.rglob(f"*.{ending}"))
+    for file in sorted(files):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.digest()
 
 
 def _json_rows(source: Path) -> Iterator[tuple[dict[str, Any], str]]:

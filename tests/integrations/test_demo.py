@@ -117,8 +117,8 @@ def builtin():
 def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
     """A demo killed after the second fine-tuning goes on with the third and not from the start."""
     taught = []
-    original = demo.teach
-    monkeypatch.setattr(demo, "teach", lambda *a: (taught.append(1), original(*a)))
+    original = demo_steps.teach
+    monkeypatch.setattr(demo_steps, "teach", lambda *a: (taught.append(1), original(*a)))
     trained = []
     train_lora = demo_steps.train_lora
 
@@ -128,8 +128,7 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return train_lora(*args, **kwargs)
 
-    for module in (demo, demo_steps):
-        monkeypatch.setattr(module, "train_lora", count)
+    monkeypatch.setattr(demo_steps, "train_lora", count)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(tmp_path, demo_steps.QUICK)
     assert not (tmp_path / "report.json").exists()

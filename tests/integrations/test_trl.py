@@ -120,7 +120,8 @@ def test_its_loss_is_cross_entropy_and_penalty(anchored: bool, seed: int, tmp_pa
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulation_equals_one_batch(micro: int, seed: int, tmp_path: Any) -> None:
-    config = {"safety_weight": 0.3, "max_steps": 2}
+    # AdamW's first steps are the signs of gradients, which rounding decides where they are near 0
+    config = {"safety_weight": 0.3, "max_steps": 2, "optim": "sgd", "learning_rate": 0.5}
     options: dict[str, Any] = {
         "safety_tokens": TOKENS,
         "anchors": AnchorPrompts.from_prompts(chat_tokenizer(), ["help me", "bye"], per_step=1),
