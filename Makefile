@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 TYPES := .venv/types
 
-.PHONY: help demo test check lint types bench bench-compare sweep compat support gpu clean
+.PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed support gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -54,6 +54,10 @@ sweep: ## attach() on every model type of transformers, tiny: docs/support/model
 compat: ## the tests of integrations/ on older and newer releases, in .nox (ARGS: options of nox)
 	@$(READY) dev
 	$(RUN) -m nox -s compat $(ARGS)
+
+deepspeed: ## the tests of ZeRO on this machine's CPU, in .nox (ARGS: options of pytest)
+	@$(READY) dev
+	$(RUN) -m nox -s deepspeed -- $(ARGS)
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev

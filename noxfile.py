@@ -1,7 +1,8 @@
-"""The tests of integrations/ on the oldest releases that pyproject.toml allows, and on later ones.
+"""The tests that need an environment of their own: other releases, and DeepSpeed.
 
 `make compat` runs every row of the matrix in an environment of its own, kept in .nox, and adds what
 came of it to bench/results/compat.csv. `make compat ARGS='-s "compat(5.0.0)"'` runs one.
+`make deepspeed` runs the tests of ZeRO, for which DeepSpeed is built without its kernels.
 """
 
 from __future__ import annotations
@@ -60,3 +61,17 @@ def compat(session: nox.Session, versions: tuple[str, ...]) -> None:
             success_codes=[0, 1],  # 1: a test failed, which is a row too
         )
         session.run("python", "-m", "bench.compat", f"{scratch}/report.xml", *exact)
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Test ZeRO-1, 2 and 3 on two ranks of this machine's CPU."""
+    on_a_cpu = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    tools = ("pytest", "setuptools", "wheel", "ninja")  # the last two are for building DeepSpeed
+    session.install("-c", "constraints.txt", "-e", ".[hf]", *tools)
+    session.install("-c", "constraints.txt", "--no-build-isolation", "deepspeed", env=on_a_cpu)
+    session.run(
+        *("python", "-m", "pytest", "tests/integrations/test_deepspeed.py", "-W", "default"),
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1"},
+    )

@@ -16,6 +16,7 @@ from .anchors import AnchorBatch, AnchorPrompts
 from .hf_models import ignores_padding, not_compiled, runs_the_model
 from .loss_paths import LossPath
 from .references import Reference
+from .sharded_weights import is_of_zero
 
 
 class AnchorPass:
@@ -139,9 +140,12 @@ class AnchorPass:
 
     def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._counts_steps and not self._stepped:
-            mine = {id(p) for p in self.inner.parameters() if p.requires_grad}
+            trained = [p for p in self.inner.parameters() if p.requires_grad]
+            mine = {id(p) for p in trained}
             groups = optimizer.param_groups
             self._stepped = any(id(p) in mine for group in groups for p in group["params"])
+            # then an optimizer holds copies of the weights, and cannot be told from another's
+            self._stepped = self._stepped or any(map(is_of_zero, trained))
 
     def _count_step(self) -> None:
         """Go on where an optimizer made a step, or something else wrote to what is trained.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sharded_weights import check_group, group_of
+from .sharded_weights import check_group, group_of, rows_of
 
 # PEFT's layer on an nn.Linear, by name, so that peft need not be there. Its subclasses compute
 # something else.
@@ -55,7 +55,7 @@ class Head:
     @property
     def vocab_size(self) -> int:
         """Return V, the rows of the weight (config.vocab_size may differ after a resize)."""
-        return int(_linear_in(self.module).weight.shape[0])
+        return rows_of(_linear_in(self.module).weight)
 
     @property
     def device(self) -> torch.device:

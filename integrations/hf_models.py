@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear
 from ..contracts import IGNORE_INDEX
 from ..projection import scale_and_cap
 from .heads import Head, find_head, head_at, reason_against
-from .sharded_weights import whole
+from .sharded_weights import in_memory, whole
 
 # The largest raw logit of the probe. Far above ordinary caps (30), so that a cap shows even in
 # bfloat16, and far below where float16 overflows.
@@ -124,7 +124,8 @@ def probe_head(model: nn.Module) -> Head:
 
     handle = module.register_forward_pre_hook(replace_hidden)
     try:
-        logits, *_ = _run_probe(model, "linear", head.device)
+        with in_memory(module):
+            logits, *_ = _run_probe(model, "linear", head.device)
     finally:
         handle.remove()
     name = type(model).__name__

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..safety_tokens import SafetyTokens
 from .attach import SafetyHandle, attach
@@ -17,6 +19,17 @@ _OF_ATTACH = [
     for name, parameter in inspect.signature(attach).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 ]
+
+
+class _Later(TrainerCallback):
+    """Calls a function where training begins, with the model prepared."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Call it."""
+        self._function()
 
 
 class SafetyTrainerMixin:
@@ -39,6 +52,8 @@ class SafetyTrainerMixin:
     model_accepts_loss_kwargs: bool
     accelerator: Any
     get_tp_size: Any
+    add_callback: Any
+    remove_callback: Any
     _sums: dict[str, Tensor]  # of the micro-steps since the last log
     _worst: Tensor | None  # () max_drift
     _micro_steps: int
@@ -66,10 +81,27 @@ class SafetyTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the trainer does, with the model attached from here to the return."""
-        tokens: Any = self.safety_tokens
-        with attach(self.model, tokens, **self.attach_options) as self.safety:
+        later = _Later(self._attach) if is_deepspeed_zero3_enabled() else None
+        self.safety = None
+        try:
+            if later is None:
+                self._attach()
+            else:  # a model that ZeRO-3 has put away can be looked at once DeepSpeed has it
+                self.add_callback(later)
             self._start_sums()
             return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if later is not None:
+                self.remove_callback(later)
+            self._detach()
+
+    def _attach(self) -> None:
+        tokens: Any = self.safety_tokens
+        self.safety = attach(self.model, tokens, **self.attach_options)
+
+    def _detach(self) -> None:
+        if self.safety is not None:
+            self.safety.remove()
 
     def prepare_step(self, num_items_in_batch: Any) -> None:
         """Do what a trainer needs done before its loss is computed."""
@@ -83,6 +115,8 @@ class SafetyTrainerMixin:
         **kwargs: Any,
     ) -> Any:
         """Compute the trainer's loss and keep its terms, without waiting for the device."""
+        if model.training and self.safety is None:
+            raise RuntimeError("a training step outside of train() would have no safety loss")
         handle = self.safety if model.training else None
         kwargs = {
             "return_outputs": return_outputs,

@@ -1,14 +1,16 @@
-"""Weights that are spread over ranks: by tensor parallelism for good, by FSDP2 between its uses.
+"""Weights that are spread over ranks: by tensor parallelism for good, by others between their uses.
 
-Both leave DTensors. A head that tensor parallelism spread by its rows is one that every rank of its
-group computes with on the same rows of the batch, and `safety_linear_cross_entropy` takes it so.
-One that FSDP2 spread has to be whole first: its ranks have rows of their own.
+Tensor parallelism and FSDP2 leave DTensors. A head that tensor parallelism spread by its rows is
+one that every rank of its group computes with on the same rows of the batch, and
+`safety_linear_cross_entropy` takes it so. One that FSDP2 spread has to be whole first: its ranks
+have rows of their own. DeepSpeed's ZeRO-3 leaves empty parameters, whose shape is their `ds_shape`,
+and fills them for the forward and the backward of each module that has them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,12 +29,32 @@ def whole(part: Tensor) -> Tensor:
     return gathered
 
 
+def rows_of(weight: Tensor) -> int:
+    """Return how many rows all of a weight has."""
+    shape = getattr(weight, "ds_shape", weight.shape)
+    return int(shape[0])
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Tell a model whose parameters ZeRO-3 has put away."""
+    return any(map(_is_put_away, model.parameters()))
+
+
+def is_of_zero(parameter: Tensor) -> bool:
+    """Tell a parameter whose optimizer DeepSpeed gave copies: by ZeRO-1, 2 or 3."""
+    return hasattr(parameter, "_hp_mapping") or _is_put_away(parameter)
+
+
 def check_not_sharded(name: str, model: nn.Module) -> None:
-    """Refuse a model that FSDP2 or ZeRO-3 has spread: outside its own forward it has but parts."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    """Refuse a model that cannot be looked at: of FSDP2, which has but parts between its uses.
+
+    A model of ZeRO-3 can be, once DeepSpeed's hooks are in place that fill its parameters.
+    """
+    if is_zero3(model) and (name != "model" or not hasattr(model, "ds_inflight_param_registry")):
         raise ValueError(
-            f"`{name}` must not be spread by DeepSpeed's ZeRO-3, under which the head is put away "
-            "before the loss reads it. ZeRO-2, FSDP2 and tensor parallelism are exact"
+            f"`{name}` must be given to attach() after deepspeed.initialize() under ZeRO-3"
+            if name == "model"
+            else f"`{name}` must be whole on each rank; got one that is spread by ZeRO-3"
         )
     if any(map(_is_fsdp, model.modules())):
         raise ValueError(
@@ -43,7 +65,15 @@ def check_not_sharded(name: str, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Let a module that is an FSDP2 unit of its own have its weights, after its forward too."""
+    """Let a module have its weights outside of its forward too, where it is a unit of its own."""
+    put_away = [parameter for parameter in module.parameters() if _is_put_away(parameter)]
+    if put_away:
+        import deepspeed
+
+        missing = [parameter for parameter in put_away if not parameter.numel()]
+        with deepspeed.zero.GatheredParameters(missing):
+            yield
+        return
     if not _is_fsdp(module):
         yield
         return
@@ -63,6 +93,31 @@ def check_group(weight: Tensor, group: str) -> None:
             "own, or in one with the embeddings, and keep how tensor parallelism spread it; got a "
             f"weight placed as {getattr(weight, 'placements', 'a plain tensor')}"
         )
+
+
+def hold(module: nn.Module, within: nn.Module) -> Callable[[], None]:
+    """Have ZeRO-3 keep a module's weights through the forward and backward of one around it.
+
+    Returns:
+        What undoes it. Where nothing is put away there is nothing to do.
+    """
+    put_away = [parameter for parameter in module.parameters() if _is_put_away(parameter)]
+    if not put_away:
+        return lambda: None
+    from deepspeed.runtime.zero import partition_parameters as zero
+
+    for parameter in put_away:
+        zero.register_external_parameter(within, parameter)
+
+    def let_go() -> None:
+        for parameter in put_away:
+            zero.unregister_external_parameter(within, parameter)
+
+    return let_go
+
+
+def _is_put_away(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 def _is_fsdp(module: Any) -> bool:

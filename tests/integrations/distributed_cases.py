@@ -35,10 +35,10 @@ def base_model(name: str, seed: int) -> Any:
     return model
 
 
-def students(name: str, training: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Return a model and what attach needs beside it."""
+def students(name: str, training: str, seed: int, **lora: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model and what attach needs beside it; options are LoraConfig's."""
     if training == "lora":
-        return with_lora(base_model(name, seed), seed), {}
+        return with_lora(base_model(name, seed), seed, **lora), {}
     return base_model(name, seed), {"ref_model": base_model(name, seed + 7)}
 
 

@@ -42,6 +42,24 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(seed, tmp_path
             torch.testing.assert_close(resumed["weights"][name], weight, **close)
 
 
+def test_safety_trainer_under_fsdp2_logs_what_it_logs_under_ddp(seed, tmp_path) -> None:
+    """By accelerate's own FSDP2: every parameter is spread, and the log is the same."""
+
+    def run(name: str, **arguments):
+        (folder := tmp_path / name).mkdir()
+        todo = (seed, str(folder), arguments)
+        return run_ranks(2, training.train_with, *todo, folder=folder, preload=PRELOADED)[0]
+
+    plain = run("plain")
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    spread = run("spread", fsdp=True, fsdp_config=layers)
+    assert spread["spread"] and not plain["spread"]
+    for one, other in zip(plain["log"], spread["log"], strict=True):
+        assert one["safety/max_drift"] > 0 or one["step"] == 1
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
 def test_anchors_and_reentrant_checkpointing_are_refused(seed, tmp_path) -> None:
     """DDP would reduce the gradients of the first of the two backwards and no others."""
     with pytest.raises(RuntimeError, match=r"ValueError: `anchors` must be None under reentrant"):

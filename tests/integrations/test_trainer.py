@@ -178,3 +178,13 @@ def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
     ours = Padding().pad([dict(row) for row in Rows(seed, 5).rows])
     assert torch.equal(theirs["labels"], ours["labels"])
     assert torch.equal(theirs["input_ids"], ours["input_ids"])
+
+
+def test_a_step_outside_of_train_is_refused(seed, tmp_path):
+    model = fresh_lora(tiny_model("llama", seed))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS)
+    batch = Padding().pad(Rows(seed, 2).rows)
+    with pytest.raises(RuntimeError, match=r"outside of train\(\) would have no safety loss"):
+        trainer.compute_loss(model.train(), batch)
+    assert trainer.compute_loss(model.eval(), batch) > 0

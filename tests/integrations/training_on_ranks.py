@@ -27,6 +27,21 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def as_if_on_gpus() -> None:
+    """Have accelerate take gloo ranks on a CPU for ranks with GPUs.
+
+    It has DeepSpeed and FSDP on no CPU, though nothing in them needs more.
+    """
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    def set_device(state: Any) -> None:
+        state.device = torch.device("cpu")
+
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = set_device
+
+
 def train(
     seed: int,
     folder: str,
@@ -34,11 +49,14 @@ def train(
     resume: str | None = None,
     kill: bool = False,
     reentrant: bool = False,
+    **arguments_of_trainer: Any,
 ) -> dict[str, Any]:
     """Train on all ranks, as a launcher would have it; return the log and the adapter's weights."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group is there already
+    if arguments_of_trainer:
+        as_if_on_gpus()
     model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
     if reentrant:
         model.enable_input_require_grads()
@@ -55,11 +73,12 @@ def train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         seed=11,
-        use_cpu=True,
+        use_cpu=not arguments_of_trainer,
         ddp_backend="gloo",
         gradient_checkpointing=reentrant,
         gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None,
         ddp_find_unused_parameters=False,
+        **arguments_of_trainer,
     )
     anchors = AnchorPrompts([AnchorRow((5, 9, 2)), AnchorRow((7, 8)), AnchorRow((4, 30, 3))])
     trainer = SafetyTrainer(
@@ -77,4 +96,13 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"log": log, "weights": {name: torch.clone(x) for name, x in weights.items()}}
+    return {
+        "log": log,
+        "weights": {name: torch.clone(x) for name, x in weights.items()},
+        "spread": all(hasattr(parameter, "placements") for parameter in model.parameters()),
+    }
+
+
+def train_with(seed: int, folder: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Train four steps with more arguments of the trainer."""
+    return train(seed, folder, 4, **arguments)

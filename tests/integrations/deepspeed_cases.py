@@ -1,0 +1,152 @@
+"""What runs on each rank of test_deepspeed.py: a step under DeepSpeed, and the same alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_cases import ANCHORS, PENALTY, ROWS, TOKENS, base_model, compare, count, students
+from distributed_cases import gradients as plain_gradients
+from tiny_models import batch_of
+from torch import Tensor, nn
+
+from str_kernels import SafetyPenalty, attach
+from str_kernels.contracts import PenaltyKind
+
+
+def batches(seed: int) -> list[dict[str, Tensor]]:
+    return [batch_of(seed + step, rows=ROWS) for step in range(2)]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer whose steps are as exact as the gradients."""
+    return torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1)
+
+
+def engine_of(model: nn.Module, stage: int, micro_steps: int = 1) -> Any:
+    """Give a model to DeepSpeed."""
+    import deepspeed
+
+    optimizer = sgd(model)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        # every weight is put away between its uses, however small
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # 1 by default
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=optimizer.param_groups[0]["params"],
+        optimizer=optimizer,
+        config=config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return whole gradients, averaged over the ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = safe_get_full_grad(parameter)
+            if grad is None:
+                raise AssertionError(f"no gradient for {name}")
+            found[name] = grad.detach().clone()
+    return found
+
+
+def train(
+    stage: int,
+    training: str,
+    seed: int,
+    anchors: bool = False,
+    micro_steps: int = 1,
+    path: str = "linear",
+    model: str = "llama",
+    kind: PenaltyKind = "mse",
+    **lora: Any,
+) -> dict[str, float]:
+    """Train two steps on this rank's rows; return the errors of losses and gradients."""
+    attaching: dict[str, Any] = {
+        "penalty": SafetyPenalty(PENALTY.weight, kind),
+        "path": path,
+        "anchors": ANCHORS if anchors else None,
+    }
+    losses, grads = [], []
+
+    student, options = students(model, training, seed, **lora)
+    optimizer = sgd(student)
+    with attach(student.train(), TOKENS, **attaching, **options):
+        for batch in batches(seed):
+            loss = student(**batch, num_items_in_batch=count(batch)).loss
+            loss.backward()
+            losses.append(loss.detach())
+            grads.append(plain_gradients(student))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    student, options = students(model, training, seed, **lora)
+    engine = engine_of(student.train(), stage, micro_steps)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    errors = {"loss": 0.0, "gradients": 0.0}
+    with attach(student, TOKENS, **attaching, **options):
+        for batch, loss, grad in zip(batches(seed), losses, grads, strict=True):
+            items = torch.tensor(count(batch))
+            mine = {name: x[rank::ranks] for name, x in batch.items()}
+            total = torch.zeros(())
+            for micro in range(micro_steps):
+                rows = {name: x[micro::micro_steps] for name, x in mine.items()}
+                part = engine(**rows, num_items_in_batch=items).loss
+                engine.backward(part * ranks * micro_steps)  # it averages over both
+                total += part.detach()
+                if micro == micro_steps - 1:
+                    error = compare(gradients(student), grad)
+                engine.step()
+            dist.all_reduce(total)
+            errors["loss"] = max(errors["loss"], abs(float(total - loss)))
+            errors["gradients"] = max(errors["gradients"], error)
+    return errors
+
+
+def refusals(seed: int) -> dict[str, str]:
+    """Return what each setup that is refused says."""
+    import deepspeed
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    plain = base_model("llama", seed)
+    put_away = base_model("llama", seed)
+    deepspeed.zero.Init(module=put_away, config_dict_or_path=config)
+    found = {}
+    for what, call in {
+        "attached before initialize": lambda: attach(put_away, TOKENS, ref_model=plain),
+        "a ref_model that is put away": lambda: attach(plain, TOKENS, ref_model=put_away),
+    }.items():
+        try:
+            call()
+            found[what] = "nothing"
+        except ValueError as error:
+            found[what] = str(error)
+    return found
+
+
+def run_all(calls: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Run every call; an error is returned by its text."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group is there already
+    found: dict[str, Any] = {}
+    for name, (function, *arguments, options) in calls.items():
+        try:
+            found[name] = globals()[function](*arguments, **options)
+        except Exception as error:
+            import traceback
+
+            found[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()[-3000:]}"
+    return found

@@ -1,0 +1,89 @@
+"""attach() and SafetyTrainer under DeepSpeed's ZeRO: losses and gradients of one process.
+
+Gloo ranks on this machine; deepspeed_cases.py is what runs there. DeepSpeed is no dependency of the
+tests: it has to be built for the torch that is there (`make deepspeed` does so, in .nox).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import deepspeed_cases as cases
+import pytest
+import training_on_ranks as training
+from ranks import run_ranks
+
+pytest.importorskip("deepspeed")
+
+LOSS, GRADIENTS = 2e-5, 1e-4  # as in test_distributed.py
+BUSY = {"anchors": True, "micro_steps": 2}
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+CALLS: dict[str, tuple[Any, ...]] = {
+    "ZeRO-1 lora": ("train", 1, "lora", BUSY),
+    "ZeRO-2 lora": ("train", 2, "lora", BUSY),
+    "ZeRO-2 full": ("train", 2, "full", {}),
+    "ZeRO-3 lora": ("train", 3, "lora", BUSY),
+    "ZeRO-3 full": ("train", 3, "full", BUSY),
+    "ZeRO-3 full, tied": ("train", 3, "full", {"model": "llama-tied"}),
+    "ZeRO-3 lora, on the head too": ("train", 3, "lora", HEAD),
+    "ZeRO-3 lora, logits": ("train", 3, "lora", {"path": "logits"}),
+    "ZeRO-3 full, logprob": ("train", 3, "full", {"kind": "logprob"}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_a_cpu():
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    yield
+    if before is None:
+        del os.environ["DS_ACCELERATOR"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found."""
+    todo = {
+        name: (function, *stage_and_training, 11, options)
+        for name, (function, *stage_and_training, options) in CALLS.items()
+    }
+    todo["refusals"] = ("refusals", 11, {})
+    return run_ranks(2, cases.run_all, todo, folder=tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_two_steps_equal_those_of_one_process(name: str, found) -> None:
+    for of_rank in found:
+        errors = of_rank[name]
+        assert isinstance(errors, dict), errors
+        assert errors["loss"] <= LOSS and errors["gradients"] <= GRADIENTS
+
+
+def test_what_is_refused(found) -> None:
+    for of_rank in found:
+        said = of_rank["refusals"]
+        assert "after deepspeed.initialize() under ZeRO-3" in said["attached before initialize"]
+        assert "`ref_model` must be whole on each rank" in said["a ref_model that is put away"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_safety_trainer_logs_what_it_logs_without_deepspeed(stage: int, seed, tmp_path) -> None:
+    """Held by the log: losses, terms, drifts and the norm of the gradient, of four steps."""
+
+    def run(name: str, **arguments: Any) -> list[dict[str, float]]:
+        (folder := tmp_path / name).mkdir()
+        todo = (seed, str(folder), arguments)
+        return run_ranks(2, training.train_with, *todo, folder=folder)[0]["log"]
+
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    for plain, spread in zip(run("plain"), run("zero", deepspeed=config), strict=True):
+        assert plain["safety/max_drift"] > 0 or plain["step"] == 1
+        for name, value in plain.items():
+            assert spread[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
