@@ -112,6 +112,11 @@ def _reason_against_layer(layer: Any) -> str | None:
         linear = layer.get_base_layer()
         if layer.merged:
             return "have no merged adapter on its head (call unmerge_adapter()); got one"
+        if any(rows_of(b.weight) != rows_of(linear.weight) for b in layer.lora_B.values()):
+            return (
+                "have no LoRA on a head that is tensor parallel, which PEFT gives the rows of one "
+                "rank; got one"
+            )
         for adapter, variant in layer.lora_variant.items():
             if adapter not in layer.lora_magnitude_vector:
                 return f"have a plain LoRA or DoRA on its head; got {type(variant).__name__}"

@@ -96,8 +96,26 @@ class SafetyTrainerMixin:
             self._detach()
 
     def _attach(self) -> None:
+        self._check_split_rows()
         tokens: Any = self.safety_tokens
         self.safety = attach(self.model, tokens, **self.attach_options)
+
+    def _check_split_rows(self) -> None:
+        """Refuse, under context and sequence parallelism, what reads rows from their beginning."""
+        sizes = [getattr(self, name, lambda: 1)() for name in ("get_cp_size", "get_sp_size")]
+        given = {
+            "anchors": self.attach_options.get("anchors"),
+            "ref_tokens": self.attach_options.get("ref_tokens"),
+            "positions": self.attach_options.get("positions"),
+        }
+        if max(sizes) == 1:
+            return
+        for name, value in given.items():
+            if value is not None and not isinstance(value, str):
+                raise ValueError(
+                    f"`{name}` must be left out under context or sequence parallelism, where a "
+                    f"rank sees a part of each row; got {value!r:.60} and parts {max(sizes)}"
+                )
 
     def _detach(self) -> None:
         if self.safety is not None:

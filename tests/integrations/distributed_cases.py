@@ -277,6 +277,24 @@ def tensor_parallel(
         }
 
 
+def lora_on_a_spread_head(seed: int, folder: Path) -> str:
+    """Ask for a LoRA on a head that transformers spread by its tp_plan."""
+    from transformers.distributed import DistributedConfig
+
+    save = f"{folder}/head{seed}"
+    with tp_config():
+        if dist.get_rank() == 0:
+            base_model("llama", seed).save_pretrained(save)
+        dist.barrier()
+        config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(save, distributed_config=config)
+    try:
+        attach(with_lora(model, seed, target_modules=["lm_head"]), TOKENS)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def fsdp_and_tensor_parallel(training: str, seed: int) -> dict[str, float]:
     """Train a step on a mesh of two dimensions: rows over one, every weight over both."""
     from transformers.distributed import DistributedConfig

@@ -36,6 +36,9 @@ CALLS: dict[str, tuple[Any, ...]] = {
 def on_a_cpu():
     before = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.comm.torch import build_shm_op
+
+    build_shm_op()  # compiled once, in minutes that the ranks would take for a hang
     yield
     if before is None:
         del os.environ["DS_ACCELERATOR"]

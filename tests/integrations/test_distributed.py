@@ -60,10 +60,12 @@ def calls(ranks: int, seed: int, folder: str) -> dict[str, tuple[Any, ...]]:
     found["split sequence"] = ("split_sequence", seed, {})
     if ranks == 2:
         found["refusals"] = ("refusals", seed, {})
+        found["lora on the head"] = ("lora_on_a_spread_head", seed, folder, {})
     return found
 
 
-NAMES = [(ranks, name) for ranks in (2, 4) for name in calls(ranks, 0, "") if name != "refusals"]
+REFUSED = ("refusals", "lora on the head")
+NAMES = [(ranks, name) for ranks in (2, 4) for name in calls(ranks, 0, "") if name not in REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +100,11 @@ def test_what_is_refused(found) -> None:
             assert said[f"{name} fully_shard"].startswith(text)
         assert "DistributedDataParallel" in said["attached after DDP"]
         assert said["spread since"].startswith("`model` must have its head in one unit")
+
+
+def test_a_lora_on_a_tensor_parallel_head_is_refused(found) -> None:
+    for of_rank in found[2]:
+        said = of_rank["lora on the head"]
+        if "unexpected keyword argument 'tp_size'" in said:
+            pytest.skip("this transformers has no DistributedConfig(tp_size=)")
+        assert "must have no LoRA on a head that is tensor parallel" in said

@@ -9,10 +9,12 @@ from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from str_kernels import SafetyPenalty, SafetyTokens
+from str_kernels.integrations.anchors import AnchorPrompts, AnchorRow
 from str_kernels.integrations.hf_trainer import SafetyTrainer
 from str_kernels.integrations.training import TrainingOptions, train_lora
 
 TOKENS = SafetyTokens(ids=[5, 9, 77])
+ANCHORS = AnchorPrompts([AnchorRow((5, 9, 2)), AnchorRow((7, 8))])
 
 
 class Rows(Dataset):
@@ -188,3 +190,15 @@ def test_a_step_outside_of_train_is_refused(seed, tmp_path):
     with pytest.raises(RuntimeError, match=r"outside of train\(\) would have no safety loss"):
         trainer.compute_loss(model.train(), batch)
     assert trainer.compute_loss(model.eval(), batch) > 0
+
+
+@pytest.mark.parametrize("option", [{"anchors": ANCHORS}, {"ref_tokens": 4}, {"positions": 2}])
+def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp_path, monkeypatch):
+    model = fresh_lora(tiny_model("llama", seed))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **option)
+    monkeypatch.setattr(SafetyTrainer, "get_cp_size", lambda self: 2, raising=False)
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}` must be left out under context or sequence"):
+        trainer.train()
+    assert "forward" not in vars(model.get_base_model())
