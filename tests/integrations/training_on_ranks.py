@@ -42,6 +42,24 @@ def as_if_on_gpus() -> None:
     PartialState.set_device = set_device
 
 
+def spread_by_its_plan(seed: int, folder: str) -> Any:
+    """Return the same model as without, tensor parallel as transformers plans it."""
+    from distributed_cases import copy_adapters
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    base = tiny_model("llama", seed)
+    if dist.get_rank() == 0:
+        base.save_pretrained(f"{folder}/model")
+    whole = fresh_lora(base, init_lora_weights="gaussian")  # before anything else is drawn
+    dist.barrier()
+    config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=config)
+    model = fresh_lora(model)
+    copy_adapters(whole, model)
+    return model
+
+
 def train(
     seed: int,
     folder: str,
@@ -49,15 +67,21 @@ def train(
     resume: str | None = None,
     kill: bool = False,
     reentrant: bool = False,
+    tensor_parallel: bool = False,
     **arguments_of_trainer: Any,
 ) -> dict[str, Any]:
     """Train on all ranks, as a launcher would have it; return the log and the adapter's weights."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # the group is there already
-    if arguments_of_trainer:
+    if arguments_of_trainer or tensor_parallel:
         as_if_on_gpus()
-    model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
+    model: Any
+    if tensor_parallel:
+        model = spread_by_its_plan(seed, folder)
+        ranks = 1  # of those that have rows of their own
+    else:
+        model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
     if reentrant:
         model.enable_input_require_grads()
     arguments = TrainingArguments(
@@ -68,12 +92,13 @@ def train(
         lr_scheduler_type="constant",
         logging_steps=1,
         save_steps=2,
+        save_only_model=tensor_parallel,  # as transformers asks for
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         seed=11,
-        use_cpu=not arguments_of_trainer,
+        use_cpu=not (arguments_of_trainer or tensor_parallel),
         ddp_backend="gloo",
         gradient_checkpointing=reentrant,
         gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None,
@@ -99,7 +124,7 @@ def train(
     return {
         "log": log,
         "weights": {name: torch.clone(x) for name, x in weights.items()},
-        "spread": all(hasattr(parameter, "placements") for parameter in model.parameters()),
+        "spread": any(hasattr(parameter, "placements") for parameter in model.parameters()),
     }
 
 
