@@ -61,7 +61,7 @@ deepspeed: ## the tests of ZeRO on this machine's CPU, in .nox (ARGS: options of
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev
-	PYTHONPATH=. $(RUN) tests/integrations/support.py
+	PYTHONPATH=.:tests $(RUN) tests/integrations/support.py
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers

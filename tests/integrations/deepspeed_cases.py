@@ -15,6 +15,21 @@ from torch import Tensor, nn
 from str_kernels import SafetyPenalty, attach
 from str_kernels.contracts import PenaltyKind
 
+BUSY = {"anchors": True, "micro_steps": 2}
+HEAD = {"target_modules": ["q_proj", "lm_head"]}
+# What test_deepspeed.py runs: function, stage, training, options.
+CALLS: dict[str, tuple[Any, ...]] = {
+    "ZeRO-1 lora": ("train", 1, "lora", BUSY),
+    "ZeRO-2 lora": ("train", 2, "lora", BUSY),
+    "ZeRO-2 full": ("train", 2, "full", {}),
+    "ZeRO-3 lora": ("train", 3, "lora", BUSY),
+    "ZeRO-3 full": ("train", 3, "full", BUSY),
+    "ZeRO-3 full, tied": ("train", 3, "full", {"model": "llama-tied"}),
+    "ZeRO-3 lora, on the head too": ("train", 3, "lora", HEAD),
+    "ZeRO-3 lora, logits": ("train", 3, "lora", {"path": "logits"}),
+    "ZeRO-3 full, logprob": ("train", 3, "full", {"kind": "logprob"}),
+}
+
 
 def batches(seed: int) -> list[dict[str, Tensor]]:
     return [batch_of(seed + step, rows=ROWS) for step in range(2)]

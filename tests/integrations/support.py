@@ -10,6 +10,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import support_ranks
 from adapters import LAYERS, LORA, PROMPTS, Adapter
 
 from str_kernels.atomic import replacing
@@ -131,7 +132,7 @@ def page() -> str:
         ("image-text-to-text", "Vision-language models, given text"),
     ):
         parts.append(_models(title, [row for row in rows if row["mapping"] == mapping]))
-    parts += [_adapters(), _uses(), _releases()]
+    parts += [_adapters(), _ranks(), _uses(), _releases()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -202,6 +203,18 @@ def _verdict(adapter: Adapter) -> tuple[str, str]:
     if adapter.refused:
         return "refused", _cell(adapter.refused)
     return ("exact" if adapter.path == "linear" else "logits"), _cell(adapter.note)
+
+
+def _ranks() -> str:
+    text = (
+        "## Ranks",
+        "Loss and every gradient of a step on so many gloo ranks of a CPU, beside the same step "
+        "in one process (`test_distributed.py`, `test_distributed_training.py`; the ZeRO rows: "
+        "`test_deepspeed.py`, which `make deepspeed` runs). SafetyTrainer: its log beside that of "
+        "a whole model.",
+        _table(support_ranks.HEAD, support_ranks.rows()),
+    )
+    return "\n\n".join(text)
 
 
 def _uses() -> str:

@@ -17,19 +17,6 @@ from ranks import run_ranks
 pytest.importorskip("deepspeed")
 
 LOSS, GRADIENTS = 2e-5, 1e-4  # as in test_distributed.py
-BUSY = {"anchors": True, "micro_steps": 2}
-HEAD = {"target_modules": ["q_proj", "lm_head"]}
-CALLS: dict[str, tuple[Any, ...]] = {
-    "ZeRO-1 lora": ("train", 1, "lora", BUSY),
-    "ZeRO-2 lora": ("train", 2, "lora", BUSY),
-    "ZeRO-2 full": ("train", 2, "full", {}),
-    "ZeRO-3 lora": ("train", 3, "lora", BUSY),
-    "ZeRO-3 full": ("train", 3, "full", BUSY),
-    "ZeRO-3 full, tied": ("train", 3, "full", {"model": "llama-tied"}),
-    "ZeRO-3 lora, on the head too": ("train", 3, "lora", HEAD),
-    "ZeRO-3 lora, logits": ("train", 3, "lora", {"path": "logits"}),
-    "ZeRO-3 full, logprob": ("train", 3, "full", {"kind": "logprob"}),
-}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,13 +36,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     todo = {
         name: (function, *stage_and_training, 11, options)
-        for name, (function, *stage_and_training, options) in CALLS.items()
+        for name, (function, *stage_and_training, options) in cases.CALLS.items()
     }
     todo["refusals"] = ("refusals", 11, {})
     return run_ranks(2, cases.run_all, todo, folder=tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", cases.CALLS)
 def test_two_steps_equal_those_of_one_process(name: str, found) -> None:
     for of_rank in found:
         errors = of_rank[name]

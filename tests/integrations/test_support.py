@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 import pytest
 import support
+import support_ranks
 
 
 def test_the_page_is_what_make_support_writes() -> None:
@@ -14,9 +16,29 @@ def test_the_page_is_what_make_support_writes() -> None:
 
 @pytest.mark.parametrize("use", support.USES)
 def test_each_use_has_its_test(use: str) -> None:
-    file, name = support.USES[use].split("::")
+    assert _has(*support.USES[use].split("::"))
+
+
+@pytest.mark.parametrize("setup", support_ranks.SETUPS)
+def test_each_setup_has_its_test(setup: str) -> None:
+    assert any(cell[0].isdigit() for cell in next(_rows_of(setup))[1:])
+    test = support_ranks.SETUPS[setup][1].partition("[")[0]
+    assert not test or _has(*test.split("::"))
+
+
+def _rows_of(setup: str) -> Iterator[tuple[str, ...]]:
+    return (row for row in support_ranks.rows() if row[0] == setup)
+
+
+def test_every_run_on_ranks_is_in_the_table() -> None:
+    names = [name for name, _ in support_ranks.SETUPS.values()]
+    for _, call, _ in support_ranks.runs():
+        assert sum(support_ranks._is_of(name, call) for name in names) == 1, call
+
+
+def _has(file: str, name: str) -> bool:
     tree = ast.parse((support.HERE / file).read_text(encoding="utf-8"))
-    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    return name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_readme_counts_as_the_table_does() -> None:
