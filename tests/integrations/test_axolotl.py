@@ -68,6 +68,7 @@ def test_the_fields_of_the_yaml_are_validated(plugin: Any) -> None:
     assert tuple(model.model_fields) == NAMES
     assert model(safety_weight="0.5").safety_weight == 0.5
     assert model(safety_positions=3).safety_positions == 3  # as YAML reads it
+    assert model(safety_ref_tokens=9, safety_temperature=2).safety_temperature == 2.0
     with pytest.raises(ValueError, match="safety_anchors_per_step"):
         model(safety_anchors_per_step="many")
 
@@ -89,6 +90,10 @@ def test_it_trains_and_logs(plugin: Any, seed: int, tmp_path: Any) -> None:
         "safety_anchors": str(anchors),
         "safety_anchors_per_step": 1,
         "safety_positions": 3,
+        "safety_kind": "huber",
+        "safety_delta": 1.5,
+        "safety_ref_tokens": 3,
+        "safety_backend": "eager",
         "seed": 3,
     }
     torch.manual_seed(seed)
@@ -108,6 +113,9 @@ def test_it_trains_and_logs(plugin: Any, seed: int, tmp_path: Any) -> None:
     one.post_trainer_create(cfg, trainer)
     assert trainer.attach_options["anchors"].seed == 3
     assert trainer.attach_options["positions"] == 3
+    assert trainer.attach_options["penalty"].delta == 1.5
+    assert trainer.attach_options["ref_tokens"] == 3
+    assert trainer.attach_options["backend"] == "eager"
     trainer.train()
     first, last = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["safety/penalty"] == first["safety/anchor_penalty"] == 0.0

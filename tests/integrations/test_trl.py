@@ -147,18 +147,24 @@ def test_the_config_is_parsed_and_says_how_to_attach(seed: int, tmp_path: Any) -
         "--output_dir", str(tmp_path), "--safety_weight", "0.25", "--safety_kind", "logprob",
         "--safety_positions", "3", "--safety_anchors", str(prompts),
         "--safety_anchors_per_step", "1", "--safety_templates", str(templates),
+        "--safety_delta", "2.5", "--safety_ref_tokens", "7", "--safety_backend", "torch",
         "--use_cpu", "--report_to", "none", "--bf16", "False",
     ]  # fmt: skip
-    (config,) = TrlParser((SafetySFTConfig,)).parse_args_and_config(flags)
+    parser = TrlParser((SafetySFTConfig,))
+    (config,) = parser.parse_args_and_config(flags)
     trainer = SafetySFTTrainer(
         model_of(tmp_path, seed), config, train_dataset=Dataset.from_list(ROWS),
         processing_class=chat_tokenizer(), positions="all",
     )  # fmt: skip
     options = trainer.attach_options
     assert (options["penalty"].weight, options["penalty"].kind) == (0.25, "logprob")
+    assert (options["penalty"].delta, options["ref_tokens"]) == (2.5, 7)
+    assert (options["backend"], options["ref_every"]) == ("torch", 1)
     assert options["positions"] == "all"  # a keyword goes before the config
     assert len(options["anchors"]) == 1
     assert trainer.safety_tokens.pieces[0] == "sorry"
+    assert "--safety_temperature" in parser.format_help()
+    assert "T of kind subset_kl." in parser.format_help()
 
 
 def test_other_losses_are_refused(seed: int, tmp_path: Any) -> None:
