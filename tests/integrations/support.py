@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import support_ranks
+import support_trainers
 from adapters import LAYERS, LORA, PROMPTS, Adapter
 
 from str_kernels.atomic import replacing
@@ -132,7 +133,7 @@ def page() -> str:
         ("image-text-to-text", "Vision-language models, given text"),
     ):
         parts.append(_models(title, [row for row in rows if row["mapping"] == mapping]))
-    parts += [_adapters(), _ranks(), _uses(), _releases()]
+    parts += [_adapters(), _trainers(), _ranks(), _uses(), _releases()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -203,6 +204,19 @@ def _verdict(adapter: Adapter) -> tuple[str, str]:
     if adapter.refused:
         return "refused", _cell(adapter.refused)
     return ("exact" if adapter.path == "linear" else "logits"), _cell(adapter.note)
+
+
+def _trainers() -> str:
+    tests = support_trainers.tests()
+    text = (
+        "## Trainers",
+        "A number is that of the test below which holds it; - is nothing to hold, or not tested. "
+        "Axolotl, ms-swift and LLaMA-Factory exclude the versions that the tests run on, and are "
+        "stand-ins there ([trainers.md](trainers.md) says what was run by hand).",
+        _table(("", *support_trainers.TRAINERS), support_trainers.rows()),
+        "\n".join(f"{i}. `{test}`" for i, test in enumerate(tests, 1)),
+    )
+    return "\n\n".join(text)
 
 
 def _ranks() -> str:

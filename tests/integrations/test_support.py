@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import support
 import support_ranks
+import support_trainers
 
 
 def test_the_page_is_what_make_support_writes() -> None:
@@ -17,6 +18,11 @@ def test_the_page_is_what_make_support_writes() -> None:
 @pytest.mark.parametrize("use", support.USES)
 def test_each_use_has_its_test(use: str) -> None:
     assert _has(*support.USES[use].split("::"))
+
+
+@pytest.mark.parametrize("test", support_trainers.tests())
+def test_each_trainer_has_its_test(test: str) -> None:
+    assert _has(*test.split("::"))
 
 
 @pytest.mark.parametrize("setup", support_ranks.SETUPS)
