@@ -52,7 +52,8 @@ def check_not_sharded(name: str, model: nn.Module) -> None:
     """
     if is_zero3(model) and (name != "model" or not hasattr(model, "ds_inflight_param_registry")):
         raise ValueError(
-            f"`{name}` must be given to attach() after deepspeed.initialize() under ZeRO-3"
+            f"`{name}` must be given to attach() after deepspeed.initialize() when ZeRO-3 has put "
+            "its parameters away before (zero.Init does, and so from_pretrained)"
             if name == "model"
             else f"`{name}` must be whole on each rank; got one that is spread by ZeRO-3"
         )

@@ -24,6 +24,8 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "ZeRO-2 full": ("train", 2, "full", {}),
     "ZeRO-3 lora": ("train", 3, "lora", BUSY),
     "ZeRO-3 full": ("train", 3, "full", BUSY),
+    "ZeRO-3 lora, attached before": ("train", 3, "lora", {**BUSY, **HEAD, "before": True}),
+    "ZeRO-3 full, attached before": ("train", 3, "full", {**BUSY, "before": True}),
     "ZeRO-3 full, tied": ("train", 3, "full", {"model": "llama-tied"}),
     "ZeRO-3 lora, on the head too": ("train", 3, "lora", HEAD),
     "ZeRO-3 lora, logits": ("train", 3, "lora", {"path": "logits"}),
@@ -86,6 +88,7 @@ def train(
     path: str = "linear",
     model: str = "llama",
     kind: PenaltyKind = "mse",
+    before: bool = False,
     **lora: Any,
 ) -> dict[str, float]:
     """Train two steps on this rank's rows; return the errors of losses and gradients."""
@@ -108,10 +111,12 @@ def train(
             optimizer.zero_grad()
 
     student, options = students(model, training, seed, **lora)
-    engine = engine_of(student.train(), stage, micro_steps)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     errors = {"loss": 0.0, "gradients": 0.0}
+    engine = None if before else engine_of(student.train(), stage, micro_steps)
     with attach(student, TOKENS, **attaching, **options):
+        if engine is None:
+            engine = engine_of(student.train(), stage, micro_steps)
         for batch, loss, grad in zip(batches(seed), losses, grads, strict=True):
             items = torch.tensor(count(batch))
             mine = {name: x[rank::ranks] for name, x in batch.items()}

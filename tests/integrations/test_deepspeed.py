@@ -53,7 +53,7 @@ def test_two_steps_equal_those_of_one_process(name: str, found) -> None:
 def test_what_is_refused(found) -> None:
     for of_rank in found:
         said = of_rank["refusals"]
-        assert "after deepspeed.initialize() under ZeRO-3" in said["attached before initialize"]
+        assert "after deepspeed.initialize() when ZeRO-3" in said["attached before initialize"]
         assert "`ref_model` must be whole on each rank" in said["a ref_model that is put away"]
 
 

@@ -243,5 +243,5 @@ def test_a_forward_of_unsloth_s_is_refused(name: str, seed: int, monkeypatch: An
 def test_a_model_in_zero_3_is_refused_before_deepspeed_has_it(seed: int) -> None:
     model = fresh_lora(tiny_model("llama", seed))
     next(model.parameters()).ds_id = 0  # as deepspeed.zero.Init marks what it has put away
-    with pytest.raises(ValueError, match=r"after deepspeed\.initialize\(\) under ZeRO-3"):
+    with pytest.raises(ValueError, match=r"after deepspeed\.initialize\(\) when ZeRO-3"):
         attach(model, TOKENS)
