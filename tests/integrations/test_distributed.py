@@ -83,6 +83,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 ABSENT = {
     "unexpected keyword argument 'tp_size'": "has no DistributedConfig(tp_size=)",
     "No module named 'transformers.distributed.tensor_parallel'": "has no tensor parallelism",
+    "no attribute '_expand_parallel_plan'": "spreads a model in another way",
     "must be divisible by the tensor parallel size": "wants a vocabulary that ranks divide",
 }
 
