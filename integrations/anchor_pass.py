@@ -16,7 +16,6 @@ from .anchors import AnchorBatch, AnchorPrompts
 from .hf_models import ignores_padding, not_compiled, runs_the_model
 from .loss_paths import LossPath
 from .references import Reference
-from .sharded_weights import is_of_zero
 
 
 class AnchorPass:
@@ -39,6 +38,7 @@ class AnchorPass:
         self.last: SafetyLoss | None = None
         self._counts_steps = True
         self._stepped = False
+        self._is_known = False  # whether something was seen to write the trained weights
         self._version: int | None = None
         self._hook: Any = None
         self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
@@ -139,13 +139,14 @@ class AnchorPass:
         return self._drawn[1]
 
     def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._counts_steps and not self._stepped:
-            trained = [p for p in self.inner.parameters() if p.requires_grad]
-            mine = {id(p) for p in trained}
-            groups = optimizer.param_groups
-            self._stepped = any(id(p) in mine for group in groups for p in group["params"])
-            # then an optimizer holds copies of the weights, and cannot be told from another's
-            self._stepped = self._stepped or any(map(is_of_zero, trained))
+        if not self._counts_steps:
+            return
+        mine = {id(p) for p in self.inner.parameters() if p.requires_grad}
+        ours = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        # DeepSpeed and others give an optimizer copies of the weights, and write back where nobody
+        # counts: until one is seen to write the weights themselves, any may be theirs.
+        self._is_known = self._is_known or ours
+        self._stepped = self._stepped or ours or not self._is_known
 
     def _count_step(self) -> None:
         """Go on where an optimizer made a step, or something else wrote to what is trained.
@@ -156,7 +157,9 @@ class AnchorPass:
         if not self._counts_steps:
             return
         version = sum(p._version for p in self.inner.parameters() if p.requires_grad)
-        if self._stepped or (self._version is not None and version != self._version):
+        written = self._version is not None and version != self._version
+        self._is_known = self._is_known or written
+        if self._stepped or written:
             self.step += 1
         self._version, self._stepped = version, False
 

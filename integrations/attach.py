@@ -199,7 +199,7 @@ class SafetyHandle:
         inner.forward = forward
         # of the PeftModel: until PEFT 0.19 it calls inner.forward and no hook of inner
         self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
-        forward.path.open(model)
+        forward.path.open()
         forward.reference.open()
         if forward.anchor_pass is not None:
             forward.anchor_pass.open()

@@ -21,7 +21,7 @@ _OF_ATTACH = [
 ]
 
 
-class _Later(TrainerCallback):
+class _AttachWhenPrepared(TrainerCallback):
     """Calls a function where training begins, with the model prepared."""
 
     def __init__(self, function: Callable[[], None]) -> None:
@@ -81,7 +81,7 @@ class SafetyTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the trainer does, with the model attached from here to the return."""
-        later = _Later(self._attach) if is_deepspeed_zero3_enabled() else None
+        later = _AttachWhenPrepared(self._attach) if is_deepspeed_zero3_enabled() else None
         self.safety = None
         try:
             if later is None:
@@ -96,25 +96,27 @@ class SafetyTrainerMixin:
             self._detach()
 
     def _attach(self) -> None:
+        if self.safety is not None:  # train() begins again, with a smaller batch
+            return
         self._check_split_rows()
         tokens: Any = self.safety_tokens
         self.safety = attach(self.model, tokens, **self.attach_options)
 
     def _check_split_rows(self) -> None:
-        """Refuse, under context and sequence parallelism, what reads rows from their beginning."""
-        sizes = [getattr(self, name, lambda: 1)() for name in ("get_cp_size", "get_sp_size")]
-        given = {
-            "anchors": self.attach_options.get("anchors"),
-            "ref_tokens": self.attach_options.get("ref_tokens"),
-            "positions": self.attach_options.get("positions"),
-        }
-        if max(sizes) == 1:
+        """Refuse, where a rank sees a part of each row, what reads rows from end to end."""
+        if (parts := getattr(self, "get_sp_size", lambda: 1)()) > 1:
+            raise ValueError(
+                "`sp_size` must be 1: with more, Trainer weighs each rank's loss by its labels "
+                f"after the model, and the terms would not be those of the loss; got {parts}"
+            )
+        if (parts := getattr(self, "get_cp_size", lambda: 1)()) == 1:
             return
-        for name, value in given.items():
-            if value is not None and not isinstance(value, str):
+        for name, allowed in (("anchors", None), ("ref_tokens", None), ("positions", "response")):
+            value = self.attach_options.get(name)
+            if value is not None and value != allowed:
                 raise ValueError(
-                    f"`{name}` must be left out under context or sequence parallelism, where a "
-                    f"rank sees a part of each row; got {value!r:.60} and parts {max(sizes)}"
+                    f"`{name}` must be left out under context parallelism, where a rank sees a "
+                    f"part of each row; got {value!r:.60} and `cp_size` {parts}"
                 )
 
     def _detach(self) -> None:
@@ -148,7 +150,9 @@ class SafetyTrainerMixin:
         self.prepare_step(num_items_in_batch)
         loss = super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         if handle.last is None or handle.last is before:
-            raise RuntimeError("this step made no safety loss: its batch must have labels")
+            raise RuntimeError(
+                "this step made no safety loss: its batch must have labels, and train() must run"
+            )
         self._has_num_items = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         self._keep(handle)
         return loss

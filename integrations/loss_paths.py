@@ -24,7 +24,7 @@ from ..functional import (
 from ..projection import project
 from .heads import Tap
 from .hf_models import check_head, not_compiled, probe_head, probe_logits, runs_the_model
-from .sharded_weights import hold, in_memory
+from .sharded_weights import in_memory
 
 PathName = Literal["linear", "logits"]
 
@@ -44,8 +44,8 @@ class LossPath(ABC):
         """Where the loss is made; None for wherever the states are."""
         return None
 
-    def open(self, around: nn.Module | None = None) -> None:  # noqa: B027 - most need nothing
-        """Put in place what has to be there; `around` is the module that is called, if one is."""
+    def open(self) -> None:  # noqa: B027 - most need nothing
+        """Put in place what has to be there while the model is attached."""
 
     def close(self) -> None:  # noqa: B027
         """Undo it."""
@@ -78,10 +78,6 @@ def check_path(path: object) -> None:
         raise ValueError(f"`path` must be one of {', '.join(get_args(PathName))}; got {path!r}")
 
 
-def _nothing() -> None:
-    """Undo nothing; a function with a name, so that deepcopy copies what has it."""
-
-
 class HeadPath(LossPath):
     """Hidden states before the head, a chunk of rows of logits at a time."""
 
@@ -93,7 +89,6 @@ class HeadPath(LossPath):
         self._model = model
         self.head = probe_head(model)
         self._tap = Tap(self.head.module)
-        self._let_go: Callable[[], None] = _nothing
         self._run_as: dict[str, Any] = {"chunk_bytes": chunk_bytes, "backend": backend}
         self._transform: dict[str, Any] = {
             "logit_scale": self.head.logit_scale,
@@ -111,16 +106,12 @@ class HeadPath(LossPath):
         return self.head.device
 
     @override
-    def open(self, around: nn.Module | None = None) -> None:
+    def open(self) -> None:
         self._tap.open()
-        if around is not None:
-            self._let_go = hold(self.head.module, around)
 
     @override
     def close(self) -> None:
         self._tap.close()
-        self._let_go()
-        self._let_go = _nothing
 
     @override
     @runs_the_model

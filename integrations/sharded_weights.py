@@ -10,7 +10,7 @@ and fills them for the forward and the backward of each module that has them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,27 +35,21 @@ def rows_of(weight: Tensor) -> int:
     return int(shape[0])
 
 
-def is_zero3(model: nn.Module) -> bool:
-    """Tell a model whose parameters ZeRO-3 has put away."""
-    return any(map(_is_put_away, model.parameters()))
-
-
-def is_of_zero(parameter: Tensor) -> bool:
-    """Tell a parameter whose optimizer DeepSpeed gave copies: by ZeRO-1, 2 or 3."""
-    return hasattr(parameter, "_hp_mapping") or _is_put_away(parameter)
-
-
 def check_not_sharded(name: str, model: nn.Module) -> None:
     """Refuse a model that cannot be looked at: of FSDP2, which has but parts between its uses.
 
     A model of ZeRO-3 can be, once DeepSpeed's hooks are in place that fill its parameters.
     """
-    if is_zero3(model) and (name != "model" or not hasattr(model, "ds_inflight_param_registry")):
+    put_away = any(map(_is_put_away, model.parameters()))
+    if put_away and name != "model":
+        raise ValueError(
+            f"`{name}` must be whole on each rank; got one whose parameters ZeRO-3 has put away"
+        )
+    if put_away and not hasattr(model, "ds_inflight_param_registry"):
         raise ValueError(
             f"`{name}` must be given to attach() after deepspeed.initialize() when ZeRO-3 has put "
-            "its parameters away before (zero.Init does, and so from_pretrained)"
-            if name == "model"
-            else f"`{name}` must be whole on each rank; got one that is spread by ZeRO-3"
+            "its parameters away before (zero.Init does, and so from_pretrained); got one without "
+            "DeepSpeed's hooks"
         )
     if any(map(_is_fsdp, model.modules())):
         raise ValueError(
@@ -94,27 +88,6 @@ def check_group(weight: Tensor, group: str) -> None:
             "own, or in one with the embeddings, and keep how tensor parallelism spread it; got a "
             f"weight placed as {getattr(weight, 'placements', 'a plain tensor')}"
         )
-
-
-def hold(module: nn.Module, within: nn.Module) -> Callable[[], None]:
-    """Have ZeRO-3 keep a module's weights through the forward and backward of one around it.
-
-    Returns:
-        What undoes it. Where nothing is put away there is nothing to do.
-    """
-    put_away = [parameter for parameter in module.parameters() if _is_put_away(parameter)]
-    if not put_away:
-        return lambda: None
-    from deepspeed.runtime.zero import partition_parameters as zero
-
-    for parameter in put_away:
-        zero.register_external_parameter(within, parameter)
-
-    def let_go() -> None:
-        for parameter in put_away:
-            zero.unregister_external_parameter(within, parameter)
-
-    return let_go
 
 
 def _is_put_away(parameter: Tensor) -> bool:

@@ -100,7 +100,7 @@ class OtherTrainer:
     def __init__(self, **kwargs: Any) -> None:
         raise ValueError(
             "`task_type` must be 'causal_lm', and the command `swift sft` or `swift pt`, with the "
-            "safety plugin: the losses of other trainers have no penalty"
+            "safety plugin: the losses of other trainers have no penalty; got another of swift's"
         )
 
 
@@ -120,5 +120,6 @@ def _check_losses(args: Any, template: Any) -> None:
     if not (template.loss_scale.is_binary_loss_scale if binary is None else binary):
         raise ValueError(
             "`loss_scale` must be one that weighs tokens by 0 or 1, with the safety plugin: for "
-            "other weights swift makes the loss itself, without the penalty"
+            "other weights swift makes the loss itself, without the penalty; got "
+            f"{type(template.loss_scale).__name__}"
         )

@@ -17,6 +17,13 @@ from str_kernels.contracts import PenaltyKind
 
 BUSY = {"anchors": True, "micro_steps": 2}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
+# Every weight is put away between its uses, however small and however soon the next one.
+PUT_AWAY = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
 # What test_deepspeed.py runs: function, stage, training, options.
 CALLS: dict[str, tuple[Any, ...]] = {
     "ZeRO-1 lora": ("train", 1, "lora", BUSY),
@@ -34,7 +41,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 
 
 def batches(seed: int) -> list[dict[str, Tensor]]:
-    return [batch_of(seed + step, rows=ROWS) for step in range(2)]
+    return [batch_of(seed + step, rows=ROWS) for step in range(3)]
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -42,7 +49,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1)
 
 
-def engine_of(model: nn.Module, stage: int, micro_steps: int = 1) -> Any:
+def engine_of(model: nn.Module, stage: int, micro_steps: int = 1, **more: Any) -> Any:
     """Give a model to DeepSpeed."""
     import deepspeed
 
@@ -50,10 +57,10 @@ def engine_of(model: nn.Module, stage: int, micro_steps: int = 1) -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_steps,
-        # every weight is put away between its uses, however small
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **PUT_AWAY},
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # 1 by default
+        **more,
     }
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -91,7 +98,7 @@ def train(
     before: bool = False,
     **lora: Any,
 ) -> dict[str, float]:
-    """Train two steps on this rank's rows; return the errors of losses and gradients."""
+    """Train three steps on this rank's rows; return the errors of losses and gradients."""
     attaching: dict[str, Any] = {
         "penalty": SafetyPenalty(PENALTY.weight, kind),
         "path": path,
@@ -133,6 +140,20 @@ def train(
             errors["loss"] = max(errors["loss"], abs(float(total - loss)))
             errors["gradients"] = max(errors["gradients"], error)
     return errors
+
+
+def turns_in_bfloat16(seed: int, stage: int) -> list[int]:
+    """Return the anchors' steps in four steps of an optimizer with copies of the weights."""
+    student, options = students("llama", "lora", seed)
+    student = student.train().bfloat16()
+    engine = engine_of(student, stage, bf16={"enabled": True})
+    found = []
+    with attach(student, TOKENS, anchors=ANCHORS, **options) as handle:
+        for _ in range(4):
+            engine.backward(engine(**batch_of(seed)).loss)
+            found.append(handle.step)
+            engine.step()
+    return found
 
 
 def refusals(seed: int) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from typing import get_args
 
 import pytest
@@ -269,6 +270,14 @@ def test_state_survives_an_error_inside_the_reference(seed, monkeypatch):
             assert logits.shape[1] == batch_of(seed)["input_ids"].shape[1]
         status = model.get_model_status()
         assert status.enabled is True
+
+
+def test_an_attached_model_can_be_pickled(seed):
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    with attach(model, TOKENS):
+        twin = pickle.loads(pickle.dumps(model)).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(twin[name], value, rtol=0, atol=0)
 
 
 def test_signature_and_deepcopy(seed):

@@ -39,15 +39,23 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for name, (function, *stage_and_training, options) in cases.CALLS.items()
     }
     todo["refusals"] = ("refusals", 11, {})
+    for stage in (0, 2):
+        todo[f"bfloat16, ZeRO-{stage}"] = ("turns_in_bfloat16", 11, stage, {})
     return run_ranks(2, cases.run_all, todo, folder=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", cases.CALLS)
-def test_two_steps_equal_those_of_one_process(name: str, found) -> None:
+def test_three_steps_equal_those_of_one_process(name: str, found) -> None:
     for of_rank in found:
         errors = of_rank[name]
         assert isinstance(errors, dict), errors
         assert errors["loss"] <= LOSS and errors["gradients"] <= GRADIENTS
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_anchors_take_turns_where_the_optimizer_has_copies(stage: int, found) -> None:
+    for of_rank in found:
+        assert of_rank[f"bfloat16, ZeRO-{stage}"] == [0, 1, 2, 3]
 
 
 def test_what_is_refused(found) -> None:
@@ -70,7 +78,7 @@ def test_safety_trainer_logs_what_it_logs_without_deepspeed(stage: int, seed, tm
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, **cases.PUT_AWAY},
         "zero_allow_untested_optimizer": True,
     }
     for plain, spread in zip(run("plain"), run("zero", deepspeed=config), strict=True):

@@ -192,13 +192,25 @@ def test_a_step_outside_of_train_is_refused(seed, tmp_path):
     assert trainer.compute_loss(model.eval(), batch) > 0
 
 
-@pytest.mark.parametrize("option", [{"anchors": ANCHORS}, {"ref_tokens": 4}, {"positions": 2}])
+@pytest.mark.parametrize(
+    "option",
+    [{"anchors": ANCHORS}, {"ref_tokens": 4}, {"positions": 2}, {"positions": "all"}],
+)
 def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp_path, monkeypatch):
     model = fresh_lora(tiny_model("llama", seed))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **option)
     monkeypatch.setattr(SafetyTrainer, "get_cp_size", lambda self: 2, raising=False)
     (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` must be left out under context or sequence"):
+    with pytest.raises(ValueError, match=f"`{name}` must be left out under context parallelism"):
         trainer.train()
     assert "forward" not in vars(model.get_base_model())
+
+
+def test_sequence_parallelism_is_refused(seed, tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    model = fresh_lora(tiny_model("llama", seed))
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS)
+    monkeypatch.setattr(SafetyTrainer, "get_sp_size", lambda self: 2, raising=False)
+    with pytest.raises(ValueError, match="`sp_size` must be 1"):
+        trainer.train()
