@@ -38,7 +38,7 @@ class AnchorPass:
         self.last: SafetyLoss | None = None
         self._counts_steps = True
         self._stepped = False
-        self._is_known = False  # whether something was seen to write the trained weights
+        self._is_known = False  # whether an optimizer was seen that has the trained weights
         self._version: int | None = None
         self._hook: Any = None
         self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
@@ -158,7 +158,6 @@ class AnchorPass:
             return
         version = sum(p._version for p in self.inner.parameters() if p.requires_grad)
         written = self._version is not None and version != self._version
-        self._is_known = self._is_known or written
         if self._stepped or written:
             self.step += 1
         self._version, self._stepped = version, False
