@@ -22,7 +22,7 @@ _OF_ATTACH = [
 
 
 class _AttachWhenPrepared(TrainerCallback):
-    """Calls a function where training begins, with the model prepared."""
+    """Calls what attaches where training begins, with the model prepared."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
@@ -123,7 +123,7 @@ class SafetyTrainerMixin:
         if self.safety is not None:
             self.safety.remove()
 
-    def prepare_step(self, num_items_in_batch: Any) -> None:
+    def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
         """Do what a trainer needs done before its loss is computed."""
 
     def compute_loss(
@@ -147,7 +147,7 @@ class SafetyTrainerMixin:
             return super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         before = handle.last
         handle.step = self.state.global_step  # a resumed run has the anchors it would have had
-        self.prepare_step(num_items_in_batch)
+        self.prepare_step(inputs, num_items_in_batch)
         loss = super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         if handle.last is None or handle.last is before:
             raise RuntimeError(

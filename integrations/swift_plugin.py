@@ -16,8 +16,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from swift.template import Template
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contracts import IGNORE_INDEX
 from .attach_settings import NAMES, SafetySettings
@@ -73,18 +74,10 @@ class SafetySwiftTrainer(SafetyTrainerMixin, Seq2SeqTrainer):
         self.safety_tokens = self.settings.tokens(template.tokenizer)
         self.attach_options = self.settings.attach_options(template.tokenizer, args.seed)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Compute the loss as swift does: the model's mean, times the batch's share of the step."""
+    def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
+        """Note the batch's share of the step: swift multiplies the model's mean loss by it."""
         if num_items_in_batch is not None:
             self._share = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
 
     def get_use_logits_to_keep(self, default_value: bool = True) -> bool:
         """Keep all positions in training, where the linear path makes no logits anyway."""
@@ -111,6 +104,11 @@ def _check_losses(args: Any, template: Any) -> None:
                 f"`{name}` must be off with the safety plugin: it replaces the loss of the model, "
                 f"and with it the penalty; got {getattr(args, name)!r}"
             )
+    if type(template).compute_sft_loss is not Template.compute_sft_loss:
+        raise ValueError(
+            "`template` must leave the loss to the model, with the safety plugin; got "
+            f"{type(template).__name__}, which makes one of the logits"
+        )
     if template.sequence_parallel_size > 1:
         raise ValueError(
             "`sequence_parallel_size` must be 1 with the safety plugin: over split rows swift "

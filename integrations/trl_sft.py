@@ -48,7 +48,7 @@ class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
         if self.safety_tokens is None:
             raise ValueError("`safety_tokens` must be given unless `args` is a SafetySFTConfig")
 
-    def prepare_step(self, num_items_in_batch: Any) -> None:
+    def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
         """Have the attached forward answer in TRL's own form."""
         if self.safety is not None:
             self.safety.for_trl(_as_trl_output, num_items_in_batch)

@@ -184,6 +184,24 @@ def test_a_step_begins_when_an_optimizer_has_made_one(
     assert steps == [0, 0, 1, 1, 2, 2] and asked == [0, 1, 2, 11]
 
 
+@pytest.mark.parametrize("event", ["load", "freeze"])
+def test_turns_go_on_on_copies_after_the_weights_were_written(event: str, seed: int) -> None:
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OnCopies(trained, lr=1e-3)
+    steps = []
+    with attach(model, TOKENS, anchors=anchors_of(seed)) as handle:
+        for step in range(5):
+            model(**batch_of(seed)).loss.backward()
+            steps.append(handle.step)
+            optimizer.step()
+            if step == 1 and event == "load":
+                model.load_state_dict(model.state_dict())
+            elif step == 1:
+                trained[0].requires_grad_(False)
+    assert steps == [0, 1, 2, 3, 4]
+
+
 def test_the_reference_sees_each_anchor_once(seed: int) -> None:
     model = tiny_model("llama", seed).train()
     frozen = copy.deepcopy(model).eval()

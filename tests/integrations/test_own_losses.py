@@ -18,6 +18,8 @@ from str_kernels import SafetyTokens
 PAGE = "docs/own_losses.md"
 SHARED, DPO, KTO, LOG_PROB, TRL, DISTILL = python_blocks(PAGE)
 IDS = [5, 9, 77, 130]
+ID_WEIGHTS = torch.tensor([3.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+TOKENS = SafetyTokens(ids=IDS, id_weights=ID_WEIGHTS)
 WEIGHT, BETA = 0.1, 0.1  # as on the page
 # float64: what is left is rounding, in sums of a few hundred terms
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
@@ -36,7 +38,7 @@ def answers(seed: int, rows: int = 4, length: int = 25) -> dict[str, Tensor]:
 
 
 def compare_by_hand(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return log p / p_ref of each answer and the mean square of the drift, from full logits."""
+    """Return log p / p_ref of each answer and the drift's weighted mean square, by hand."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     target = batch["labels"][:, 1:]
     kept = target != -100
@@ -49,7 +51,7 @@ def compare_by_hand(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tenso
     with torch.no_grad(), model.disable_adapter():
         ref_logits = model(**inputs).logits[:, :-1]
     drift = (logits - ref_logits)[kept][:, IDS]
-    return log_p(logits) - log_p(ref_logits), drift.square().mean()
+    return log_p(logits) - log_p(ref_logits), (drift.square() * ID_WEIGHTS).mean()
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -63,7 +65,7 @@ def space(seed: int) -> dict[str, Any]:
     """What the page has before its first block, with adapters that have moved."""
     model = with_lora(tiny_model("llama", seed), seed).double().train()
     pairs = answers(seed)
-    given = {"peft_model": model, "tokens": SafetyTokens(ids=IDS), "pairs": pairs}
+    given = {"peft_model": model, "tokens": TOKENS, "pairs": pairs}
     given |= {"answers": pairs, "desirable": torch.tensor([True, False, False, True])}
     run_block(PAGE, SHARED, given)
     return given
@@ -109,7 +111,7 @@ def test_log_probabilities_are_held_as_the_page_says(space: dict[str, Any], seed
     terms.loss.backward()
     got, now.grad = now.grad, None
     log_p, log_ref = ((h @ space["head"].T).log_softmax(-1)[:, IDS] for h in (now, before))
-    expected = WEIGHT * (log_p - log_ref).square().mean()
+    expected = WEIGHT * ((log_p - log_ref).square() * ID_WEIGHTS).mean()
     expected.backward()
     torch.testing.assert_close(terms.loss, expected, **CLOSE)
     torch.testing.assert_close(got, now.grad, **CLOSE)

@@ -71,6 +71,21 @@ class Seq2SeqTrainer(HfTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class Template:
+    """swift's, as far as the loss goes: its own is the model's."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def compute_sft_loss(self, model: Any, inputs: Any, *, trainer: Any) -> Any:
+        return trainer.compute_loss(model, inputs)
+
+
+class TemplateWithALoss(Template):
+    def compute_sft_loss(self, model: Any, inputs: Any, *, trainer: Any) -> Any:
+        return model(**inputs).logits.mean()
+
+
 class TrainerFactory:
     TRAINER_MAPPING: dict[str, str]
 
@@ -88,6 +103,9 @@ def plugin(monkeypatch: Any) -> Any:
     vars(trainers).update(Seq2SeqTrainer=Seq2SeqTrainer, TrainerFactory=TrainerFactory)
     monkeypatch.setitem(sys.modules, "swift", types.ModuleType("swift"))
     monkeypatch.setitem(sys.modules, "swift.trainers", trainers)
+    templates = types.ModuleType("swift.template")
+    vars(templates).update(Template=Template)
+    monkeypatch.setitem(sys.modules, "swift.template", templates)
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
     yield importlib.import_module(PLUGIN)
     sys.modules.pop(PLUGIN, None)
@@ -101,7 +119,7 @@ def template_of(recipe: Recipe, **options: Any) -> Any:
         "is_binary_loss_scale": None,
         "loss_scale": types.SimpleNamespace(is_binary_loss_scale=True),
     }
-    return types.SimpleNamespace(**{**attributes, **options})
+    return Template(**{**attributes, **options})
 
 
 def trainer_of(recipe: Recipe, folder: Path, template: Any = None, **options: Any) -> Any:
@@ -178,6 +196,13 @@ def test_what_replaces_the_loss_is_refused(
     said = {"is_binary_loss_scale": "loss_scale"}.get(name, name)
     with pytest.raises(ValueError, match=f"`{said}`.* must be"):
         trainer_of(recipe, tmp_path, template, **({} if of_template else options))
+
+
+def test_a_template_with_a_loss_is_refused(plugin: Any, seed: int, tmp_path: Path) -> None:
+    plugin.register()
+    recipe = make_recipe(tmp_path, seed, 1)
+    with pytest.raises(ValueError, match=r"leave the loss to the model.*got TemplateWithALoss"):
+        trainer_of(recipe, tmp_path, TemplateWithALoss(**vars(template_of(recipe))))
 
 
 def test_other_trainers_are_refused(plugin: Any) -> None:
