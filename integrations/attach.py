@@ -203,6 +203,7 @@ class SafetyHandle:
         forward.reference.open()
         if forward.anchor_pass is not None:
             forward.anchor_pass.open()
+        forward.gradients.open()
 
     @property
     def last(self) -> SafetyLoss | None:
@@ -254,6 +255,7 @@ class SafetyHandle:
         self._forward.reference.close()
         if self._forward.anchor_pass is not None:
             self._forward.anchor_pass.close()
+        self._forward.gradients.close()
         if vars(self._inner).get("forward") is not self._forward:
             return
         if self._previous is None:

@@ -80,15 +80,30 @@ def contiguous_head_input(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode (no dropout, no checkpointing) and put every module's own mode back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    """Switch to eval mode (no dropout, no checkpointing) and put every module's own mode back.
+
+    bitsandbytes' 4-bit layers are left in training mode, which changes nothing of what they say:
+    on a CPU with AVX512-BF16 their first forward in eval mode packs the weights anew for good, and
+    later ones have no backward.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    for module, _ in before:
+        module.training = _is_4bit(module)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in before:
+            module.training = training
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return getattr(getattr(module, "weight", None), "quant_type", None) in ("nf4", "fp4")
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell a 4-bit layer that was evaluated on a CPU: its forward has no backward any more."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def probe_head(model: nn.Module) -> Head:

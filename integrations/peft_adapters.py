@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from .hf_models import not_compiled
+from .hf_models import is_packed, not_compiled
 
 # Of peft.PeftType: the types whose removal gives back the model that was loaded, each held by a
 # test against a copy from before PEFT saw the model (docs/support.md). What is in none of the lists
@@ -179,8 +179,16 @@ def _native_off(model: Any) -> Iterator[None]:
 
 
 def _check_state(model: Any) -> None:
-    """Refuse to go on where adapters have no part in the forward, or are part of the weights."""
+    """Refuse to go on where adapters have no part in the forward, or are part of the weights.
+
+    Or where a layer below the loss has no backward.
+    """
     for name, module in model.named_modules():
+        if is_packed(module):
+            raise ValueError(
+                "`model` must be loaded anew to be trained: bitsandbytes packed the 4-bit weights "
+                f"of {name} when it was run in eval mode on this CPU, and they have no backward now"
+            )
         if getattr(module, "merged", False) is True:
             raise ValueError(
                 f"`model` must not have its adapters merged while it trains; {name} has. Call "

@@ -15,6 +15,7 @@ from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from ..safety_tokens import SafetyTokens
 from .anchor_pass import AnchorPass
+from .gradient_watch import GradientWatch
 from .hf_models import auxiliary_loss, checkpoints, not_compiled, runs_the_model, shift
 from .loss_paths import LossPath
 from .positions import ROW_WEIGHT, Positions, beside, row_weight_at
@@ -50,6 +51,7 @@ class SafetyForward:
         self.reached = False
         self.ref_every = 1
         self.forwards = 0  # training forwards so far
+        self.gradients = GradientWatch(inner)
         self.anchor_pass: AnchorPass | None = None
         # What makes the output of a forward that TRL calls with fused_lm_head=True, and the
         # divisor that it keeps to itself; SafetySFTTrainer sets both.
@@ -88,6 +90,7 @@ class SafetyForward:
             ref = self.reference(safety_ids, same, on_log_probs)
         self.reference.skip(batch)
         self.forwards += 1
+        self.gradients.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
         loss = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
         if self.anchor_pass is not None and len(self.safety_tokens):

@@ -348,5 +348,6 @@ def test_quantised_bodies(kind: str, head: str, seed: int, tmp_path: Any) -> Non
         with pytest.raises(ValueError, match=r"Linear4bit.*path='logits'"):
             attach(model, TOKENS)
         path = "logits"
-    found = errors(model, load().eval(), batch_of(seed), path=path)
+    # in training mode, which is the same function: with AVX512-BF16 nf4 is packed in the other
+    found = errors(model, load().train(kind == "nf4"), batch_of(seed), path=path)
     assert found[0] <= LOSS_BOUND and found[1] <= GRADIENT_BOUND, found
