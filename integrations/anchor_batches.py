@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from ..contracts import IGNORE_INDEX
+from ..contracts import IGNORE_INDEX, check_number
 from .anchors import AnchorPrompts, AnchorRow
 from .hf_models import shift
 from .positions import ROW_WEIGHT
@@ -24,22 +24,24 @@ _COLUMNS = {"input_ids", "attention_mask", "labels", HELD}
 class AnchorCollator:
     """A collator around another one: adds anchors to each batch, and the penalty's row weights.
 
-    The batch gains `safety_row_weight` (B, T) float32: 1 where a label follows, and at the P held
-    positions of the anchors anchor_weight * n / P for n labels in the batch, so that with
+    The batch gains `safety_row_weight` (B, T) float32: label_weight where a label follows, and
+    n / P at the P held positions of the anchors for n labels in the batch, so that with
 
         target = shift(labels),  num_items = num_safety_items = n
 
-    the loss is that of `attach(..., anchors=...)`. An attached model takes it from the batch; in
-    a loop of your own give it to `safety_linear_cross_entropy(..., safety_row_weight=)`, flat.
+    the loss is that of `attach(..., anchors=...)`, with the penalty's own weight. An attached model
+    (`positions="response"`) takes it from the batch; in a loop of your own give it to
+    `safety_linear_cross_entropy(..., safety_row_weight=)`, flat.
 
     Args:
         collate: pads rows of input_ids, attention_mask and labels, on either side.
         anchors: whose rows are added. None where the rows come from `WithAnchors`.
-        weight: anchor_weight; that of `anchors` when None, else 1.
+        label_weight: 0 takes the penalty at the anchors alone, 1 at every label too.
 
     Raises:
-        ValueError: when called with rows that have other columns, such as position_ids of packed
-            rows; or, without `anchors`, with a row that has no label and is no anchor.
+        ValueError: `anchors` has a weight of its own; or when called with rows that have other
+            columns, such as position_ids of packed rows; or, without `anchors`, with a row that
+            has no label and is no anchor.
 
     Notes:
         For training batches only. With workers each draws every n-th turn of the anchors.
@@ -49,11 +51,16 @@ class AnchorCollator:
         self,
         collate: Callable[[list[dict[str, Any]]], Any],
         anchors: AnchorPrompts | None = None,
-        weight: float | None = None,
+        label_weight: float = 0.0,
     ) -> None:
+        if anchors is not None and anchors.penalty_weight is not None:
+            raise ValueError(
+                "`anchors` must have no `penalty_weight` for a collator, in whose batches the "
+                f"penalty has its own weight everywhere; got {anchors.penalty_weight}"
+            )
         self.collate = collate
         self.anchors = anchors
-        self.weight = weight if weight is not None else anchors.weight if anchors else 1.0
+        self.label_weight = check_number("label_weight", label_weight)
         self._batches = 0
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
@@ -68,8 +75,8 @@ class AnchorCollator:
         end = torch.where(mask.bool(), column, -1).max(dim=1, keepdim=True).values  # (B, 1)
         at_anchors = (column > end - held) & (column <= end) & (held > 0)
         at_labels = shift(labels) != IGNORE_INDEX
-        share = self.weight * at_labels.sum() / at_anchors.sum().clamp(min=1)
-        batch[ROW_WEIGHT] = at_labels.float() + at_anchors * share
+        share = at_labels.sum() / at_anchors.sum().clamp(min=1)
+        batch[ROW_WEIGHT] = at_labels * self.label_weight + at_anchors * share
         return batch
 
     def _next_anchors(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class AnchorPass:
         self._hook: Any = None
         self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
         self._known: dict[tuple[int, bool], Tensor] = {}  # (place, log_probs) -> (held, K)
+        self._penalty: tuple[SafetyPenalty, SafetyPenalty] | None = None  # the rows', ours
 
     def open(self) -> None:
         """Watch for steps of the optimizer that trains the model."""
@@ -70,6 +72,7 @@ class AnchorPass:
     ) -> Tensor:
         """Return what the anchors add to the loss of a batch."""
         states, refs, weights = [], [], []
+        penalty = self._own(penalty)
         log_probs = penalty.kind in ON_LOG_PROBS
         for places, anchors in self._next(ids.device):
             like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
@@ -96,7 +99,7 @@ class AnchorPass:
     ) -> Tensor:
         # All positions, though those that are not held have no part: the reference's logits come
         # of a product with as many rows, and only so are equal ones equal in every bit.
-        weight = weight * (share.to(weight.device) * self.anchors.weight) / weight.sum()
+        weight = weight * share.to(weight.device) / weight.sum()
         target = torch.full_like(weight, IGNORE_INDEX, dtype=torch.int64)
         terms = self.path.loss(
             states.unsqueeze(0), target, ids, ref, penalty=penalty,
@@ -104,6 +107,15 @@ class AnchorPass:
         )  # fmt: skip
         self.last = terms.detach()
         return terms.loss
+
+    def _own(self, penalty: SafetyPenalty) -> SafetyPenalty:
+        """Return the penalty with the anchors' own weight; made anew only where the rows' was."""
+        weight = self.anchors.penalty_weight
+        if weight is None:
+            return penalty
+        if self._penalty is None or self._penalty[0] is not penalty:
+            self._penalty = penalty, dataclasses.replace(penalty, weight=weight)
+        return self._penalty[1]
 
     @runs_the_model
     def _reference(

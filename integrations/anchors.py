@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ..contracts import check_number
 from ..evals.refusals import classify_answer, load_prompts
-from .chat_data import render_prompts
+from .chat_rendering import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
-_ANSWER_TOKENS = 24  # of an answer, to tell whether it refuses
+_ANSWER_TOKENS = 32  # of an answer, to tell whether it refuses
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,17 @@ class AnchorPrompts:
     anchor is such a prompt: no cross-entropy, no label, the penalty at its last position, where
     the answer begins. In a step with the anchors A, their held positions P and n labels
 
-        loss = (sum(ce) + weight * sum(penalty)) / n
-             + weight * anchor_weight * sum over P of penalty / |P|
+        loss = sum(ce) / n  +  penalty_weight * sum over P of penalty / |P|
 
-    so that anchor_weight 1 lets all anchors together weigh as much as all labels together,
-    however many there are of either.
+    and with `positions` other than "none" the rows' own term, weight * sum(penalty) / n, beside it.
+    The mean over P does not depend on how many anchors or labels there are.
 
     Args:
         rows: the anchors.
         per_step: harmful anchors in each optimizer step.
         harmless_per_step: harmless ones; they hold over-refusal down.
-        weight: anchor_weight above, >= 0.
+        penalty_weight: nats per unit of the penalty, >= 0, by itself and not times the rows'. The
+            penalty's own weight when None, which the handle's `weight` then sets too.
         seed: of the order. Every anchor of a kind has its turn before one comes again.
         pad_token_id: of the padding, which the mask hides.
 
@@ -92,14 +93,14 @@ class AnchorPrompts:
     rows: Sequence[AnchorRow]
     per_step: int = 2
     harmless_per_step: int = 0
-    weight: float = 1.0
+    penalty_weight: float | None = None
     seed: int = 0
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
-        if not self.weight >= 0:
-            raise ValueError(f"`weight` must be >= 0; got {self.weight}")
+        if self.penalty_weight is not None:
+            check_number("penalty_weight", self.penalty_weight)
         for name, count, kind in self._counts():
             if count < 0:
                 raise ValueError(f"`{name}` must be >= 0; got {count}")
@@ -122,9 +123,11 @@ class AnchorPrompts:
         *,
         model: Any = None,
         positions: int = 1,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        answer_start: str | None = None,
         per_step: int = 2,
         harmless_per_step: int = 0,
-        weight: float = 1.0,
+        penalty_weight: float | None = None,
         seed: int = 0,
     ) -> AnchorPrompts:
         """Render prompts by the tokenizer's chat template, up to where the answer begins.
@@ -140,16 +143,21 @@ class AnchorPrompts:
             positions: how many positions are held: the last of the prompt, and the first
                 positions - 1 of the model's own answer. A harmful prompt that the model does not
                 refuse has no such answer: its last position alone is held.
+            chat_template_kwargs: of the chat template, such as {"enable_thinking": False}; the
+                same as in training and use.
+            answer_start: the text between the generation prompt and the answer, such as
+                "</think>\\n\\n"; what the template itself puts there when None.
             per_step: as in the class; so are the others.
             harmless_per_step: harmless anchors of a step.
-            weight: of the anchors among the rows.
+            penalty_weight: of the penalty at the anchors.
             seed: of the order.
 
         Returns:
             The AnchorPrompts.
 
         Raises:
-            ValueError: a file is missing or broken, a list is empty, or `model` is missing.
+            ValueError: a file is missing or broken, a list is empty, `model` is missing, or the
+                chat template does not show where an answer begins; the message names the option.
         """
         if positions < 1 or (positions > 1 and model is None):
             raise ValueError(
@@ -157,18 +165,23 @@ class AnchorPrompts:
                 f"got {positions}, model {type(model).__name__}"
             )
         asked = _read(prompts, "harmful") + (_read(harmless, "harmless") if harmless else [])
-        contexts = [
-            tuple(tokenizer.encode(text, add_special_tokens=False))
-            for text in render_prompts(tokenizer, [prompt for prompt, _ in asked])
-        ]
+        texts = render_answer_starts(
+            tokenizer,
+            [prompt for prompt, _ in asked],
+            chat_template_kwargs=chat_template_kwargs,
+            answer_start=answer_start,
+        )
+        contexts = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         answers: list[tuple[int, ...]] = [()] * len(asked)
         if positions > 1:
-            answers = _own_answers(model, tokenizer, asked, positions - 1)
+            kinds = [kind for _, kind in asked]
+            answers = _own_answers(model, tokenizer, texts, kinds, positions - 1)
         rows = [
             AnchorRow(context + answer, 1 + len(answer), kind)
             for context, answer, (_, kind) in zip(contexts, answers, asked, strict=True)
         ]
-        return cls(rows, per_step, harmless_per_step, weight, seed, tokenizer.pad_token_id or 0)
+        pad = tokenizer.pad_token_id or 0
+        return cls(rows, per_step, harmless_per_step, penalty_weight, seed, pad)
 
     def draw(self, step: int) -> list[int]:
         """Return which anchors, by their place in `rows`, are held in an optimizer step."""
@@ -223,16 +236,15 @@ def _read(source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kin
 
 
 def _own_answers(
-    model: Any, tokenizer: Any, asked: Sequence[tuple[str, Kind]], tokens: int
+    model: Any, tokenizer: Any, texts: Sequence[str], kinds: Sequence[Kind], tokens: int
 ) -> list[tuple[int, ...]]:
     """Return the first tokens of the model's own answers; none where it does not refuse."""
-    from .generation import answer_prompts
+    from .generation import answer_texts
 
-    prompts = [prompt for prompt, _ in asked]
-    texts = answer_prompts(model, tokenizer, prompts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
+    answers = answer_texts(model, tokenizer, texts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
     return [
-        tuple(tokenizer.encode(text, add_special_tokens=False)[:tokens])
-        if kind == "harmless" or classify_answer(text) == "refusal"
+        tuple(tokenizer.encode(answer, add_special_tokens=False)[:tokens])
+        if kind == "harmless" or classify_answer(answer) == "refusal"
         else ()
-        for text, (_, kind) in zip(texts, asked, strict=True)
+        for answer, kind in zip(answers, kinds, strict=True)
     ]

@@ -12,7 +12,8 @@ from ..reference_cache import CachedReference, verify_cache
 from ..reference_cache_writer import BuildReport
 from ..safety_tokens import SafetyTokens
 from .cached_reference import cache_model
-from .chat_data import encode_examples, read_examples, render_prompts
+from .chat_data import encode_examples, read_examples
+from .chat_rendering import render_answer_starts
 from .finetune import load_model
 from .fingerprint import model_fingerprint
 
@@ -70,7 +71,7 @@ def build_cache(
     else:
         tokens = SafetyTokens.from_templates(tokenizer, templates)
     rows = [row["input_ids"] for row in encode_examples(tokenizer, examples, max_length)]
-    for text in render_prompts(tokenizer, prompts):
+    for text in render_answer_starts(tokenizer, prompts):
         rows.append(list(tokenizer.encode(text, add_special_tokens=False)))
     return cache_model(model, rows, tokens, output, kind=kind, **options)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..contracts import IGNORE_INDEX
+from .chat_rendering import render
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -105,16 +106,6 @@ def encode_examples(
     return rows
 
 
-def render_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Render each question as the start of a conversation, up to where the answer begins."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-
-
 def _encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     if example.messages is None:
         prompt = tokenizer.encode(example.prompt)
@@ -145,7 +136,7 @@ def _encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text = render(tokenizer, messages, **options)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chat_data import render_prompts
+from .chat_rendering import render_prompts
 from .hf_models import contiguous_head_input, evaluation_mode
 from .peft_adapters import base_of
 

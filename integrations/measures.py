@@ -13,7 +13,8 @@ from transformers import DataCollatorForSeq2Seq
 
 from ..evals.drift import DriftStatistics, drift_statistics
 from ..safety_tokens import SafetyTokens
-from .chat_data import Example, render_prompts
+from .chat_data import Example
+from .chat_rendering import render, render_prompts
 from .generation import continue_greedily
 from .hf_models import evaluation_mode
 from .loss_paths import LossPath, make_path
@@ -69,9 +70,7 @@ def question_and_answer(tokenizer: Any, example: Example) -> tuple[str, str]:
         start = tokenizer.decode(tokenizer.encode(example.prompt)) if example.prompt else ""
         return start, example.completion
     last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
-    question = tokenizer.apply_chat_template(
-        list(example.messages[:last]), tokenize=False, add_generation_prompt=True
-    )
+    question = render(tokenizer, example.messages[:last], add_generation_prompt=True)
     return question, example.messages[last]["content"]
 
 

@@ -12,15 +12,28 @@ from .references import Reference
 
 ROW_WEIGHT = "safety_row_weight"
 """In a batch: w of each position (B, T), instead of `positions`, as AnchorCollator makes it."""
-Positions = Literal["response", "all"] | int
-"""Every label; every position whose next token is not padding; the first m labels of a response."""
+Positions = Literal["none", "response", "all"] | int
+"""Where the penalty stands on the training rows.
+
+Nowhere (at the anchors alone); at every label, the paper's form; at every position whose next token
+is not padding; at the first m labels of a response.
+"""
 
 
 def check_positions(positions: object) -> None:
     """Raise ValueError unless it is one of Positions."""
     number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 1
-    if not number and positions not in ("response", "all"):
-        raise ValueError(f"`positions` must be 'response', 'all' or an int >= 1; got {positions!r}")
+    if not number and positions not in ("none", "response", "all"):
+        raise ValueError(
+            "`positions` must be 'none' (anchors alone), 'response' (the paper's form), 'all' or "
+            f"an int >= 1; got {positions!r}"
+        )
+
+
+def read_positions(text: object) -> Positions:
+    """Return what a flag or a YAML key says, where "3" is a number."""
+    word = str(text)
+    return int(word) if word.isdigit() else word  # type: ignore[return-value] # to be checked
 
 
 def row_weight_at(
@@ -28,8 +41,8 @@ def row_weight_at(
     target: Tensor,  # (B, T)
     attention_mask: Any,
 ) -> Tensor | None:  # (B, T)
-    """Return w: None for every label, or a mask of the positions asked for."""
-    if positions == "response":
+    """Return w: None for every label (or where nothing is compared), or a mask of positions."""
+    if positions in ("none", "response"):
         return None
     if positions == "all":
         inside = torch.ones_like(target, dtype=torch.bool)

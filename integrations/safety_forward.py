@@ -81,9 +81,9 @@ class SafetyForward:
         target, row_weight, num_items = self._prepare(batch)
         safety_ids = self.safety_tokens.ids_on(target.device)
         on_log_probs = self.penalty.kind in ON_LOG_PROBS
-        # no ids: plain cross-entropy, and the pass of the reference is spared
+        # no ids, or no penalty on the rows: the pass of the reference is spared
         ref = None
-        if len(self.safety_tokens) and self.forwards % self.ref_every == 0:
+        if self._compares_rows() and self.forwards % self.ref_every == 0:
             # In eval mode the reference would make a cache where the checkpointed student makes
             # none, and with one transformers lets packed rows see each other.
             same = {**batch, "use_cache": False} if checkpoints(self.inner) else batch
@@ -101,6 +101,9 @@ class SafetyForward:
             return self.fused_output(output, loss, self.last, target, items)
         output = self._with_loss(output, loss)
         return output.to_tuple() if as_tuple else output
+
+    def _compares_rows(self) -> bool:
+        return self.positions != "none" and len(self.safety_tokens) > 0
 
     @not_compiled
     def check_reached(self, inner: nn.Module, _: Any, batch: dict[str, Any], __: Any) -> None:

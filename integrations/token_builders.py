@@ -18,7 +18,7 @@ from torch import Tensor
 from ..contracts import accumulation_dtype
 from ..evals.refusals import Outcome, classify_answer
 from ..safety_tokens import SafetyTokens
-from .chat_data import render_prompts
+from .chat_rendering import render_prompts
 from .generation import answer_ids
 from .hf_models import contiguous_head_input, evaluation_mode
 from .peft_adapters import base_of

@@ -13,7 +13,7 @@ _LARGEST = torch.finfo(torch.float32).max
 IGNORE_INDEX = -100
 """The target that means "this row has no cross-entropy", as in torch's own cross_entropy."""
 
-PenaltyKind = Literal["mse", "huber", "hinge", "centered", "logprob", "subset_kl"]
+PenaltyKind = Literal["mse", "huber", "hinge", "centered", "logprob", "subset_kl", "coarse_kl"]
 """How a distance between safety logits is measured; docs/loss.md gives each one's formula."""
 
 Backend = Literal["auto", "triton", "triton_cluster", "torch", "compiled", "eager"]
@@ -36,12 +36,14 @@ class SafetyPenalty:
         centered:   penalty = 1/K sum_k a_k (d_k - dbar)^2, dbar the a-weighted mean of d
         logprob:    as mse with d = (z_S - logsumexp z) - r, r log-probabilities of the reference
         subset_kl:  penalty = T^2 KL(q || s), s = softmax(z_S / T), q ~ a softmax(r / T)   (PACT)
+        coarse_kl:  penalty = KL of the K tokens' probabilities and that of all others together,
+                    r log-probabilities of the reference             (ours; docs/loss.md has it with a)
 
     The exact distance, reduction and weight of the STR paper are not known to us: `mse` with mean
     reduction is a reconstruction, and 0.1 is a provisional weight, not the paper's.
 
     Args:
-        weight: nats per unit of the penalty (squared logits, nats for "subset_kl"), >= 0; 0 leaves
+        weight: nats per unit of the penalty (squared logits, nats for the two KL), >= 0; 0 leaves
             plain cross-entropy while the penalty is still reported. A float, or a 0-d tensor that a
             schedule may change between steps.
         kind: the distance.

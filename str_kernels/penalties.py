@@ -15,8 +15,13 @@ from torch import Tensor
 
 from .contracts import RowOptions
 
-ON_LOG_PROBS = frozenset({"logprob"})
+ON_LOG_PROBS = frozenset({"logprob", "coarse_kl"})
 """Kinds that compare log-probabilities: every logit takes part in them, through lse."""
+
+NEEDS_NORM = frozenset({"coarse_kl"})
+"""Those of them whose pull is not linear in lse: the row's norm is made before its gradient."""
+
+_LEAST_REST = 2.0**-13  # the others' probability in "coarse_kl": below it 1 - sum p is rounding
 
 
 class Subset(NamedTuple):
@@ -27,6 +32,7 @@ class Subset(NamedTuple):
     ref: Tensor  # (n, K)
     a: Tensor  # (K,)
     options: RowOptions
+    log_p: Tensor  # (n, K) z_S - lse, for kinds on log-probabilities
 
     def mean(self, values: Tensor) -> Tensor:
         """Return 1/K sum_k a_k values_k."""
@@ -45,10 +51,10 @@ def subset_of(
     options: RowOptions,
 ) -> Subset:
     """Collect what a kind's functions need."""
-    drift = z - ref
+    log_p = z
     if options.kind in ON_LOG_PROBS and lse is not None:
-        drift = (z - lse.unsqueeze(1)) - ref
-    return Subset(drift, z, ref, id_weights, options)
+        log_p = z - lse.unsqueeze(1)
+    return Subset(log_p - ref, z, ref, id_weights, options, log_p)
 
 
 def _clipped(s: Subset) -> Tensor:
@@ -84,6 +90,30 @@ def _kl_slope(s: Subset) -> Tensor:
     return s.options.temperature * (log_s.exp() - log_q.exp())
 
 
+def _coarse(s: Subset) -> tuple[Tensor, ...]:
+    """Return p, q and the rest of each, at least _LEAST_REST, for "coarse_kl".
+
+    An id of weight 0 is one of the rest.
+    """
+    p, q = (torch.where(s.a > 0, x.exp(), torch.zeros_like(x)) for x in (s.log_p, s.ref))
+    rests = (1.0 - x.sum(dim=1, keepdim=True) for x in (p, q))
+    return p, q, *(rest.clamp(min=_LEAST_REST) for rest in rests)
+
+
+def _coarse_kl(s: Subset) -> Tensor:
+    p, q, rest, ref_rest = _coarse(s)
+    # 0 log 0 is 0: an id that the reference rules out
+    gap = torch.where(q > 0, -q * s.drift, torch.zeros_like(q))
+    others = ref_rest * (ref_rest / rest).log() + (rest - ref_rest)
+    return (s.a * (gap + (p - q))).sum(dim=1) + others.squeeze(1)
+
+
+def _coarse_kl_slope(s: Subset) -> Tensor:
+    p, q, rest, ref_rest = _coarse(s)
+    others = torch.where(rest > _LEAST_REST, ref_rest / rest - 1.0, torch.zeros_like(rest))
+    return s.a * (p - q) + p * others
+
+
 class Kind(NamedTuple):
     """A penalty: its value per row, and its derivative with respect to d (z_S for subset_kl)."""
 
@@ -105,4 +135,5 @@ KINDS = {
     ),
     "logprob": _SQUARE,
     "subset_kl": Kind(_kl, _kl_slope),
+    "coarse_kl": Kind(_coarse_kl, _coarse_kl_slope),
 }

@@ -10,6 +10,8 @@ Flags (HAS_...) are compiled in; numbers are not, so that no schedule recompiles
 import triton
 import triton.language as tl
 
+LEAST_REST = tl.constexpr(2.0**-13)  # as in penalties
+
 
 @triton.jit
 def _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
@@ -62,7 +64,7 @@ def _online(
 @triton.jit
 def _penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constexpr):
     """Return phi, d phi / d z_S on S, and the drift: `penalties.KINDS` in float32 registers."""
-    if KIND == "logprob":
+    if KIND == "logprob" or KIND == "coarse_kl":
         drift = tl.where(mask_k, (z_s - lse) - r, 0.0)
     else:
         drift = tl.where(mask_k, z_s - r, 0.0)
@@ -79,6 +81,20 @@ def _penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constex
         terms = tl.where(q > 0.0, q * (log_q - log_s), tl.where(q == 0.0, 0.0, q))
         phi = temperature * temperature * tl.sum(terms, 0)
         slope = temperature * (tl.exp(log_s) - q)
+    elif KIND == "coarse_kl":
+        is_held = mask_k & (a > 0.0)
+        p = tl.where(is_held, tl.exp(z_s - lse), 0.0)
+        q = tl.where(is_held, tl.exp(r), 0.0)
+        rest = 1.0 - tl.sum(p, 0)
+        ref_rest = 1.0 - tl.sum(q, 0)
+        # by where, which keeps NaN, and not by maximum
+        is_free = rest > LEAST_REST
+        rest = tl.where(rest < LEAST_REST, LEAST_REST, rest)
+        ref_rest = tl.where(ref_rest < LEAST_REST, LEAST_REST, ref_rest)
+        gap = tl.where(q == 0.0, 0.0, -q * drift)
+        phi = tl.sum(a * (gap + (p - q)), 0)
+        phi += ref_rest * tl.log(ref_rest / rest) + (rest - ref_rest)
+        slope = a * (p - q) + p * tl.where(is_free, ref_rest / rest - 1.0, 0.0)
     else:
         a = a * inv_k
         # by where, since minimum and maximum would make a number of NaN
@@ -279,13 +295,14 @@ def row_step_kernel(
         takes_ce = ce_scale != 0.0
         ce_scale = tl.where(inside | (kept == 0), ce_scale, float("nan"))
         extra = 0.0
-        HAS_EXTRA: tl.constexpr = HAS_Z_LOSS or (HAS_SAFETY and KIND == "logprob")
+        ON_LOG_PROBS: tl.constexpr = KIND == "logprob" or KIND == "coarse_kl"
+        HAS_EXTRA: tl.constexpr = HAS_Z_LOSS or (HAS_SAFETY and ON_LOG_PROBS)
         if HAS_Z_LOSS:
             extra = tl.where(takes_ce, ce_scale * (2.0 * z_loss_weight * lse), 0.0)
         if HAS_SAFETY:
             penalty_scale = tl.load(PenaltyScale + pid_n)
             pull = tl.where(penalty_scale != 0.0, penalty_scale * pull, 0.0)
-            if KIND == "logprob":
+            if ON_LOG_PROBS:
                 extra -= tl.sum(pull, 0)
             du_s = _soft_gradient(
                 z_u, s == y, m, log_d, ce_scale, takes_ce, extra, smoothing, inv_v, logit_scale,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .contracts import RowOptions, RowTerms, accumulation_dtype
 from .parallel import RowSums, VocabShard
-from .penalties import KINDS, ON_LOG_PROBS, subset_of
+from .penalties import KINDS, NEEDS_NORM, ON_LOG_PROBS, Subset, subset_of
 
 _BLOCK_BYTES_CPU = 2 << 20  # about one core's L2; see docs/log.md for the measurement
 _BLOCK_BYTES = 64 << 20  # a device needs many rows at once to be busy
@@ -126,11 +126,7 @@ def row_step_torch(
     norm_known = norm is not None
     if norm is None:
         norm = logits.new_empty((2, rows), dtype=dtype)
-    soft = None
-    if ce_scale is not None and penalty_scale is not None and grad is not None:
-        # a label that is no column: the row's gradient is NaN
-        ce_scale = torch.where(inside | ignored, ce_scale, torch.nan)
-        soft = _soft(ce_scale, penalty_scale, z_s, ref, id_weights, vocab, options)
+    has_grad = ce_scale is not None and penalty_scale is not None and grad is not None
     top, log_total = norm
     smooth, metrics = (
         options.label_smoothing > 0 and not norm_known,
@@ -148,6 +144,15 @@ def row_step_torch(
         norm = torch.stack((wide.top, wide.log_total))
         top, log_total = norm
     known = norm_known or shard is not None
+    if not known and has_grad and options.kind in NEEDS_NORM:
+        _in_blocks(step, n_block, wide_logits, wide, options, False, None, None)
+        known = True
+    soft = None
+    if ce_scale is not None and penalty_scale is not None and has_grad:
+        # a label that is no column: the row's gradient is NaN
+        ce_scale = torch.where(inside | ignored, ce_scale, torch.nan)
+        subset = subset_of(z_s, ref, id_weights, top + log_total if known else None, options)
+        soft = _soft(ce_scale, penalty_scale, subset, vocab)
     if not known or soft is not None:
         _in_blocks(step, n_block, wide_logits, wide, options, known, soft, wide_grad)
     lse = top + log_total
@@ -208,23 +213,21 @@ def _exchange(
     return Wide(target, top, log_total, *rest), z_y
 
 
-def _soft(
-    ce_scale: Tensor,
-    penalty_scale: Tensor,
-    z_s: Tensor,
-    ref: Tensor,
-    id_weights: Tensor,
-    vocab: int,
-    options: RowOptions,
-) -> Soft:
+def _soft(ce_scale: Tensor, penalty_scale: Tensor, subset: Subset, vocab: int) -> Soft:
+    options, id_weights = subset.options, subset.a
     takes, at_0, per_lse, flat = ce_scale != 0, ce_scale, None, None
     if options.z_loss_weight > 0:
         per_lse = 2 * options.z_loss_weight * ce_scale
     if options.kind in ON_LOG_PROBS and id_weights.shape[0]:
-        # minus the sum over k of penalty_scale * 2/K a_k (z_S_k - r_k - lse)
         takes = takes | (penalty_scale != 0)
+    if options.kind in NEEDS_NORM and id_weights.shape[0]:
+        pull = KINDS[options.kind].slope(subset).sum(dim=1)
+        at_0 = at_0 - _where_nonzero(penalty_scale, pull)
+    elif options.kind in ON_LOG_PROBS and id_weights.shape[0]:
+        # minus the sum over k of penalty_scale * 2/K a_k (z_S_k - r_k - lse)
         share = penalty_scale * (2.0 / id_weights.shape[0])
-        at_0 = at_0 - _where_nonzero(share, (id_weights * (z_s - ref)).sum(dim=1))
+        of_0 = (id_weights * (subset.z - subset.ref)).sum(dim=1)
+        at_0 = at_0 - _where_nonzero(share, of_0)
         per_lse = share * id_weights.sum() + (0.0 if per_lse is None else per_lse)
     if options.label_smoothing > 0:
         flat = ce_scale * (options.label_smoothing / vocab)

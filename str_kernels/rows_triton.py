@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from .contracts import RowOptions, RowTerms
+from .penalties import ON_LOG_PROBS
 from .row_kernel import row_step_kernel, scatter_kernel
 
 # A block is what a program holds in registers at a time, in float32 while it works on it: 16 logits
@@ -101,7 +102,7 @@ def _is_busy(options: RowOptions) -> bool:
         or options.label_smoothing
         or options.z_loss_weight
         or options.metrics
-        or options.kind == "logprob"
+        or options.kind in ON_LOG_PROBS
     )
 
 

@@ -29,7 +29,7 @@ TEMPERATURE = 1.7  # not 1, where T and T^2 could be mixed up
 DELTA = 0.4  # below DRIFT: on both sides of it there are ids
 ID_WEIGHTS = 3  # id weights are drawn from [0, 2), one in this many is exactly 0
 KINDS: tuple[str, ...] = get_args(PenaltyKind)
-ON_LOG_PROBS = ("logprob",)
+ON_LOG_PROBS = ("logprob", "coarse_kl")
 PATHS = ["logits", "linear", "linear+bias", "linear+lora"]
 # Leaves of which row n belongs to row n of the batch.
 OF_ROWS = ("logits", "hidden", "low_rank_t")

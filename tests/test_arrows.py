@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "row_kernel": set(),
     "rows_torch": {"penalties", "parallel"},
     "rows_compiled": {"rows_torch", "projection"},
-    "rows_triton": {"contracts", "row_kernel"},
+    "rows_triton": {"contracts", "penalties", "row_kernel"},
     "backends": {"checks", "rows_torch", "rows_compiled", "rows_triton"},
     "chunks": {"backends", "projection"},
     "loss_args": {"backends"},

@@ -383,5 +383,7 @@ def test_messages_of_the_new_options_say_what_was_wrong() -> None:
         safety_linear_cross_entropy(**given, low_rank=pair)
     with pytest.raises(ValueError, match="must not all be 0"):
         SafetyPenalty(id_weights=torch.zeros(2))
-    with pytest.raises(ValueError, match="mse, huber, hinge, centered, logprob, subset_kl; got"):
+    with pytest.raises(
+        ValueError, match="mse, huber, hinge, centered, logprob, subset_kl, coarse_kl; got"
+    ):
         SafetyPenalty(kind="l2")

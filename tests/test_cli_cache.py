@@ -16,7 +16,7 @@ from tiny_tokenizer import chat_tokenizer, save_tiny_model
 
 from str_kernels import SafetyTokens, attach
 from str_kernels.cli import app
-from str_kernels.integrations.chat_data import encode_examples, read_examples, render_prompts
+from str_kernels.integrations.chat_data import encode_examples, read_examples
 from str_kernels.integrations.finetune import load_model
 from str_kernels.reference_cache import CachedReference
 

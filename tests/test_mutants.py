@@ -41,6 +41,7 @@ SMOOTH = {"label_smoothing": 0.2}
 Z_LOSS = {"z_loss_weight": 0.01}
 METRICS = {"metrics": True}
 LOGPROB = {"kind": "logprob"}
+COARSE = {"kind": "coarse_kl", "vocab": 23, "ids": 6}  # so few that the ids have a share
 
 # The first five of each step are the ones of docs/loss.md.
 MUTANTS = [
@@ -87,6 +88,10 @@ MUTANTS = [
     Mutant(
         "row_kernel", "logprob's pull on every token", "extra -= tl.sum(pull, 0)", "pass", LOGPROB
     ),
+    Mutant(
+        "row_kernel", "the rest's pull", "+ p * tl.where(is_free", "- p * tl.where(is_free", COARSE
+    ),
+    Mutant("row_kernel", "the rest", "phi += ref_rest", "phi += 0.9 * ref_rest", COARSE),
     Mutant("row_kernel", "lse in logprob", "(z_s - lse) - r", "(z_s - 0.9 * lse) - r", LOGPROB),
     Mutant(
         "row_kernel",
@@ -122,9 +127,16 @@ MUTANTS = [
     Mutant(
         "rows_torch",
         "logprob's pull on every token",
-        "at_0 = at_0 - _where_nonzero",
-        "_ = at_0 - _where_nonzero",
+        "at_0 = at_0 - _where_nonzero(share",
+        "_ = at_0 - _where_nonzero(share",
         LOGPROB,
+    ),
+    Mutant(
+        "rows_torch",
+        "coarse_kl's pull on every token",
+        "_where_nonzero(penalty_scale, pull)",
+        "0 * _where_nonzero(penalty_scale, pull)",
+        COARSE,
     ),
     Mutant("rows_torch", "the smoothing elsewhere", "z.sub_(soft.flat", "z.sub(soft.flat", SMOOTH),
     Mutant("rows_torch", "the mean in the loss", "+ e * (log_total - wide.mean)", "", SMOOTH),
@@ -157,6 +169,8 @@ MUTANTS = [
         "temperature**2 * (log_s",
         {"kind": "subset_kl"},
     ),
+    Mutant("penalties", "the rest's slope", "+ p * others", "- p * others", COARSE),
+    Mutant("penalties", "the rest's value", "+ (rest - ref_rest)", "", COARSE),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DELTA, KINDS, PATHS, TEMPERATURE, Case, make_case
+from cases import DELTA, KINDS, ON_LOG_PROBS, PATHS, TEMPERATURE, Case, make_case
 from test_penalties import EXTRAS, skip_without
 from tolerance import assert_matches_truth
 
@@ -37,7 +37,7 @@ def gradient(case: Case, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_anchor_row(kind: str, backend: str, rng, device) -> None:
-    """A prompt without an answer: no cross-entropy, but held. Only "logprob" pulls on all V."""
+    """A prompt without an answer: no cross-entropy, but held. The two of ON_LOG_PROBS pull on all V."""
     case = anchored(rng, device, kind, vocab=301, ids=5)
     result = case.run(backend)
     assert float(result.terms.ce) == 0.0 and float(result.terms.penalty) > 0
@@ -45,7 +45,7 @@ def test_an_anchor_row(kind: str, backend: str, rng, device) -> None:
     on_set = torch.zeros(301, dtype=torch.bool, device=device)
     on_set[case.ids] = True
     others = result.grads["logits"][:, ~on_set]
-    assert bool(others.all()) if kind == "logprob" else not others.any()
+    assert bool(others.all()) if kind in ON_LOG_PROBS else not others.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -257,7 +257,7 @@ def test_subset_kl_of_a_masked_safety_id(backend: str, rng, device) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_id_of_weight_0_is_not_held(kind: str, backend: str, rng, device) -> None:
-    """It is not pulled to its reference; its own share still counts among the subset's."""
+    """It is not pulled to its reference; its share still counts among the subset's, or the rest."""
     case = anchored(rng, device, kind, ids=4)
     a = torch.tensor([1.0, 0.0, 0.5, 0.0], device=device)
     given = {**vars(case.options["penalty"]), "id_weights": a}
@@ -269,7 +269,7 @@ def test_an_id_of_weight_0_is_not_held(kind: str, backend: str, rng, device) -> 
     moved = case.changed(ref=ref).run(backend)
     torch.testing.assert_close(moved.terms.penalty, result.terms.penalty, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(moved.grads["logits"], result.grads["logits"], rtol=1e-4, atol=1e-6)
-    if kind not in ("logprob", "subset_kl"):
+    if kind not in (*ON_LOG_PROBS, "subset_kl"):
         assert not result.grads["logits"][:, case.ids[[1, 3]]].any()
 
 
@@ -377,9 +377,10 @@ def test_safety_log_probs(backend: str, path: str, transform: str, rng, device) 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_logprob_is_exactly_0_at_step_0(backend, dtype, rows, rng, device) -> None:
+@pytest.mark.parametrize("kind", ON_LOG_PROBS)
+def test_log_probs_are_exactly_0_apart_at_step_0(kind, backend, dtype, rows, rng, device) -> None:
     """The same hidden states in the same chunks: the same normaliser, bit for bit."""
-    case = make_case(rng, device, path="linear+lora", kind="logprob", dtype=dtype, rows=rows)
+    case = make_case(rng, device, path="linear+lora", kind=kind, dtype=dtype, rows=rows)
     hidden, weight, *low_rank = case.leaves.values()
     ref = safety_log_probs(hidden, weight, case.ids, low_rank=tuple(low_rank), backend=backend)
     case = case.changed(ref=ref, target=case.target.clamp(min=0))
@@ -387,7 +388,7 @@ def test_logprob_is_exactly_0_at_step_0(backend, dtype, rows, rng, device) -> No
     assert float(terms.penalty) == 0.0 and float(terms.max_drift) == 0.0
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "logprob"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ON_LOG_PROBS])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_other_kind_is_exactly_0_at_step_0(kind, backend, rng, device) -> None:
     case = make_case(rng, device, path="linear+lora", kind=kind, dtype=torch.bfloat16)

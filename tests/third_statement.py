@@ -91,7 +91,7 @@ def pulls(case: Case, scale: Tensor) -> Tensor:  # (N, K)
 
 
 def phi_of(penalty: SafetyPenalty, z_s: Tensor, ref: Tensor, a: Tensor) -> Tensor:  # (N,)
-    """Return docs/loss.md's phi; for "logprob" z_s are log-probabilities as ref is."""
+    """Return docs/loss.md's phi; z_s are log-probabilities where ref is, see ON_LOG_PROBS."""
     loss = torch.nn.functional
     if penalty.kind == "huber":
         return (a * loss.huber_loss(z_s, ref, reduction="none", delta=penalty.delta)).mean(1)
@@ -106,4 +106,32 @@ def phi_of(penalty: SafetyPenalty, z_s: Tensor, ref: Tensor, a: Tensor) -> Tenso
         log_q = (ref[:, taken] / t + a[taken].log()).log_softmax(1)
         log_s = (z_s / t).log_softmax(1)[:, taken]
         return t**2 * loss.kl_div(log_s, log_q, reduction="none", log_target=True).sum(1)
+    if penalty.kind == "coarse_kl":  # Bregman's divergence of x log x, of each token and the rest
+        z_s, ref, a = z_s[:, a > 0], ref[:, a > 0], a[a > 0]  # the others are of the rest
+        p, q = z_s.exp(), ref.exp()
+        rest, ref_rest = ((1 - x.sum(1)).clamp(min=2.0**-13) for x in (p, q))
+        each = loss.kl_div(z_s, ref, reduction="none", log_target=True) + p - q
+        others = loss.kl_div(rest.log(), ref_rest, reduction="none") + rest - ref_rest
+        return (a * each).sum(1) + others
     return (a * loss.mse_loss(z_s, ref, reduction="none")).mean(1)
+
+
+class Coarse(NamedTuple):
+    """What "coarse_kl" compares, in float64."""
+
+    p: Tensor  # (N, K)
+    q: Tensor  # (N, K)
+    rest: Tensor  # (N,)
+    ref_rest: Tensor  # (N,)
+    a: Tensor  # (K,)
+
+
+def coarse_of(case: Case) -> Coarse:
+    z = cap(case.in_dtype(torch.float64).raw_logits(), case.options)
+    assert case.ids is not None and case.ref is not None
+    p = z.log_softmax(1)[:, case.ids].exp()
+    q = case.ref.double().expand(len(z), -1).exp()
+    a = case.options["penalty"].id_weights
+    a = p.new_ones(p.shape[1]) if a is None else a.double()
+    p, q, a = p[:, a > 0], q[:, a > 0], a[a > 0]
+    return Coarse(p, q, *((1 - x.sum(1)).clamp(min=2.0**-13) for x in (p, q)), a)

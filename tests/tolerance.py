@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from cases import ON_LOG_PROBS, Case, Result
-from third_statement import Rows, pulls, row_terms
+from third_statement import Rows, coarse_of, pulls, row_terms
 from torch import Tensor
 
 FLOORS = 8
@@ -199,6 +199,14 @@ def sizes_of(case: Case, name: str) -> Sizes:
     pull = w * float(penalty.weight) * 2 * a * magnitude / ids
     if penalty.kind == "centered":  # another subtraction, of the mean
         pull = 2 * pull
+    elif penalty.kind == "coarse_kl":
+        # each p and q with the relative error of an exponential's argument, in p - q, and all of
+        # them in 1 - sum p, by which the rest's share is divided
+        coarse = coarse_of(case)
+        rests = (coarse.rest, coarse.ref_rest)
+        of_rests = sum(torch.where(x > 2.0**-13, 1 / x, 0) for x in rests)  # the least has no error
+        ratio = coarse.ref_rest / coarse.rest * (1 + of_rests)
+        pull = w * float(penalty.weight) * (magnitude + 4) * (w != 0) * (a + ratio)
     elif penalty.kind in ON_LOG_PROBS:
         # Every column gets p_v times the sum of all pulls: the ids' own errors add up like the root
         # of their number, that of lse is the same for all of them.
@@ -332,6 +340,15 @@ def spared_by_penalty(case: Case, exact: Rows) -> Tensor:  # (N,), in roundings
     of_square = 2 * exact.drift * exact.size  # of (z_S - r)^2; the others' slopes are no larger
     if penalty.kind == "centered":  # the mean d, which is subtracted, is rounded as d is
         return 2 * of_square
+    if penalty.kind == "coarse_kl":
+        # the slopes at each log p and log q, and a few roundings of each term of the sum
+        p, q, rest, ref_rest, a = coarse_of(case)
+        d = torch.where(q > 0, (q / p).log(), 0)
+        gap = (ref_rest / rest).log().abs()[:, None]
+        slopes = a * (p - q).abs() + p * (ref_rest / rest - 1).abs()[:, None]
+        slopes = slopes + q * (a * d.abs() + gap)
+        terms = (a * (q * d.abs() + p + q)).sum(1) + ref_rest * (gap[:, 0] + 1) + rest
+        return slopes.sum(1) * (exact.size + 4) + 8 * terms
     if penalty.kind in ON_LOG_PROBS:  # and log d, as in the cross-entropy
         return of_square + 2 * exact.drift * 4
     if penalty.kind == "subset_kl":

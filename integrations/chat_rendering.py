@@ -1,0 +1,132 @@
+"""Conversations as a chat template renders them: nothing of them lost, and where an answer begins.
+
+A template may leave out what it does not expect (plain strings, where it wants lists of parts), and
+its generation prompt may end inside a thought or before a channel. Both are told from what it
+renders, never from its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+_ANSWER = "Kestrel-4127"  # stands for an answer: no template has it, and none trims it
+_NEED = (
+    "pass `chat_template_kwargs`, such as {'enable_thinking': False}, or `answer_start`, the text "
+    "that leads from there to the answer, such as '</think>\\n\\n'"
+)
+
+
+def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """Render a conversation, and check that what was said is in it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: role and content of each turn. A content that is a string is given as a list of
+            parts where the template would leave it out otherwise.
+        options: of `apply_chat_template`, add_generation_prompt and the template's own.
+
+    Returns:
+        The text, with the template's special tokens.
+
+    Raises:
+        ValueError: there is no template, it raises, or it leaves out what a message says.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("`tokenizer` must have a chat template to render a conversation")
+    plain = [dict(message) for message in messages]
+    in_parts = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in plain
+    ]
+    failed: TemplateError | None = None
+    for form in (plain, in_parts):
+        try:
+            text: str = tokenizer.apply_chat_template(form, tokenize=False, **options)
+        except TemplateError as error:  # the template's own reason against the plain form
+            failed = failed or error
+            continue
+        lost = next((m for m in plain if not _is_in(m, text)), None)
+        if lost is None:
+            return text
+    if failed is not None:
+        raise ValueError(
+            f"`tokenizer` must render the conversation; its chat template raises: {failed}"
+        ) from failed
+    raise ValueError(
+        "`tokenizer` must render what each message says; its chat template leaves out that of "
+        f"the {lost and lost['role']}, as a string and as a list of parts"
+    )
+
+
+def render_prompts(tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
+    """Render each question as a model is asked it: up to where it begins to write."""
+    return [
+        render(tokenizer, [_user(prompt)], add_generation_prompt=True, **options)
+        for prompt in prompts
+    ]
+
+
+def render_answer_starts(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    answer_start: str | None = None,
+) -> list[str]:
+    """Render each question up to where its answer begins, which may be after a thought.
+
+    Args:
+        tokenizer: with a chat template.
+        prompts: the questions.
+        chat_template_kwargs: of the template, such as {"enable_thinking": False}.
+        answer_start: the text between the generation prompt and the answer. When None it is what
+            the template itself puts there in a finished conversation: a closed thought, the
+            opening of the final channel, most often nothing.
+
+    Returns:
+        The texts, with the template's special tokens.
+
+    Raises:
+        ValueError: the generation prompt opens what a finished answer of this template does not
+            close, or as `render`.
+    """
+    options = dict(chat_template_kwargs or {})
+    asked = render_prompts(tokenizer, prompts, **options)
+    if answer_start is not None:
+        return [text + answer_start for text in asked]
+    return [
+        _up_to_answer(tokenizer, prompt, text, options)
+        for prompt, text in zip(prompts, asked, strict=True)
+    ]
+
+
+def _up_to_answer(tokenizer: Any, prompt: str, asked: str, options: dict[str, Any]) -> str:
+    answer = {"role": "assistant", "content": _ANSWER}
+    finished = render(tokenizer, [_user(prompt), answer], **options)
+    upto = finished[: finished.rindex(_ANSWER)]
+    # Where the prompt ends in "<think>\n" the finished answer may have "<think></think>".
+    if upto.startswith(asked.rstrip()):
+        return upto
+    opened = asked[len(os.path.commonprefix([asked, upto])) :]
+    raise ValueError(
+        f"`tokenizer` must render where an answer begins; its generation prompt opens {opened!r}, "
+        f"which a finished answer of its chat template has not: {_NEED}"
+    )
+
+
+def _user(prompt: str) -> dict[str, str]:
+    return {"role": "user", "content": prompt}
+
+
+def _is_in(message: Mapping[str, Any], text: str) -> bool:
+    """Tell whether a text has what a message says; templates may trim it, and cut thoughts off."""
+    content = message.get("content")
+    if not isinstance(content, str) or message.get("role") not in ("system", "user", "assistant"):
+        return True
+    return content.rpartition("</think>")[2].strip() in text
