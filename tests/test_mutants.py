@@ -88,9 +88,6 @@ MUTANTS = [
     Mutant(
         "row_kernel", "logprob's pull on every token", "extra -= tl.sum(pull, 0)", "pass", LOGPROB
     ),
-    Mutant(
-        "row_kernel", "the rest's pull", "+ p * tl.where(is_free", "- p * tl.where(is_free", COARSE
-    ),
     Mutant("row_kernel", "the rest", "phi += ref_rest", "phi += 0.9 * ref_rest", COARSE),
     Mutant("row_kernel", "lse in logprob", "(z_s - lse) - r", "(z_s - 0.9 * lse) - r", LOGPROB),
     Mutant(
@@ -169,7 +166,6 @@ MUTANTS = [
         "temperature**2 * (log_s",
         {"kind": "subset_kl"},
     ),
-    Mutant("penalties", "the rest's slope", "+ p * others", "- p * others", COARSE),
     Mutant("penalties", "the rest's value", "+ (rest - ref_rest)", "", COARSE),
 ]
 
