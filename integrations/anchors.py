@@ -16,6 +16,7 @@ from ..evals.refusals import classify_answer, load_prompts
 from .chat_rendering import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
+BUILTIN = "anchors"  # the package's set; no probe shares a topic with it
 _ANSWER_TOKENS = 32  # of an answer, to tell whether it refuses
 
 
@@ -118,7 +119,7 @@ class AnchorPrompts:
     def from_prompts(
         cls,
         tokenizer: Any,
-        prompts: str | Path | Sequence[str] = "anchors",
+        prompts: str | Path | Sequence[str] = "default",
         harmless: str | Path | Sequence[str] | None = None,
         *,
         model: Any = None,
@@ -130,13 +131,13 @@ class AnchorPrompts:
         penalty_weight: float | None = None,
         seed: int = 0,
     ) -> AnchorPrompts:
-        """Render prompts by the tokenizer's chat template, up to where the answer begins.
+        r"""Render prompts by the tokenizer's chat template, up to where the answer begins.
 
         Args:
             tokenizer: of the model, with a chat template.
             prompts: the harmful ones: a list, a JSON Lines file with a "prompt" in each row, or
-                the name of a set that comes with the package. Rows whose "kind" is "harmless" are
-                taken as that.
+                the name of a set that comes with the package, which "default" is one of. Rows
+                whose "kind" is "harmless" are taken as that.
             harmless: the same for harmless prompts.
             model: needed for positions > 1 alone: its own greedy answers are continued. For a
                 PeftModel switch the adapters off first, or call this before adding them.
@@ -146,7 +147,7 @@ class AnchorPrompts:
             chat_template_kwargs: of the chat template, such as {"enable_thinking": False}; the
                 same as in training and use.
             answer_start: the text between the generation prompt and the answer, such as
-                "</think>\\n\\n"; what the template itself puts there when None.
+                "</think>\n\n"; what the template itself puts there when None.
             per_step: as in the class; so are the others.
             harmless_per_step: harmless anchors of a step.
             penalty_weight: of the penalty at the anchors.
@@ -182,6 +183,16 @@ class AnchorPrompts:
         ]
         pad = tokenizer.pad_token_id or 0
         return cls(rows, per_step, harmless_per_step, penalty_weight, seed, pad)
+
+    @classmethod
+    def default(cls, tokenizer: Any, **options: Any) -> AnchorPrompts:
+        """Make what `attach` holds by default: the package's prompts, 2 + 2 in each step.
+
+        Args:
+            tokenizer: of the model, with a chat template.
+            options: of `from_prompts`, instead of these.
+        """
+        return cls.from_prompts(tokenizer, **{"per_step": 2, "harmless_per_step": 2, **options})
 
     def draw(self, step: int) -> list[int]:
         """Return which anchors, by their place in `rows`, are held in an optimizer step."""
@@ -225,11 +236,17 @@ class AnchorPrompts:
         )
 
 
+def read_prompts(source: str | Path) -> list[str]:
+    """Return the prompts of a file, of a set by its name, or of the package ("default")."""
+    return [prompt for prompt, _ in _read(source, "harmful")]
+
+
 def _read(source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kind]]:
     if not isinstance(source, (str, Path)):
         if not source:
             raise ValueError("`prompts` must hold at least one prompt; got an empty list")
         return [(prompt, kind) for prompt in source]
+    source = BUILTIN if source == "default" else source
     return [
         (row.prompt, "harmless" if row.kind == "harmless" else kind) for row in load_prompts(source)
     ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..checks import check_backend
@@ -15,22 +17,25 @@ from .anchor_pass import AnchorPass
 from .anchors import AnchorPrompts
 from .cached_reference import given_reference
 from .hf_models import check_own_forward
-from .loss_paths import PathName, check_path, make_path
+from .loss_paths import LossPath, PathName, check_path, make_path
 from .peft_adapters import (
     base_of,
     check_adapters,
+    check_start,
     check_student,
     has_adapters,
     is_prompt_learning,
 )
-from .positions import Positions, check_positions
+from .positions import Positions, check_positions, default_penalty
 from .references import (
+    AdaptersAtStart,
     AdaptersOff,
     FrozenModel,
     PromptOff,
     Reference,
     ReferenceFunction,
     Shortened,
+    read_safety_logits,
 )
 from .safety_forward import FusedOutput, SafetyForward
 from .sharded_weights import check_not_sharded
@@ -42,9 +47,10 @@ def attach(
     *,
     penalty: SafetyPenalty | None = None,
     ref_model: nn.Module | None = None,
-    reference: ReferenceFunction | None = None,
-    positions: Positions = "response",
-    anchors: AnchorPrompts | None = None,
+    reference: ReferenceFunction | Literal["start"] | None = None,
+    positions: Positions = "none",
+    anchors: AnchorPrompts | Literal["default"] | None = None,
+    tokenizer: Any = None,
     ref_every: int = 1,
     ref_tokens: int | None = None,
     path: PathName = "linear",
@@ -55,28 +61,39 @@ def attach(
 
     In training mode with labels the model's forward computes
 
-        loss = ce / num_items + weight * penalty / num_items     (+ the model's own auxiliary loss)
+        loss = ce / num_items + weight * mean penalty at the anchors   (+ its own auxiliary loss)
 
-    from the hidden states, a chunk of rows at a time, with reference logits from one more pass
-    without gradient. num_items is `num_items_in_batch` where the caller passes it (Trainer does)
-    and else the number of labels in the batch; both sums share it, so gradient accumulation equals
-    one large batch. Without labels, in eval mode and in generate() the model is unchanged.
+    from the hidden states, a chunk of rows at a time. The anchors are prompts without answers, read
+    in a short pass of their own, once by the frozen model and a few of them in each step by this
+    one; the training rows have no penalty and no reference pass. With `positions="response"`, the
+    paper's form, it is
+
+        loss = (ce + weight * penalty) / num_items
+
+    with reference logits of each batch from one more pass without gradient. num_items is
+    `num_items_in_batch` where the caller passes it (Trainer does) and else the number of labels in
+    the batch, so gradient accumulation equals one large batch. Without labels, in eval mode and in
+    generate() the model is unchanged.
 
     Args:
         model: a Hugging Face causal LM, or a PeftModel around one. Attach before it is wrapped
             by DDP, FSDP or torch.compile.
         safety_tokens: the ids to hold; their vocabulary must be the model's.
-        penalty: kind and weight; the defaults of SafetyPenalty when None. Its id_weights, when
-            None, are those of `safety_tokens`.
+        penalty: kind and weight. When None, "coarse_kl" with 0.3 at anchors alone, and on rows the
+            paper's form, "mse" with 0.1. Its id_weights, when None, are those of `safety_tokens`.
         ref_model: the frozen aligned model, on any device. None takes `model` with its adapters
             off, which costs no memory and needs adapters on frozen base weights.
         reference: instead of a model, a function from the safety ids (K,) and the batch without
             labels to the frozen model's logits on them, (B, T, K); log-probabilities for penalty
-            kind "logprob".
-        positions: where the penalty is taken: "response" (every label), "all" (every position
-            whose next token is not padding) or the first m labels of each response.
-        anchors: prompts without answers at which the model is held too, a few of them in each
-            step, in a pass of their own; see AnchorPrompts.
+            kinds "logprob" and "coarse_kl". Or "start": the model with its adapters as they are
+            now, kept as a second adapter, for adapters that were trained before.
+        positions: where the penalty is taken on the training rows: "none", "response" (every label,
+            the paper's form), "all" (every position whose next token is not padding) or the first m
+            labels of each response.
+        anchors: prompts without answers at which the model is held, a few of them in each step;
+            see AnchorPrompts. "default" is the 132 that come with the package, 2 harmful and 2
+            harmless ones a step, and what None means with `positions="none"`.
+        tokenizer: of the model, with a chat template; needed for the default anchors alone.
         ref_every: the reference's pass is made, and the penalty taken, in every n-th training
             forward (a micro-step) only, where it counts n times. Anchors are held in each all the
             same.
@@ -117,14 +134,15 @@ def attach(
     """
     if not isinstance(safety_tokens, SafetyTokens):
         raise TypeError(f"`safety_tokens` must be SafetyTokens; got {type(safety_tokens).__name__}")
-    penalty = safety_tokens.weigh(penalty)
     check_positions(positions)
-    _check_schedule(model, ref_every, ref_tokens, reference)
-    if anchors is not None and is_prompt_learning(model):
+    penalty = safety_tokens.weigh(default_penalty(positions) if penalty is None else penalty)
+    _check_schedule(model, positions, ref_every, ref_tokens, reference)
+    if is_prompt_learning(model) and (anchors is not None or positions == "none"):
         raise ValueError(
-            "`anchors` must be None for prompt learning: they would reach the model without its "
-            "virtual tokens"
+            "`anchors` must be None and `positions` not 'none' for prompt learning: anchors would "
+            "reach the model without its virtual tokens. Pass positions='response'"
         )
+    anchors = _given_anchors(anchors, positions, tokenizer)
     check_backend(backend)
     check_path(path)
     inner = base_of(model)
@@ -136,7 +154,9 @@ def attach(
     check_student(model)
     check_not_sharded("model", model)
     check_own_forward(inner)
-    if reference is None and ref_model is None and has_adapters(model):
+    if reference == "start":
+        check_start(model)
+    elif reference is None and ref_model is None and has_adapters(model):
         check_adapters(model)
     elif is_prompt_learning(model):
         raise ValueError(
@@ -146,7 +166,11 @@ def attach(
     student = make_path(inner, path, chunk_bytes, backend)
     _check_vocabulary("model", student.vocab_size, safety_tokens)
     frozen: Reference
-    if reference is not None:
+    if reference == "start":
+        if ref_model is not None:
+            raise ValueError("`ref_model` must be None beside reference='start'; got a model")
+        frozen = AdaptersAtStart(model, inner, inner.forward, student)
+    elif reference is not None:
         if ref_model is not None or not callable(reference):
             raise ValueError(
                 "`reference` must be a function, and given without `ref_model`; got "
@@ -163,6 +187,8 @@ def attach(
             "`ref_model` must be given for a model without adapters: the frozen aligned model to "
             "compare with (a copy made before training); got None"
         )
+    if isinstance(frozen, (AdaptersOff, FrozenModel)):
+        _warn_if_moved(inner, frozen, student)
     in_rows = frozen if ref_tokens is None else Shortened(frozen, ref_tokens)
     forward = SafetyForward(inner, student, in_rows, safety_tokens, penalty, positions)
     forward.ref_every = ref_every
@@ -286,7 +312,58 @@ def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -
         )
 
 
-def _check_schedule(model: nn.Module, ref_every: object, ref_tokens: object, given: object) -> None:
+def _given_anchors(anchors: Any, positions: Positions, tokenizer: Any) -> AnchorPrompts | None:
+    """Return the anchors that are held: the package's where some must be and none are named."""
+    if anchors is None and positions != "none":
+        return None
+    if isinstance(anchors, AnchorPrompts):
+        return anchors
+    if anchors not in (None, "default"):
+        raise TypeError(
+            f"`anchors` must be AnchorPrompts or 'default'; got {anchors!r:.60}: read a file by "
+            "AnchorPrompts.from_prompts(tokenizer, file)"
+        )
+    if tokenizer is None:
+        raise ValueError(
+            "`tokenizer` must be given for the package's anchors, where alone the penalty stands "
+            "by default; or pass `anchors`, or positions='response', the paper's form, which needs "
+            "none"
+        )
+    return AnchorPrompts.default(tokenizer)
+
+
+def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> None:
+    """Say so where the model is not its reference already before the first step."""
+    device = next(inner.parameters()).device
+    batch = {"input_ids": torch.arange(1, 9, device=device).unsqueeze(0)}
+    ids = torch.arange(min(8, student.vocab_size), device=student.device or device)
+    student.open()
+    frozen.open()
+    try:
+        before = frozen(ids, batch, False)
+        now = read_safety_logits(inner, inner.forward, student, ids, batch).to(before.device)
+    finally:
+        student.close()
+        frozen.close()
+    size = before.float().abs().max().clamp(min=1.0)
+    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)  # a copy's other kernels
+    if bool((now.float() - before.float()).abs().max() > eps * size):
+        warnings.warn(
+            "`model` differs from its reference already: it is held to what it was without its "
+            "adapters (or to `ref_model`), and not to what it is now. For adapters that were "
+            "trained before pass reference='start'",
+            stacklevel=3,
+        )
+
+
+def _check_schedule(
+    model: nn.Module, positions: Positions, ref_every: object, ref_tokens: object, given: object
+) -> None:
+    if positions == "none" and (ref_every, ref_tokens) != (1, None):
+        raise ValueError(
+            "`ref_every` and `ref_tokens` must be left out with positions='none', where the "
+            f"reference does not read the rows; got {ref_every!r} and {ref_tokens!r}"
+        )
     for name, value in (("ref_every", ref_every), ("ref_tokens", ref_tokens)):
         number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not number and (name, value) != ("ref_tokens", None):

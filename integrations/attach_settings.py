@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
-from ..contracts import Backend, PenaltyKind, SafetyPenalty
+from ..checks import read_json_object
+from ..contracts import Backend, PenaltyKind
 from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
+from .positions import chosen_penalty, read_positions
 
 
 def _option(default: Any, text: str) -> Any:
@@ -19,14 +21,22 @@ def _option(default: Any, text: str) -> Any:
 class SafetySettings:
     """The fields that say which tokens are held, how, and at which anchors; see `attach`."""
 
-    safety_weight: float = _option(0.1, "Weight of the penalty; 0 is plain fine-tuning.")
-    safety_kind: str = _option("mse", f"Kind of the penalty: {', '.join(get_args(PenaltyKind))}.")
+    safety_weight: float | None = _option(
+        None, "Weight of the penalty; 0 is plain fine-tuning. Unset: 0.3 at anchors, 0.1 on rows."
+    )
+    safety_kind: str | None = _option(
+        None,
+        f"Kind of the penalty: {', '.join(get_args(PenaltyKind))}. Unset: coarse_kl at anchors, "
+        "mse on rows.",
+    )
     safety_temperature: float = _option(1.0, "T of kind subset_kl.")
     safety_delta: float = _option(1.0, "Where kind huber turns straight, logits.")
     safety_tokens: str | None = _option(None, "A safety_tokens.json, instead of the templates.")
     safety_templates: str | None = _option(None, "A file of refusal templates, one a line.")
     safety_positions: str = _option(
-        "response", "'response', 'all', or the first so many labels of each response."
+        "none",
+        "On the rows: 'none' (anchors alone), 'response' (the paper's form), 'all', or the first "
+        "so many labels of each response.",
     )
     safety_ref_every: int = _option(1, "Ask the reference in every n-th forward only.")
     safety_ref_tokens: int | None = _option(
@@ -39,23 +49,43 @@ class SafetySettings:
         None, "A folder made by `str-kernels cache build`, instead of the reference's passes."
     )
     safety_anchors: str | None = _option(
-        None, "Prompts at which the model is held too: a JSONL file, or 'anchors'."
+        None,
+        "Prompts at which the model is held: 'default' for the package's, or a JSONL file. Unset: "
+        "the package's where safety_positions is 'none', else none.",
     )
     safety_anchors_per_step: int = _option(2, "Harmful anchors in each step.")
-    safety_harmless_anchors_per_step: int = _option(0, "Harmless anchors in each step.")
-    safety_anchor_weight: float = _option(1.0, "1: all anchors weigh as much as all labels.")
+    safety_harmless_anchors_per_step: int = _option(2, "Harmless anchors in each step.")
+    safety_anchor_penalty_weight: float | None = _option(
+        None, "Weight of the penalty at the anchors, by itself; safety_weight when unset."
+    )
+    safety_chat_template_kwargs: str | None = _option(
+        None, "Of the chat template, for the anchors: a JSON object, as in training and use."
+    )
+    safety_answer_start: str | None = _option(
+        None, "Text between an anchor's prompt and its answer, such as '</think>' and blank lines."
+    )
+    safety_anchor_weight: float | None = _option(
+        None, "Not taken any more: see safety_anchor_penalty_weight."
+    )
 
     def attach_options(self, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
         """Return the keywords of `attach` that the fields stand for."""
-        positions = str(self.safety_positions)
+        if self.safety_anchor_weight is not None:
+            raise ValueError(
+                "`safety_anchor_weight` must be left out: it was relative to safety_weight. Set "
+                "`safety_anchor_penalty_weight`, which is the anchors' weight by itself (before: "
+                f"safety_weight * {self.safety_anchor_weight})"
+            )
+        positions = read_positions(self.safety_positions)
         options: dict[str, Any] = {
-            "penalty": SafetyPenalty(
+            "penalty": chosen_penalty(
+                positions,
                 self.safety_weight,
-                cast(PenaltyKind, self.safety_kind),
+                self.safety_kind,
                 self.safety_temperature,
                 self.safety_delta,
             ),
-            "positions": int(positions) if positions.isdigit() else positions,
+            "positions": positions,
             "ref_every": self.safety_ref_every,
             "ref_tokens": self.safety_ref_tokens,
             "path": self.safety_path,
@@ -64,13 +94,17 @@ class SafetySettings:
         }
         if self.safety_cache is not None:
             options["reference"] = CachedReference(self.safety_cache)
-        if self.safety_anchors is not None:
+        if self.safety_anchors is not None or positions == "none":
             options["anchors"] = AnchorPrompts.from_prompts(
                 tokenizer,
-                self.safety_anchors,
+                self.safety_anchors or "default",
                 per_step=self.safety_anchors_per_step,
                 harmless_per_step=self.safety_harmless_anchors_per_step,
-                weight=self.safety_anchor_weight,
+                penalty_weight=self.safety_anchor_penalty_weight,
+                chat_template_kwargs=read_json_object(
+                    "safety_chat_template_kwargs", self.safety_chat_template_kwargs
+                ),
+                answer_start=self.safety_answer_start,
                 seed=seed,
             )
         return options

@@ -4,9 +4,7 @@ In the YAML:
 
     plugins:
       - str_kernels.integrations.axolotl_plugin.SafetyPlugin
-    safety_weight: 0.1
-    safety_anchors: anchors
-    safety_harmless_anchors_per_step: 2
+    safety_weight: 0.3
 
 Every field of SafetySettings is one. The trainer is Axolotl's own with SafetyTrainerMixin in front,
 so that its schedules, packing and checkpoints stay.

@@ -6,27 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..contracts import SafetyPenalty
-from ..evals.refusals import load_prompts
 from ..reference_cache import CachedReference, verify_cache
 from ..reference_cache_writer import BuildReport
 from ..safety_tokens import SafetyTokens
+from .anchors import read_prompts
 from .cached_reference import cache_model
 from .chat_data import encode_examples, read_examples
 from .chat_rendering import render_answer_starts
 from .finetune import load_model
 from .fingerprint import model_fingerprint
+from .positions import Positions, check_positions, chosen_penalty
 
 
 def build_cache(
     model_name: str,
-    data: Path,
+    data: Path | None,
     output: Path,
     *,
-    kind: str = "mse",
+    positions: Positions = "none",
+    kind: str | None = None,
     safety_tokens: Path | None = None,
     templates: Path | None = None,
     anchors: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    answer_start: str | None = None,
     max_length: int = 1024,
     model_dtype: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -36,13 +39,16 @@ def build_cache(
 
     Args:
         model_name: "builtin", a folder or a hub id, of the frozen aligned model.
-        data: JSONL file, as for `finetune`.
+        data: JSONL file, as for `finetune`; not read with positions "none".
         output: the folder to make or to go on with.
-        kind: of the penalty that will be used.
+        positions: as in `attach`: with "none" nothing of the rows is stored.
+        kind: of the penalty that will be used; the default one's when None.
         safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
         templates: a text file of refusal templates, instead of the built-in ones.
-        anchors: prompts to cache too, as chats up to where the answer begins: a JSONL file of
-            {"prompt": ...}, or the name of a built-in set.
+        anchors: prompts to cache, as chats up to where the answer begins: a JSONL file of
+            {"prompt": ...}, or "default", which None means with positions "none".
+        chat_template_kwargs: of the chat template, for the anchors.
+        answer_start: the text between an anchor's prompt and its answer.
         max_length: longer rows lose their end, tokens; must be that of the training.
         model_dtype: of the frozen weights; must be that of the training.
         progress: called with a line of text when something takes seconds.
@@ -60,9 +66,16 @@ def build_cache(
         raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
     if max_length < 2:
         raise ValueError(f"`max_length` must be >= 2; got {max_length}")
-    SafetyPenalty(kind=kind)  # type: ignore[arg-type] # to be checked
-    examples = read_examples(data)  # before anything slow
-    prompts = [] if anchors is None else [row.prompt for row in load_prompts(anchors)]
+    check_positions(positions)
+    kind = chosen_penalty(positions, kind=kind).kind
+    if positions == "none":
+        examples = []
+        anchors = anchors or "default"
+    elif data is None:
+        raise ValueError("`data` must be given unless `positions` is 'none'; got None")
+    else:
+        examples = read_examples(data)  # before anything slow
+    prompts = [] if anchors is None else read_prompts(anchors)
     model, tokenizer = load_model(model_name, dtype=model_dtype, progress=progress)
     if prompts and not tokenizer.chat_template:
         raise ValueError("`anchors` must be None for a tokenizer without chat template")
@@ -71,7 +84,10 @@ def build_cache(
     else:
         tokens = SafetyTokens.from_templates(tokenizer, templates)
     rows = [row["input_ids"] for row in encode_examples(tokenizer, examples, max_length)]
-    for text in render_answer_starts(tokenizer, prompts):
+    starts = render_answer_starts(
+        tokenizer, prompts, chat_template_kwargs=chat_template_kwargs, answer_start=answer_start
+    )
+    for text in starts:
         rows.append(list(tokenizer.encode(text, add_special_tokens=False)))
     return cache_model(model, rows, tokens, output, kind=kind, **options)
 

@@ -7,7 +7,7 @@ renders, never from its name.
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,7 +113,8 @@ def _up_to_answer(tokenizer: Any, prompt: str, asked: str, options: dict[str, An
     # Where the prompt ends in "<think>\n" the finished answer may have "<think></think>".
     if upto.startswith(asked.rstrip()):
         return upto
-    opened = asked[len(os.path.commonprefix([asked, upto])) :]
+    same = (one == other for one, other in zip(asked, upto, strict=False))
+    opened = asked[sum(itertools.takewhile(bool, same)) :]
     raise ValueError(
         f"`tokenizer` must render where an answer begins; its generation prompt opens {opened!r}, "
         f"which a finished answer of its chat template has not: {_NEED}"

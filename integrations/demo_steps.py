@@ -229,6 +229,7 @@ def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Wat
         learning_rate=plan.learning_rate,
         lora_rank=16,
         seed=plan.seed,
+        positions="response",
     )
     taught, _ = train_lora(
         model,

@@ -18,6 +18,7 @@ from .anchors import AnchorPrompts
 from .builtin_model import builtin_model_folder
 from .chat_data import encode_examples, read_examples
 from .figures import draw_curves
+from .positions import check_positions
 from .training import TrainingOptions, train_lora
 
 BUILTIN = "builtin"
@@ -33,13 +34,17 @@ class AnchorOptions:
         prompts: a JSON Lines file or the name of a set that comes with the package.
         per_step: harmful ones in each step.
         harmless_per_step: harmless ones.
-        weight: of all anchors together among the rows.
+        penalty_weight: of the penalty at the anchors, by itself; the penalty's own when None.
+        chat_template_kwargs: of the chat template.
+        answer_start: the text between a prompt and its answer.
     """
 
-    prompts: str
+    prompts: str = "default"
     per_step: int = 2
-    harmless_per_step: int = 0
-    weight: float = 1.0
+    harmless_per_step: int = 2
+    penalty_weight: float | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    answer_start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def finetune(
         penalty: kind and weight.
         safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
         templates: a text file of refusal templates, one per line, instead of the built-in ones.
-        anchors: prompts at which the model is held in each step too.
+        anchors: prompts at which the model is held in each step; the package's when None and
+            the penalty has no other place.
         cache: a reference cache of the same model, data, tokens and anchors, instead of the
             reference's passes.
         max_length: longer rows lose their end, tokens.
@@ -137,6 +143,7 @@ def finetune(
         raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
     if max_length < 2:
         raise ValueError(f"`max_length` must be >= 2; got {max_length}")
+    check_positions(options.positions)
     examples = read_examples(data)  # before anything slow
     cached = None if cache is None else CachedReference(cache)
     model, tokenizer = load_model(model_name, dtype=dtype, progress=progress)
@@ -146,6 +153,8 @@ def finetune(
         tokens = SafetyTokens.from_templates(tokenizer, templates)
     rows = encode_examples(tokenizer, examples, max_length)
     held = None
+    if anchors is None and options.positions == "none":
+        anchors = AnchorOptions()
     if anchors is not None:
         held = AnchorPrompts.from_prompts(tokenizer, **vars(anchors), seed=options.seed)
     peft_model, log = train_lora(

@@ -37,9 +37,9 @@ class SafetyTrainerMixin:
 
     Put it in front of the trainer's class. It attaches the model for train() and logs, beside the
     trainer's own entries and at the same steps, averaged over the steps between, of all ranks:
-    `safety/ce` (nats), `safety/penalty` (squared logits), with anchors `safety/anchor_penalty` (the
-    same, times their weight), and `safety/max_drift` (logits, the largest, anchors included). They
-    stay on the device until they are logged.
+    `safety/ce` (nats), `safety/penalty` (of the rows; in the unit of its kind), with anchors
+    `safety/anchor_penalty` (their mean), and `safety/max_drift` (logits, the largest, anchors
+    included). They stay on the device until they are logged.
     """
 
     safety: SafetyHandle | None = None
@@ -100,7 +100,9 @@ class SafetyTrainerMixin:
             return
         self._check_split_rows()
         tokens: Any = self.safety_tokens
-        self.safety = attach(self.model, tokens, **self.attach_options)
+        processing = getattr(self, "processing_class", None)
+        options = {"tokenizer": getattr(processing, "tokenizer", processing), **self.attach_options}
+        self.safety = attach(self.model, tokens, **options)
 
     def _check_split_rows(self) -> None:
         """Refuse, where a rank sees a part of each row, what reads rows from end to end."""
@@ -111,11 +113,12 @@ class SafetyTrainerMixin:
             )
         if (parts := getattr(self, "get_cp_size", lambda: 1)()) == 1:
             return
+        given = {"positions": "none", **self.attach_options}
         for name, allowed in (("anchors", None), ("ref_tokens", None), ("positions", "response")):
-            value = self.attach_options.get(name)
+            value = given.get(name)
             if value is not None and value != allowed:
                 raise ValueError(
-                    f"`{name}` must be left out under context parallelism, where a rank sees a "
+                    f"`{name}` must be {allowed!r} under context parallelism, where a rank sees a "
                     f"part of each row; got {value!r:.60} and `cp_size` {parts}"
                 )
 

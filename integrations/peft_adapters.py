@@ -8,6 +8,7 @@ in docs/support.md, which a command writes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -117,6 +118,83 @@ def check_adapters(model: Any) -> None:
             f"{', '.join(trainable[:3])}{' ...' if len(trainable) > 3 else ''}. "
             f"Freeze them. {_INSTEAD}"
         )
+
+
+def check_start(model: Any) -> None:
+    """Refuse a model whose adapters, as they are now, cannot be kept as a second adapter.
+
+    Args:
+        model: any model.
+
+    Raises:
+        ValueError: the message says why.
+    """
+    if not is_peft_model(model) or is_prompt_learning(model):
+        raise ValueError(
+            "`reference` must not be 'start' unless `model` is a PeftModel with adapters in its "
+            "layers; pass `ref_model`, a frozen copy made before training"
+        )
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            "`reference` must not be 'start' with several active adapters; got "
+            f"{model.active_adapters}"
+        )
+    config = model.active_peft_config
+    if not isinstance(config.peft_type, str) or getattr(config, "target_parameters", None):
+        raise ValueError("`reference` must not be 'start' with `target_parameters`: PEFT has no "
+                         "second adapter for them. Pass `ref_model`")  # fmt: skip
+    trainable = trainable_base_parameters(model)
+    if trainable:
+        raise ValueError(
+            "`reference` must not be 'start' with trainable base weights, which move; trainable "
+            f"are {', '.join(trainable[:3])}. Freeze them, or pass `ref_model`"
+        )
+
+
+AT_START = "safety_reference"
+"""The name of the adapter that holds another one as it was."""
+
+
+def keep_start(model: Any) -> None:
+    """Copy the active adapter into a frozen one named AT_START."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    active = model.active_adapter
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = copy.deepcopy(model.peft_config[active])
+    config.inference_mode = True
+    for name in ("init_lora_weights", "init_weights"):
+        if hasattr(config, name):
+            setattr(config, name, True)  # PiSSA and its like would change the base once more
+    model.add_adapter(AT_START, config)
+    state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    copied = {name: value.detach().clone() for name, value in state.items()}
+    set_peft_model_state_dict(model, copied, adapter_name=AT_START)
+    model.set_adapter(active)
+    known = {id(parameter) for parameter, _ in before}
+    for parameter in model.parameters():
+        if id(parameter) not in known:
+            parameter.requires_grad_(False)
+    _restore(before)
+
+
+@contextlib.contextmanager
+def adapter_at_start(model: Any) -> Iterator[None]:
+    """Make the kept adapter the active one, and the other again with requires_grad as it was."""
+    _check_state(model)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = model.active_adapter
+    try:
+        _set_adapter(model, AT_START)
+        yield
+    finally:
+        _set_adapter(model, active)
+        _restore(before)
+
+
+@not_compiled
+def _set_adapter(model: Any, name: str) -> None:
+    model.set_adapter(name)
 
 
 def trainable_base_parameters(model: Any) -> list[str]:

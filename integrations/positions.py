@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..contracts import IGNORE_INDEX
+from ..contracts import IGNORE_INDEX, PenaltyKind, SafetyPenalty
 from .references import Reference
 
 ROW_WEIGHT = "safety_row_weight"
@@ -30,6 +30,31 @@ def check_positions(positions: object) -> None:
         )
 
 
+def default_penalty(positions: Positions) -> SafetyPenalty:
+    """Return the penalty that is taken unless another is given.
+
+    At anchors alone what the study found best (docs/method.md); on rows the paper's form.
+    """
+    return SafetyPenalty(0.3, "coarse_kl") if positions == "none" else SafetyPenalty()
+
+
+def chosen_penalty(
+    positions: Positions,
+    weight: float | None = None,
+    kind: str | None = None,
+    temperature: float = 1.0,
+    delta: float = 1.0,
+) -> SafetyPenalty:
+    """Return the default penalty with what is given in its place."""
+    default = default_penalty(positions)
+    return SafetyPenalty(
+        default.weight if weight is None else weight,
+        default.kind if kind is None else cast(PenaltyKind, kind),
+        temperature,
+        delta,
+    )
+
+
 def read_positions(text: object) -> Positions:
     """Return what a flag or a YAML key says, where "3" is a number."""
     word = str(text)
@@ -42,7 +67,7 @@ def row_weight_at(
     attention_mask: Any,
 ) -> Tensor | None:  # (B, T)
     """Return w: None for every label (or where nothing is compared), or a mask of positions."""
-    if positions in ("none", "response"):
+    if positions == "none" or positions == "response":
         return None
     if positions == "all":
         inside = torch.ones_like(target, dtype=torch.bool)

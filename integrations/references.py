@@ -17,7 +17,14 @@ from typing_extensions import override
 
 from .hf_models import evaluation_mode, not_compiled, runs_the_model
 from .loss_paths import LossPath
-from .peft_adapters import adapters_off, check_adapters
+from .peft_adapters import (
+    AT_START,
+    adapter_at_start,
+    adapters_off,
+    check_adapters,
+    check_start,
+    keep_start,
+)
 
 ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
 """From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
@@ -100,6 +107,29 @@ class AdaptersOff(Reference):
         # at each step: an adapter added or a base thawed since would move the reference
         check_adapters(self.peft_model)
         with adapters_off(self.peft_model):
+            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+
+class AdaptersAtStart(Reference):
+    """The model with its adapters as they were when it was attached, kept as a second adapter."""
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        self.peft_model = peft_model
+        self.inner = inner
+        self.forward = forward
+        self.path = path
+        keep_start(peft_model)
+
+    @override
+    def close(self) -> None:
+        if AT_START in self.peft_model.peft_config:
+            self.peft_model.delete_adapter(AT_START)
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        check_start(self.peft_model)
+        with adapter_at_start(self.peft_model):
             return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 
 

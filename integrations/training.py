@@ -50,7 +50,7 @@ class TrainingOptions:
     lora_dropout: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
-    positions: Positions = "response"
+    positions: Positions = "none"
     ref_every: int = 1
     ref_tokens: int | None = None
     backend: str = "auto"
@@ -75,6 +75,7 @@ def train_lora(
     *,
     anchors: AnchorPrompts | None = None,
     reference: CachedReference | None = None,
+    make_trainer: Callable[..., Any] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Add LoRA adapters to `model` and train them; the reference is the model without them.
@@ -86,8 +87,11 @@ def train_lora(
         safety_tokens: the ids to hold.
         penalty: kind and weight; weight 0 is plain cross-entropy with the drift still measured.
         options: length, rate, size and seed.
-        anchors: prompts at which the model is held in each step too.
+        anchors: prompts at which the model is held in each step; the package's when None and
+            the penalty has no other place.
         reference: the reference's logits from files, instead of the model without its adapters.
+        make_trainer: makes another Trainer, whose loss is its own, of the anchors and what every
+            Trainer takes.
         on_step: called with the number of steps done.
 
     Returns:
@@ -122,21 +126,28 @@ def train_lora(
             remove_unused_columns=False,
             seed=options.seed,
         )
-        trainer = SafetyTrainer(
-            model=peft_model,
-            args=arguments,
-            train_dataset=list(rows),
-            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-            callbacks=[_StepCallback(on_step)],
-            safety_tokens=safety_tokens,
-            penalty=penalty,
-            positions=options.positions,
-            anchors=anchors,
-            reference=reference,
-            ref_every=options.ref_every,
-            ref_tokens=options.ref_tokens,
-            backend=options.backend,
-        )
+        common = {
+            "model": peft_model,
+            "args": arguments,
+            "train_dataset": list(rows),
+            "processing_class": tokenizer,
+            "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            "callbacks": [_StepCallback(on_step)],
+        }
+        if make_trainer is not None:
+            trainer = make_trainer(anchors=anchors, **common)
+        else:
+            trainer = SafetyTrainer(
+                safety_tokens=safety_tokens,
+                penalty=penalty,
+                positions=options.positions,
+                anchors=anchors,
+                reference=reference,
+                ref_every=options.ref_every,
+                ref_tokens=options.ref_tokens,
+                backend=options.backend,
+                **common,
+            )
         trainer.remove_callback(_printer())
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -7,7 +7,8 @@ would make every step wait for the device.
 
 from __future__ import annotations
 
-from typing import get_args
+import json
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -233,3 +234,16 @@ def check_id_values(name: str, ids: list[int], vocab_size: int | None) -> None:
 
 def _brief(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def read_json_object(name: str, text: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """Read an option that holds a JSON object; one that is read already is taken as it is."""
+    value: Any = text
+    if isinstance(text, str):
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object; got {text!r:.80}")
+    return value

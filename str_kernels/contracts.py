@@ -37,7 +37,7 @@ class SafetyPenalty:
         logprob:    as mse with d = (z_S - logsumexp z) - r, r log-probabilities of the reference
         subset_kl:  penalty = T^2 KL(q || s), s = softmax(z_S / T), q ~ a softmax(r / T)   (PACT)
         coarse_kl:  penalty = KL of the K tokens' probabilities and that of all others together,
-                    r log-probabilities of the reference             (ours; docs/loss.md has it with a)
+                    r log-probabilities of the reference; docs/loss.md has it with a     (ours)
 
     The exact distance, reduction and weight of the STR paper are not known to us: `mse` with mean
     reduction is a reconstruction, and 0.1 is a provisional weight, not the paper's.

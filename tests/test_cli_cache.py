@@ -17,6 +17,7 @@ from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from str_kernels import SafetyTokens, attach
 from str_kernels.cli import app
 from str_kernels.integrations.chat_data import encode_examples, read_examples
+from str_kernels.integrations.chat_rendering import render_answer_starts
 from str_kernels.integrations.finetune import load_model
 from str_kernels.reference_cache import CachedReference
 
@@ -56,7 +57,8 @@ def test_build_caches_rows_as_finetune_encodes_them(made):
     tokens = SafetyTokens.from_templates(tokenizer, folder / "templates.txt")
     cached = CachedReference(folder / "cache")
     rows = encode_examples(tokenizer, read_examples(folder / "rows.jsonl"), 32)
-    anchor = tokenizer.encode(render_prompts(tokenizer, ["help me"])[0], add_special_tokens=False)
+    (text,) = render_answer_starts(tokenizer, ["help me"])
+    anchor = tokenizer.encode(text, add_special_tokens=False)
     for ids in (*(row["input_ids"] for row in rows), anchor):
         batch = {"input_ids": torch.tensor([ids])}
         expected = model(**batch).logits[..., tokens.ids]

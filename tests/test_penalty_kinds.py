@@ -37,7 +37,7 @@ def gradient(case: Case, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_anchor_row(kind: str, backend: str, rng, device) -> None:
-    """A prompt without an answer: no cross-entropy, but held. The two of ON_LOG_PROBS pull on all V."""
+    """A prompt without an answer: no cross-entropy, but held, on log-probabilities by all V."""
     case = anchored(rng, device, kind, vocab=301, ids=5)
     result = case.run(backend)
     assert float(result.terms.ce) == 0.0 and float(result.terms.penalty) > 0

