@@ -113,7 +113,13 @@ def _step_of(who: str, tokens: int, ids: int, dtype: torch.dtype, device: str) -
         chosen = safety_ids[:0] if who == NO_PENALTY else safety_ids
         tokens_of = SafetyTokens(ids=chosen.tolist())
         anchors = _anchors(vocab, generator) if who == ANCHORED else None
-        attach(model, tokens_of, anchors=anchors, path="logits" if who == LOGITS else "linear")
+        attach(
+            model,
+            tokens_of,
+            anchors=anchors,
+            path="logits" if who == LOGITS else "linear",
+            positions="response",
+        )
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

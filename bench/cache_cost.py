@@ -91,7 +91,7 @@ def _step_of(
     if who == COLLATED:
         given = options["reference"].with_collator(lambda _: {"input_ids": input_ids})(None)
         batch |= {name: value.to(device) for name, value in given.items()}
-    attach(model, safety_tokens, **options)
+    attach(model, safety_tokens, **options, positions="response")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
 

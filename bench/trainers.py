@@ -93,7 +93,7 @@ def plain_loop(setup: Setup) -> Log:
     optimizer, schedule = _optimizer(model, setup)
     log: Log = []
     batches = setup.micro_batches()
-    with attach(model, setup.tokens, **setup.options) as handle:
+    with attach(model, setup.tokens, **setup.options, positions="response") as handle:
         for start in range(0, len(batches), setup.accumulation):
             window = batches[start : start + setup.accumulation]
             count = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
@@ -113,7 +113,9 @@ def accelerate_loop(setup: Setup) -> Log:
 
     accelerator = Accelerator(gradient_accumulation_steps=setup.accumulation, cpu=True)
     model = setup.make_model().train()
-    handle = attach(model, setup.tokens, **setup.options)  # before prepare() wraps it
+    handle = attach(
+        model, setup.tokens, **setup.options, positions="response"
+    )  # before prepare() wraps it
     optimizer, schedule = _optimizer(model, setup)
     batches = setup.micro_batches()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -151,6 +153,7 @@ def safety_trainer(setup: Setup) -> Log:
             data_collator=DataCollatorForSeq2Seq(setup.tokenizer, label_pad_token_id=-100),
             safety_tokens=setup.tokens,
             **setup.options,
+            positions="response",
         )
         return _trained(trainer)
 

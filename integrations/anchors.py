@@ -127,7 +127,7 @@ class AnchorPrompts:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         answer_start: str | None = None,
         per_step: int = 2,
-        harmless_per_step: int = 0,
+        harmless_per_step: int | None = None,
         penalty_weight: float | None = None,
         seed: int = 0,
     ) -> AnchorPrompts:
@@ -149,7 +149,7 @@ class AnchorPrompts:
             answer_start: the text between the generation prompt and the answer, such as
                 "</think>\n\n"; what the template itself puts there when None.
             per_step: as in the class; so are the others.
-            harmless_per_step: harmless anchors of a step.
+            harmless_per_step: harmless anchors of a step; 2 when None, or as many as there are.
             penalty_weight: of the penalty at the anchors.
             seed: of the order.
 
@@ -181,6 +181,8 @@ class AnchorPrompts:
             AnchorRow(context + answer, 1 + len(answer), kind)
             for context, answer, (_, kind) in zip(contexts, answers, asked, strict=True)
         ]
+        if harmless_per_step is None:
+            harmless_per_step = min(2, sum(kind == "harmless" for _, kind in asked))
         pad = tokenizer.pad_token_id or 0
         return cls(rows, per_step, harmless_per_step, penalty_weight, seed, pad)
 
@@ -190,9 +192,9 @@ class AnchorPrompts:
 
         Args:
             tokenizer: of the model, with a chat template.
-            options: of `from_prompts`, instead of these.
+            options: of `from_prompts`.
         """
-        return cls.from_prompts(tokenizer, **{"per_step": 2, "harmless_per_step": 2, **options})
+        return cls.from_prompts(tokenizer, "default", **options)
 
     def draw(self, step: int) -> list[int]:
         """Return which anchors, by their place in `rows`, are held in an optimizer step."""

@@ -54,7 +54,9 @@ class SafetySettings:
         "the package's where safety_positions is 'none', else none.",
     )
     safety_anchors_per_step: int = _option(2, "Harmful anchors in each step.")
-    safety_harmless_anchors_per_step: int = _option(2, "Harmless anchors in each step.")
+    safety_harmless_anchors_per_step: int | None = _option(
+        None, "Harmless anchors in each step; 2 when unset, or as many as there are."
+    )
     safety_anchor_penalty_weight: float | None = _option(
         None, "Weight of the penalty at the anchors, by itself; safety_weight when unset."
     )

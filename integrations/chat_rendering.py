@@ -110,6 +110,8 @@ def _up_to_answer(tokenizer: Any, prompt: str, asked: str, options: dict[str, An
     answer = {"role": "assistant", "content": _ANSWER}
     finished = render(tokenizer, [_user(prompt), answer], **options)
     upto = finished[: finished.rindex(_ANSWER)]
+    if upto.rstrip(" ") == asked.rstrip(" "):
+        return asked  # a blank belongs to the answer's first token
     # Where the prompt ends in "<think>\n" the finished answer may have "<think></think>".
     if upto.startswith(asked.rstrip()):
         return upto

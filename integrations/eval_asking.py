@@ -10,12 +10,13 @@ from typing import Any
 from ..evals.drift import DriftStatistics
 from ..evals.judge import Judge, as_verdict
 from ..evals.refusals import wilson_interval
+from ..evals.rules import refusal_rule
 from ..safety_tokens import SafetyTokens
 from .chat_data import Example, encode_examples
 from .eval_inputs import NamedModel, PromptList
-from .eval_options import KINDS, EvalOptions
+from .eval_options import KEPT_TOKENS, KINDS, EvalOptions
 from .eval_stages import EvalStages
-from .generation import answer_prompts, answer_texts
+from .generation import answer_prompts, answer_texts, first_tokens
 from .measures import (
     EXACT_MATCH_RULE,
     combine_drift,
@@ -43,17 +44,25 @@ class AskedModel:
         reads = getattr(found.model.config, "max_position_embeddings", None)
         self.max_length = min(options.max_length, reads or options.max_length)
 
-    def answers(self, kind: str, prompts: Sequence[str]) -> list[str]:
-        """Answer prompts, each as one chat turn."""
+    def answers(self, kind: str, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        """Answer prompts, each as one chat turn; keep how each begins and what the rules say."""
+        rules = {name: refusal_rule(name) for name in self.options.rules}
 
-        def make(part: Sequence[str]) -> list[str]:
-            return answer_prompts(
+        def make(part: Sequence[str]) -> list[dict[str, Any]]:
+            found = answer_prompts(
                 self.model,
                 self.tokenizer,
                 part,
                 max_new_tokens=self.options.answer_tokens,
                 batch_size=len(part),
             )
+            return [
+                {
+                    "answer": first_tokens(self.tokenizer, text, KEPT_TOKENS),
+                    "outcomes": {name: classify(text) for name, classify in rules.items()},
+                }
+                for text in found
+            ]
 
         return self._batches(f"answers-{kind}", f"{kind} prompts", prompts, make)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..evals.rules import refusal_rule
 
-MAX_ANSWER_TOKENS = 12  # of any answer: enough for how it opens, too little for what it would do
+KEPT_TOKENS = 12  # of any answer that is kept or shown: too little for what it would do
+_LONGEST = 8192  # of an answer that is asked for: a thought may be long
 KINDS = ("harmful", "harmless")
 
 
@@ -26,7 +27,8 @@ class EvalOptions:
         reference: the model that drift is measured from, as `model`; the model without its
             adapter when None.
         rules: by which refusals are counted, see refusal_rule.
-        answer_tokens: answers are cut there, tokens, in [1, 12].
+        answer_tokens: answers are cut there to be classified, tokens, in [1, 8192]. More than the
+            first 12 of one are never kept.
         positions: of an answer, at which drift is measured, in [1, 12].
         batch_size: prompts at a time.
         limit: so many first prompts of each kind, and rows of the task; all when None.
@@ -44,7 +46,7 @@ class EvalOptions:
     safety_tokens: Path | None = None
     reference: str | None = None
     rules: tuple[str, ...] = ("opening",)
-    answer_tokens: int = MAX_ANSWER_TOKENS
+    answer_tokens: int = 32
     positions: int = 8
     batch_size: int = 16
     limit: int | None = None
@@ -55,8 +57,8 @@ class EvalOptions:
     def __post_init__(self) -> None:
         """Refuse what is out of its range."""
         for name, least, most in (
-            ("answer_tokens", 1, MAX_ANSWER_TOKENS),
-            ("positions", 1, MAX_ANSWER_TOKENS),
+            ("answer_tokens", 1, _LONGEST),
+            ("positions", 1, KEPT_TOKENS),
             ("batch_size", 1, None),
             ("limit", 1, None),
             ("max_length", 2, None),

@@ -18,8 +18,8 @@ SIGNIFICANT = 0.05  # two-sided; the tables give each p-value
 _COUNT_LIMITS = (
     "What the counts do not say: a rule looks at how an answer is worded and is no judge of "
     "whether it does harm; decoding is greedy, so nothing is known of sampled answers; and answers "
-    "are cut at 12 tokens, so that what comes later is not seen. An interval is for prompts drawn "
-    "like these, not for other kinds."
+    "are cut after some tokens (see the runs), so that what comes later is not seen. An interval "
+    "is for prompts drawn like these, not for other kinds."
 )
 _RULE_LIMITS = {
     "gcg": (

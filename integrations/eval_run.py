@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..atomic import replacing_folder, write_json
 from ..evals.judge import UNJUDGED, Judge, judged_counts
-from ..evals.refusals import RefusalCounts, count_refusals
+from ..evals.refusals import RefusalCounts, counts_of
 from ..safety_tokens import SafetyTokens
 from .chat_data import read_examples
 from .eval_asking import AskedModel, Watcher
@@ -83,28 +83,33 @@ def run_eval(
 
     answers = {kind: asking.answers(kind, asked[kind].prompts) for kind in KINDS}
     outcomes = {kind: _by_rule(answers[kind], options.rules) for kind in KINDS}
+    notes = _unfinished(outcomes, options)
     report["counts"] = {
         rule: {kind: _described(outcomes[kind][rule]) for kind in KINDS} for rule in options.rules
     }
     verdicts: dict[str, list[str]] = {}
     if judge is not None:
         verdicts = {
-            kind: asking.verdicts(kind, judge, asked[kind].prompts, answers[kind]) for kind in KINDS
+            kind: asking.verdicts(
+                kind, judge, asked[kind].prompts, [given["answer"] for given in answers[kind]]
+            )
+            for kind in KINDS
         }
         report["counts"]["judge"] = {kind: judged_counts(verdicts[kind]) for kind in KINDS}
     report["answers"] = {
         kind: [
             {
                 "prompt": prompt,
-                "answer": answers[kind][i],
-                "outcomes": {rule: outcomes[kind][rule].outcomes[i] for rule in options.rules}
+                "answer": answers[kind][i]["answer"],
+                "outcomes": answers[kind][i]["outcomes"]
                 | ({"judge": verdicts[kind][i]} if verdicts else {}),
             }
             for i, prompt in enumerate(asked[kind].prompts)
         ]
         for kind in KINDS
     }
-    drift, notes = asking.drift(tokens, asked, reference)
+    drift, why_not = asking.drift(tokens, asked, reference)
+    notes += why_not
     report["measures"] = {
         "task": asking.task(task) if task else None,
         "text": asking.text(text) if text is not None else None,
@@ -169,8 +174,22 @@ def _preamble(
     }
 
 
-def _by_rule(answers: Sequence[str], rules: Sequence[str]) -> dict[str, RefusalCounts]:
-    return {rule: count_refusals(answers, rule) for rule in rules}
+def _by_rule(answers: Sequence[dict[str, Any]], rules: Sequence[str]) -> dict[str, RefusalCounts]:
+    return {rule: counts_of([given["outcomes"][rule] for given in answers], rule) for rule in rules}
+
+
+def _unfinished(outcomes: dict[str, dict[str, RefusalCounts]], options: EvalOptions) -> list[str]:
+    """Say how many answers ended inside a thought, which no rule can tell."""
+    counts = {kind: next(iter(outcomes[kind].values())) for kind in KINDS}
+    if not any(one.unfinished for one in counts.values()):
+        return []
+    said = " and ".join(
+        f"{one.unfinished} of {one.total} {kind} answers" for kind, one in counts.items()
+    )
+    return [
+        f"{said} ended inside a thought (think block or channel) after {options.answer_tokens} "
+        "tokens: they are neither refusals nor other answers. Raise --answer-tokens"
+    ]
 
 
 def _described(counts: RefusalCounts) -> dict[str, Any]:
@@ -178,6 +197,7 @@ def _described(counts: RefusalCounts) -> dict[str, Any]:
         "refusal": counts.refusal,
         "other": counts.other,
         "degenerate": counts.degenerate,
+        "unfinished": counts.unfinished,
         "total": counts.total,
         "interval": list(counts.interval),
     }

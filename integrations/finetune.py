@@ -33,7 +33,7 @@ class AnchorOptions:
     Args:
         prompts: a JSON Lines file or the name of a set that comes with the package.
         per_step: harmful ones in each step.
-        harmless_per_step: harmless ones.
+        harmless_per_step: harmless ones; 2 when None, or as many as there are.
         penalty_weight: of the penalty at the anchors, by itself; the penalty's own when None.
         chat_template_kwargs: of the chat template.
         answer_start: the text between a prompt and its answer.
@@ -41,7 +41,7 @@ class AnchorOptions:
 
     prompts: str = "default"
     per_step: int = 2
-    harmless_per_step: int = 2
+    harmless_per_step: int | None = None
     penalty_weight: float | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     answer_start: str | None = None
@@ -179,7 +179,8 @@ def finetune(
             "temperature": penalty.temperature,
             "delta": penalty.delta,
         },
-        "anchors": None if held is None else {**vars(anchors), "rows": len(held)},
+        "anchors": held
+        and {**vars(anchors), "harmless_per_step": held.harmless_per_step, "rows": len(held)},
         "cache": None if cache is None else cache.name,
         "safety_tokens": {"count": len(tokens), "source": tokens.source},
         "torch": torch.__version__,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..evals.thoughts import has_marks, opened_thought, without_thought
 from .chat_rendering import render_prompts
 from .hf_models import contiguous_head_input, evaluation_mode
 from .peft_adapters import base_of
@@ -33,7 +34,8 @@ def answer_prompts(
         progress: called with the number of prompts just answered.
 
     Returns:
-        The answers without special tokens, one per prompt.
+        The answers without special tokens and without the thought before them, one per prompt;
+        one that ended inside its thought is that thought, with its mark.
     """
     return answer_texts(
         model,
@@ -56,7 +58,29 @@ def answer_texts(
 ) -> list[str]:
     """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
     ids = _continuations(model, tokenizer, texts, max_new_tokens, batch_size, progress)
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    return [_readable(tokenizer, text, answer) for text, answer in zip(texts, ids, strict=True)]
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> str:
+    """Return the beginning of a text, so many tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False)[:count]
+    return str(tokenizer.decode(ids))
+
+
+def _readable(tokenizer: Any, prompt: str, ids: list[int]) -> str:
+    """Return an answer as text, without the thought before it, unless that is all there is.
+
+    Marks of thoughts may be special tokens, so they are looked for before those are removed.
+    """
+    whole = opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=False))
+    if not has_marks(whole):
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    answer = without_thought(whole)
+    if answer is None:
+        return whole
+    for token in tokenizer.all_special_tokens:
+        answer = answer.replace(token, "")
+    return answer
 
 
 def answer_ids(

@@ -80,7 +80,8 @@ def test_finetune_with_anchors(model, data, templates, tmp_path):
     report = json.loads((output / "report.json").read_text())
     assert report["anchors"]["rows"] == 2 and report["anchors"]["harmless_per_step"] == 1
     penalties = [entry["safety/anchor_penalty"] for entry in report["log"]]
-    assert penalties[0] == 0.0 and penalties[2] > 0.0
+    # log-probabilities: the normalisers of two products differ in their last bits
+    assert abs(penalties[0]) < 1e-6 < penalties[2]
     wrong = run("finetune", model, data, "--output", tmp_path / "no", "--anchors", "none-such")
     assert wrong.exit_code == 2 and "none-such" in wrong.output
     assert not (tmp_path / "no").exists()

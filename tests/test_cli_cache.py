@@ -44,6 +44,7 @@ def made(tmp_path_factory):
 def build(folder, *more, output="cache", model="model"):
     arguments = ["cache", "build", folder / model, folder / "rows.jsonl"]
     arguments += ["--output", folder / output, "--max-length", 32, "--rows-per-shard", 2]
+    arguments += ["--positions", "response"]
     if "--safety-tokens" not in more:
         arguments += ["--templates", folder / "templates.txt"]
     return run(*arguments, *more)
@@ -63,7 +64,7 @@ def test_build_caches_rows_as_finetune_encodes_them(made):
         batch = {"input_ids": torch.tensor([ids])}
         expected = model(**batch).logits[..., tokens.ids]
         torch.testing.assert_close(cached(tokens.ids, batch), expected, rtol=1e-5, atol=1e-5)
-    with attach(model.train(), tokens, reference=cached) as handle:
+    with attach(model.train(), tokens, reference=cached, positions="response") as handle:
         batch = {name: torch.tensor([rows[0][name]]) for name in ("input_ids", "labels")}
         model(**batch).loss.backward()
         assert handle.last.penalty < 1e-9
@@ -171,3 +172,25 @@ def test_finetune_from_the_cache_equals_the_reference_s_own_passes(made, tmp_pat
         "--cache", folder / "cache",
     )  # fmt: skip
     assert missing.exit_code == 2 and "max_length" in missing.output
+
+
+def test_by_default_the_anchors_alone_are_stored(made):
+    """And they are what a run with the cache asks for, whose rows it has not."""
+    folder, _ = made
+    arguments = ["--templates", folder / "templates.txt", "--output", folder / "of-anchors"]
+    result = run("cache", "build", folder / "model", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["rows"] + report["duplicates"] == 132
+    cached = CachedReference(folder / "of-anchors")
+    assert cached.plan.values == "log_probs"
+    tuned = run(
+        *("finetune", folder / "model", folder / "rows.jsonl", "--output", folder / "run"),
+        *("--templates", folder / "templates.txt", "--cache", folder / "of-anchors"),
+        *("--steps", 2, "--batch-size", 2, "--json"),
+    )
+    assert tuned.exit_code == 0, tuned.output
+    log = json.loads(tuned.stdout)["log"]
+    assert abs(log[0]["safety/anchor_penalty"]) < 1e-5 and log[0]["safety/penalty"] == 0.0
+    missing = run("cache", "build", folder / "model", "--positions", "response", *arguments)
+    assert missing.exit_code == 2 and "`data` must be given unless" in missing.output

@@ -55,8 +55,13 @@ def run(
         list[str] | None, typer.Option(help=f"Of refusals: {', '.join(RULES)}; may be repeated.")
     ] = None,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, max=12, help="Tokens of an answer that are made and kept.")
-    ] = 12,
+        int,
+        typer.Option(
+            min=1,
+            max=8192,
+            help="Tokens of an answer by which it is classified; at most 12 of them are kept.",
+        ),
+    ] = 32,
     positions: Annotated[
         int, typer.Option(min=1, max=12, help="Of an answer, at which drift is measured.")
     ] = 8,
@@ -223,7 +228,7 @@ def _show_run(report: dict[str, Any], output: Path) -> None:
 
 
 _LIMITS = (
-    "Greedy answers of at most 12 tokens, sorted by how they are worded: a rule is no judge of "
+    "Greedy answers, sorted by how they are worded: a rule is no judge of "
     "whether an answer does harm."
 )
 

@@ -72,8 +72,13 @@ def finetune(
     ] = None,
     anchors_per_step: Annotated[int, typer.Option(min=0, help="Harmful ones in a step.")] = 2,
     harmless_anchors_per_step: Annotated[
-        int, typer.Option(min=0, help="Harmless ones in a step; they hold over-refusal down.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Harmless ones in a step, which hold over-refusal down; 2 if unset, or as many as "
+            "there are.",
+        ),
+    ] = None,
     anchor_penalty_weight: Annotated[
         float | None,
         typer.Option(help="Of the penalty at the anchors, by itself; --weight if unset."),

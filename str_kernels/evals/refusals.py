@@ -61,6 +61,11 @@ class RefusalCounts:
     rule: str = "opening"
 
     @property
+    def unfinished(self) -> int:
+        """The number of answers that ended inside a thought; none of the three others."""
+        return self.outcomes.count("unfinished")
+
+    @property
     def total(self) -> int:
         """The number of prompts."""
         return len(self.outcomes)
@@ -211,7 +216,20 @@ def count_refusals(answers: Sequence[str], rule: str = "opening") -> RefusalCoun
         2
     """
     classify = refusal_rule(rule)
-    outcomes = tuple(classify(answer) for answer in answers)
+    return counts_of([classify(answer) for answer in answers], rule)
+
+
+def counts_of(outcomes: Sequence[Outcome], rule: str = "opening") -> RefusalCounts:
+    """Count outcomes that are there already.
+
+    Args:
+        outcomes: of each prompt, in order.
+        rule: by which they were told.
+
+    Returns:
+        RefusalCounts.
+    """
+    outcomes = tuple(outcomes)
     counted = Counter(outcomes)
     return RefusalCounts(
         counted["refusal"], counted["other"], counted["degenerate"], outcomes, rule

@@ -233,7 +233,9 @@ def errors(
         return loss
 
     wanted_loss, wanted = _step(model, naive)
-    with attach(model, SafetyTokens(ids=IDS), penalty=SafetyPenalty(WEIGHT), **options) as handle:
+    with attach(
+        model, SafetyTokens(ids=IDS), penalty=SafetyPenalty(WEIGHT), **options, positions="response"
+    ) as handle:
         got_loss, got = _step(model, lambda: model(**batch).loss)
         assert handle.last is not None and float(handle.last.penalty) > 0.0  # there is a drift
     assert wanted and got.keys() == wanted.keys()

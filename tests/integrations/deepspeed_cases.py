@@ -108,7 +108,7 @@ def train(
 
     student, options = students(model, training, seed, **lora)
     optimizer = sgd(student)
-    with attach(student.train(), TOKENS, **attaching, **options):
+    with attach(student.train(), TOKENS, **attaching, **options, positions="response"):
         for batch in batches(seed):
             loss = student(**batch, num_items_in_batch=count(batch)).loss
             loss.backward()
@@ -121,7 +121,7 @@ def train(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     errors = {"loss": 0.0, "gradients": 0.0}
     engine = None if before else engine_of(student.train(), stage, micro_steps)
-    with attach(student, TOKENS, **attaching, **options):
+    with attach(student, TOKENS, **attaching, **options, positions="response"):
         if engine is None:
             engine = engine_of(student.train(), stage, micro_steps)
         for batch, loss, grad in zip(batches(seed), losses, grads, strict=True):
@@ -148,7 +148,7 @@ def turns_in_bfloat16(seed: int, stage: int) -> list[int]:
     student = student.train().bfloat16()
     engine = engine_of(student, stage, bf16={"enabled": True})
     found = []
-    with attach(student, TOKENS, anchors=ANCHORS, **options) as handle:
+    with attach(student, TOKENS, anchors=ANCHORS, **options, positions="response") as handle:
         for _ in range(4):
             engine.backward(engine(**batch_of(seed)).loss)
             found.append(handle.step)
@@ -166,8 +166,12 @@ def refusals(seed: int) -> dict[str, str]:
     deepspeed.zero.Init(module=put_away, config_dict_or_path=config)
     found = {}
     for what, call in {
-        "attached before initialize": lambda: attach(put_away, TOKENS, ref_model=plain),
-        "a ref_model that is put away": lambda: attach(plain, TOKENS, ref_model=put_away),
+        "attached before initialize": lambda: attach(
+            put_away, TOKENS, ref_model=plain, positions="response"
+        ),
+        "a ref_model that is put away": lambda: attach(
+            plain, TOKENS, ref_model=put_away, positions="response"
+        ),
     }.items():
         try:
             call()

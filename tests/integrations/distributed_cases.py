@@ -21,7 +21,9 @@ from str_kernels.integrations.anchors import AnchorPrompts, AnchorRow
 TOKENS = SafetyTokens(ids=[3, 40, 66, 130])  # on several ranks
 PENALTY = SafetyPenalty(weight=0.3)
 ROWS = 8
-ANCHORS = AnchorPrompts([AnchorRow((5, 9, 2)), AnchorRow((7, 7, 8, 4, 30))], per_step=2, weight=0.5)
+ANCHORS = AnchorPrompts(
+    [AnchorRow((5, 9, 2)), AnchorRow((7, 7, 8, 4, 30))], per_step=2, penalty_weight=0.5
+)
 
 
 def mesh_of(*sizes: int) -> Any:
@@ -76,7 +78,7 @@ def alone(
     model.train()
     batch = batch_of(seed, rows=ROWS)
     options["anchors"] = ANCHORS if anchors else None
-    with attach(model, TOKENS, penalty=PENALTY, path=path, **options):
+    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
         loss = model(**batch, num_items_in_batch=count(batch)).loss
         loss.backward()
     return float(loss.detach()), gradients(model)
@@ -120,7 +122,7 @@ def data_parallel(
     model.train()
     options["anchors"] = ANCHORS if anchors else None
     ranks = dist.get_world_size()
-    with attach(model, TOKENS, penalty=PENALTY, path=path, **options):
+    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
         spread = SPREAD[how](model)
         total = step(spread, seed, dist.get_rank(), ranks, micro_steps, ranks)
         dist.all_reduce(total)
@@ -171,9 +173,15 @@ def refusals(seed: int) -> dict[str, str]:
     wrapped = _ddp(base_model("llama", seed))
     plain = base_model("llama", seed)
     for what, call in {
-        "attached after fully_shard": lambda: attach(sharded, TOKENS, ref_model=plain),
-        "a ref_model after fully_shard": lambda: attach(plain, TOKENS, ref_model=sharded),
-        "attached after DDP": lambda: attach(wrapped, TOKENS, ref_model=plain),
+        "attached after fully_shard": lambda: attach(
+            sharded, TOKENS, ref_model=plain, positions="response"
+        ),
+        "a ref_model after fully_shard": lambda: attach(
+            plain, TOKENS, ref_model=sharded, positions="response"
+        ),
+        "attached after DDP": lambda: attach(
+            wrapped, TOKENS, ref_model=plain, positions="response"
+        ),
     }.items():
         try:
             call()
@@ -255,7 +263,7 @@ def tensor_parallel(
             options["ref_model"] = base_model("llama", seed + 7)
         model.train()
         options["anchors"] = ANCHORS if anchors else None
-        with attach(model, TOKENS, penalty=PENALTY, path=path, **options):
+        with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
             batch = batch_of(seed, rows=ROWS)
             mine = model(**batch, num_items_in_batch=count(batch)).loss
             mine.backward()
@@ -264,7 +272,9 @@ def tensor_parallel(
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.data.zero_()
-            with attach(model, TOKENS, penalty=PENALTY, path=path, **options) as handle:
+            with attach(
+                model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"
+            ) as handle:
                 model(**batch)
                 before = float(handle.last.penalty)
         losses = [torch.zeros(()) for _ in range(ranks)]
@@ -289,7 +299,7 @@ def lora_on_a_spread_head(seed: int, folder: Path) -> str:
         config = DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto")
         model = AutoModelForCausalLM.from_pretrained(save, distributed_config=config)
     try:
-        attach(with_lora(model, seed, target_modules=["lm_head"]), TOKENS)
+        attach(with_lora(model, seed, target_modules=["lm_head"]), TOKENS, positions="response")
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -312,7 +322,7 @@ def fsdp_and_tensor_parallel(training: str, seed: int) -> dict[str, float]:
         model = with_lora(model, seed)
         copy_adapters(whole, model)
     model.train()
-    with attach(model, TOKENS, penalty=PENALTY, **options):
+    with attach(model, TOKENS, penalty=PENALTY, **options, positions="response"):
         spread = _fsdp(model, mesh=mesh["dp"])
         dp = mesh.get_local_rank("dp")
         total = step(spread, seed, dp, 2, 1, 2)
@@ -334,7 +344,7 @@ def split_sequence(seed: int) -> dict[str, float]:
     def run(columns: slice) -> tuple[Tensor, dict[str, Tensor]]:
         model, options = students("llama", "full", seed)
         model.train()
-        with attach(model, TOKENS, penalty=PENALTY, **options):
+        with attach(model, TOKENS, penalty=PENALTY, **options, positions="response"):
             loss = model(
                 input_ids=ids[:, columns],
                 position_ids=position_ids[:, columns],

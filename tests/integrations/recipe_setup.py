@@ -98,7 +98,7 @@ def expected_steps(recipe: Recipe) -> list[Step]:
     optimizer = make_optimizer(model.parameters())
     batches, steps = list(recipe.loader()), []
     tokens = SafetyTokens.from_templates(recipe.tokenizer)
-    with attach(model, tokens, **recipe.options) as handle:
+    with attach(model, tokens, **recipe.options, positions="response") as handle:
         for start in range(0, len(batches), recipe.accumulation):
             window = batches[start : start + recipe.accumulation]
             counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in window]

@@ -41,11 +41,11 @@ def test_adapter_is_exact_or_refused(name: str, seed: int) -> None:
     batch |= {name: torch.zeros(len(batch["labels"]), dtype=torch.int64) for name in adapter.inputs}
     if adapter.refused:
         with pytest.raises(ValueError, match=adapter.refused):
-            attach(model, TOKENS)
+            attach(model, TOKENS, positions="response")
         return
     if adapter.path == "logits":
         with pytest.raises(ValueError, match="path='logits'"):
-            attach(model, TOKENS)
+            attach(model, TOKENS, positions="response")
     assert_exact(model, pristine, batch, path=adapter.path)
 
 
@@ -64,7 +64,7 @@ def test_a_refused_adapter_is_exact_beside_a_frozen_copy(name: str, seed: int) -
     model, pristine = build(ADAPTERS[name], seed)
     if name == "Poly":  # cannot run without task_ids, which attach() does not know at the start
         with pytest.raises(ValueError, match="task_ids"):
-            attach(model, TOKENS, ref_model=pristine)
+            attach(model, TOKENS, ref_model=pristine, positions="response")
         return
     assert_exact(model, pristine, batch_of(seed), ref_model=pristine)
 
@@ -115,11 +115,11 @@ def test_several_adapters_in_use(seed: int) -> None:
 def test_switching_adapters_while_attached(seed: int) -> None:
     model, _ = two_loras(seed)
     batch = batch_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         both = float(model(**batch).loss.detach())
         model.base_model.set_adapter("second")
         second = float(model(**batch).loss.detach())
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         assert float(model(**batch).loss.detach()) == second != both
 
 
@@ -143,16 +143,16 @@ def test_adapters_by_transformers_alone(seed: int, monkeypatch: pytest.MonkeyPat
     assert_exact(model.train(), pristine.eval(), batch_of(seed))
     model.disable_adapters()
     with pytest.raises(ValueError, match="adapters off"):
-        attach(model, TOKENS)
+        attach(model, TOKENS, positions="response")
 
 
 def test_merged_adapters(seed: int) -> None:
     model, pristine = build(ADAPTERS["LoRA"], seed)
     model.merge_adapter()
     with pytest.raises(ValueError, match="must not have its adapters merged"):
-        attach(model, TOKENS)
+        attach(model, TOKENS, positions="response")
     model.unmerge_adapter()
-    handle = attach(model, TOKENS)
+    handle = attach(model, TOKENS, positions="response")
     model.merge_adapter()  # behind our back
     with pytest.raises(ValueError, match="must not have its adapters merged"):
         model(**batch_of(seed))
@@ -162,7 +162,7 @@ def test_merged_adapters(seed: int) -> None:
     whole = model.merge_and_unload()
     whole.requires_grad_(True)
     with pytest.raises(ValueError, match="`ref_model` must be given"):
-        attach(whole, TOKENS)
+        attach(whole, TOKENS, positions="response")
     assert_exact(whole.train(), pristine, batch_of(seed), ref_model=pristine)
 
 
@@ -172,10 +172,10 @@ def test_no_use_inside_disable_adapter(how: str, seed: int) -> None:
     model, pristine = build(ADAPTERS["LoRA"], seed)
     options = {"ref_model": pristine} if how == "ref_model" else {}
     with model.disable_adapter(), pytest.raises(ValueError, match="adapters off"):
-        attach(model, TOKENS, **options)
+        attach(model, TOKENS, **options, positions="response")
     if how == "ref_model":
         return  # which knows nothing of the student's adapters
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         with model.disable_adapter(), pytest.raises(ValueError, match="adapters off"):
             model(**batch_of(seed))
         model(**batch_of(seed)).loss.backward()
@@ -184,7 +184,7 @@ def test_no_use_inside_disable_adapter(how: str, seed: int) -> None:
 def test_an_adapter_added_later_is_looked_at(seed: int) -> None:
     """One that moved the base on its way in."""
     model, _ = build(ADAPTERS["LoRA"], seed)
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         model.add_adapter(
             "later",
             LoraConfig(r=4, target_modules=HEAD, init_lora_weights="olora", task_type="CAUSAL_LM"),
@@ -212,7 +212,7 @@ def test_a_config_that_is_refused_by_its_name(
     model, _ = build(ADAPTERS["LoRA"], seed)
     setattr(model.peft_config["default"], option, value)
     with pytest.raises(ValueError, match=match):
-        attach(model, TOKENS)
+        attach(model, TOKENS, positions="response")
 
 
 @pytest.mark.parametrize("path", ["linear", "logits"])
@@ -237,7 +237,7 @@ def test_state_survives_an_error(name: str, where: str, path: Any, seed: int) ->
         return [*found, torch.is_grad_enabled()]
 
     before = state()
-    with attach(model, TOKENS, path=path, **options):
+    with attach(model, TOKENS, path=path, **options, positions="response"):
         wanted = float(model(**batch).loss.detach())
         assert state() == before
         hook = _break(inner, pristine, where, name)
@@ -276,7 +276,7 @@ def test_a_second_forward_in_the_same_step(seed: int) -> None:
         sum(loss() for loss in losses).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         first, second = (gradients(lambda b=b: model(**b).loss) for b in (one, two))
         both = gradients(lambda: model(**one).loss, lambda: model(**two).loss)
         # a forward without labels between them, whose logits take part in the loss
@@ -295,11 +295,11 @@ def test_two_attached_models_in_one_process(seed: int) -> None:
     batch = batch_of(seed)
     alone = []
     for model in models:
-        with attach(model, TOKENS, penalty=PENALTY):
+        with attach(model, TOKENS, penalty=PENALTY, positions="response"):
             alone.append(float(model(**batch).loss.detach()))
     with (
-        attach(models[0], TOKENS, penalty=PENALTY) as first,
-        attach(models[1], TOKENS, penalty=PENALTY) as second,
+        attach(models[0], TOKENS, penalty=PENALTY, positions="response") as first,
+        attach(models[1], TOKENS, penalty=PENALTY, positions="response") as second,
     ):
         losses = [model(**batch).loss for model in models]
         sum(losses).backward()
@@ -347,7 +347,7 @@ def test_dropout_on_the_head_is_the_layers_own(seed: int) -> None:
     assert bias is None and low_rank is not None
     got = hidden @ weight.T + low_rank[0] @ low_rank[1].T
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
-    with attach(model, TOKENS) as handle:
+    with attach(model, TOKENS, positions="response") as handle:
         assert torch.isfinite(model(**batch_of(seed)).loss) and handle.last is not None
 
 
@@ -362,12 +362,12 @@ def test_reference_arguments_are_named(seed: int) -> None:
         ({"path": "middle"}, "`path` must be one of linear, logits; got 'middle'"),
     ):
         with pytest.raises(ValueError, match=match):
-            attach(model, TOKENS, **options)
+            attach(model, TOKENS, **options, positions="response")
     student = tiny_model("llama", seed)
     shares = tiny_model("llama", seed)
     shares.model.norm.weight = student.model.norm.weight
     with pytest.raises(ValueError, match=r"share no trainable parameter .* model.norm.weight"):
-        attach(student, TOKENS, ref_model=shares)
+        attach(student, TOKENS, ref_model=shares, positions="response")
     batch = batch_of(seed)
     for values, error, match in (
         (None, TypeError, "floating-point tensor; got None"),
@@ -375,7 +375,7 @@ def test_reference_arguments_are_named(seed: int) -> None:
         (torch.zeros(2, 11, 4), ValueError, "position for each"),
     ):
         with (
-            attach(model, TOKENS, reference=lambda *_, values=values: values),
+            attach(model, TOKENS, reference=lambda *_, values=values: values, positions="response"),
             pytest.raises(error, match=match),
         ):
             model(**batch)

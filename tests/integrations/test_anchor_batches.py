@@ -44,21 +44,25 @@ def padding(side: str) -> Any:
     return collate
 
 
+@pytest.mark.parametrize("label_weight", [0, 1])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_rows_of_the_batch_equal_a_pass_of_their_own(side: str, seed: int) -> None:
+def test_rows_of_the_batch_equal_a_pass_of_their_own(
+    side: str, label_weight: float, seed: int
+) -> None:
     model = with_lora(tiny_model("llama", seed), seed).train()
-    anchors = anchors_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors):
+    anchors = anchors_of(seed, penalty_weight=None)
+    on_rows = "none" if label_weight == 0 else "response"
+    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions=on_rows):
         apart = model(**padding("right")(rows_of(seed))).loss
         apart.backward()
     wanted = gradients(model)
     model.zero_grad()
-    batch = AnchorCollator(padding(side), anchors)(rows_of(seed))
+    batch = AnchorCollator(padding(side), anchors, label_weight)(rows_of(seed))
     assert batch["input_ids"].shape[0] == 3 + 3
     assert bool((batch["labels"][3:] == -100).all())
     if side == "left":  # as generate() does; the model itself counts padding as positions
         batch["position_ids"] = batch["attention_mask"].cumsum(1).sub(1).clamp(min=0)
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         together = model(**batch).loss
         together.backward()
     assert float(together.detach()) == pytest.approx(float(apart.detach()), rel=1e-5)
@@ -69,9 +73,9 @@ def test_rows_of_the_batch_equal_a_pass_of_their_own(side: str, seed: int) -> No
 
 def test_the_function_alone_gives_the_same(seed: int) -> None:
     model = with_lora(tiny_model("llama", seed), seed).train()
-    anchors = anchors_of(seed)
-    batch = AnchorCollator(padding("right"), anchors)(rows_of(seed))
-    with attach(model, TOKENS, penalty=PENALTY) as handle:
+    anchors = anchors_of(seed, penalty_weight=None)
+    batch = AnchorCollator(padding("right"), anchors, label_weight=0.5)(rows_of(seed))
+    with attach(model, TOKENS, penalty=PENALTY, positions="response") as handle:
         expected = model(**batch).loss
         assert float(handle.last.penalty) > 1e-4
     inner = model.get_base_model()
@@ -97,15 +101,16 @@ def test_a_collator_that_labels_everything_labels_no_anchor(seed: int) -> None:
         labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
         return {**batch, "labels": labels}
 
-    batch = AnchorCollator(plain_text, anchors_of(seed))(rows_of(seed))
+    anchors = anchors_of(seed, penalty_weight=None)
+    batch = AnchorCollator(plain_text, anchors, label_weight=0.25)(rows_of(seed))
     assert bool((batch["labels"][:3] != -100).any()) and bool((batch["labels"][3:] == -100).all())
     count = int((batch["labels"][:, 1:] != -100).sum())
-    assert float(batch["safety_row_weight"][3:].sum()) == pytest.approx(0.7 * count)
-    assert float(batch["safety_row_weight"][:3].sum()) == count
+    assert float(batch["safety_row_weight"][3:].sum()) == pytest.approx(count)
+    assert float(batch["safety_row_weight"][:3].sum()) == 0.25 * count
 
 
 def test_a_data_set_with_anchors_under_any_sampler_and_workers(seed: int) -> None:
-    anchors = anchors_of(seed, per_step=1, harmless_per_step=1)
+    anchors = anchors_of(seed, per_step=1, harmless_per_step=1, penalty_weight=None)
     rows = rows_of(seed, 7)
     data = WithAnchors(rows, anchors, every=2)
     assert len(data) == 10
@@ -115,18 +120,20 @@ def test_a_data_set_with_anchors_under_any_sampler_and_workers(seed: int) -> Non
     with pytest.raises(IndexError):
         data[10]
     assert len(list(data)) == 10
-    collate = AnchorCollator(padding("right"), weight=0.5)
+    collate = AnchorCollator(padding("right"))
     for batch in DataLoader(data, batch_size=5, shuffle=True, collate_fn=collate):
         assert bool((batch["attention_mask"] == (batch["input_ids"] != 0)).all())
         at_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
         at_anchors = batch["safety_row_weight"][~at_labels]
         if bool((at_anchors > 0).any()):
-            assert float(at_anchors.sum()) == pytest.approx(0.5 * int(at_labels.sum()))
-        assert bool((batch["safety_row_weight"][at_labels] == 1).all())
+            assert float(at_anchors.sum()) == pytest.approx(int(at_labels.sum()))
+        assert bool((batch["safety_row_weight"][at_labels] == 0).all())
 
 
 def test_what_cannot_be_joined_is_named(seed: int) -> None:
-    anchors = anchors_of(seed)
+    anchors = anchors_of(seed, penalty_weight=None)
+    with pytest.raises(ValueError, match="`anchors` must have no `penalty_weight` for a collator"):
+        AnchorCollator(padding("right"), anchors_of(seed))
     packed = [{**row, "position_ids": row["input_ids"]} for row in rows_of(seed)]
     with pytest.raises(ValueError, match="position_ids"):
         AnchorCollator(padding("right"), anchors)(packed)
@@ -137,7 +144,10 @@ def test_what_cannot_be_joined_is_named(seed: int) -> None:
         WithAnchors([], anchors, 0)
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch = padding("right")(rows_of(seed))
-    with attach(model, TOKENS), pytest.raises(ValueError, match="`safety_row_weight` must have"):
+    with (
+        attach(model, TOKENS, positions="response"),
+        pytest.raises(ValueError, match="`safety_row_weight` must have"),
+    ):
         model(**batch, safety_row_weight=torch.ones(2, 2))
     weight = torch.ones_like(batch["labels"], dtype=torch.float32)
     with attach(model, TOKENS, positions=3), pytest.raises(ValueError, match="`positions` must"):

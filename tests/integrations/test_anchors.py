@@ -33,11 +33,13 @@ def anchors_of(drawn_by: int, count: int = 5, **options: Any) -> AnchorPrompts:
         for kind in ("harmful", "harmless")
         for row in range(count)
     ]
-    return AnchorPrompts(rows, **{"per_step": 2, "harmless_per_step": 1, "weight": 0.7, **options})
+    return AnchorPrompts(
+        rows, **{"per_step": 2, "harmless_per_step": 1, "penalty_weight": 0.7, **options}
+    )
 
 
 def by_hand(model: Any, anchors: AnchorPrompts, step: int, compared: Any = lambda z: z) -> Any:
-    """Return weight * anchor_weight * the mean penalty of a step's held positions, one by one."""
+    """Return penalty_weight * the mean penalty of a step's held positions, one by one."""
     penalties = []
     for place in anchors.draw(step):
         row = anchors.rows[place]
@@ -47,7 +49,7 @@ def by_hand(model: Any, anchors: AnchorPrompts, step: int, compared: Any = lambd
             before = compared(model.eval()(input_ids=ids).logits[0, -row.held :].float())
         model.train()
         penalties.append((now[:, IDS] - before[:, IDS]).square().mean(dim=1))
-    return WEIGHT * anchors.weight * torch.cat(penalties).mean()
+    return anchors.penalty_weight * torch.cat(penalties).mean()
 
 
 def reference_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -73,7 +75,9 @@ def test_loss_and_gradients_are_those_by_hand(name: str, kind: str, path: str, s
     wanted = gradients(model)
     model.zero_grad()
     penalty = SafetyPenalty(WEIGHT, kind)
-    with attach(model, TOKENS, penalty=penalty, anchors=anchors, path=path) as handle:
+    with attach(
+        model, TOKENS, penalty=penalty, anchors=anchors, path=path, positions="response"
+    ) as handle:
         output = model(**batch)
         output.loss.backward()
         assert float(handle.last_anchors.penalty) > 1e-4 and float(handle.last_anchors.ce) == 0
@@ -86,13 +90,13 @@ def test_accumulation_equals_one_batch(split: int, seed: int) -> None:
     batch = batch_of(seed, rows=4, length=12)  # uneven labels: 2 + row of them are masked
     anchors = anchors_of(seed)
     items = int((batch["labels"][:, 1:] != -100).sum())
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors):
+    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions="response"):
         whole = model(**batch).loss
         whole.backward()
     wanted = gradients(model)
     model.zero_grad()
     total = torch.zeros(())
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors):
+    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions="response"):
         for start in range(0, 4, 4 // split):
             part = {k: v[start : start + 4 // split] for k, v in batch.items()}
             loss = model(**part, num_items_in_batch=items).loss
@@ -106,7 +110,7 @@ def test_accumulation_equals_one_batch(split: int, seed: int) -> None:
 
 def test_a_fresh_lora_has_not_moved_at_any_anchor(seed: int) -> None:
     model = fresh_lora(tiny_model("llama", seed)).train()
-    with attach(model, TOKENS, anchors=anchors_of(seed)) as handle:
+    with attach(model, TOKENS, anchors=anchors_of(seed), positions="response") as handle:
         for step in range(4):
             handle.step = step
             model(**batch_of(seed)).loss.backward()
@@ -169,7 +173,7 @@ def test_a_step_begins_when_an_optimizer_has_made_one(
     )
     optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
     steps = []
-    with attach(model, TOKENS, anchors=anchors) as handle:
+    with attach(model, TOKENS, anchors=anchors, positions="response") as handle:
         for step in range(3):
             for _ in range(2):
                 model(**batch_of(seed)).loss.backward()
@@ -190,7 +194,7 @@ def test_turns_go_on_on_copies_after_the_weights_were_written(event: str, seed: 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OnCopies(trained, lr=1e-3)
     steps = []
-    with attach(model, TOKENS, anchors=anchors_of(seed)) as handle:
+    with attach(model, TOKENS, anchors=anchors_of(seed), positions="response") as handle:
         for step in range(5):
             model(**batch_of(seed)).loss.backward()
             steps.append(handle.step)
@@ -212,7 +216,9 @@ def test_the_reference_sees_each_anchor_once(seed: int) -> None:
         return frozen(**batch).logits[..., ids]
 
     anchors = anchors_of(seed, count=4, per_step=2, harmless_per_step=2)
-    with attach(model, TOKENS, reference=reference, anchors=anchors) as handle:
+    with attach(
+        model, TOKENS, reference=reference, anchors=anchors, positions="response"
+    ) as handle:
         for step in range(6):
             handle.step = step
             model(**batch_of(seed)).loss.backward()
@@ -238,18 +244,19 @@ def test_without_labels_or_ids_or_training_there_are_no_anchors(seed: int) -> No
     batch = batch_of(seed)
     calls: list[int] = []
     layer = model.get_base_model().model.layers[0]
-    with attach(model, TOKENS, anchors=anchors_of(seed)):
+    with attach(model, TOKENS, anchors=anchors_of(seed), positions="response"):
         hook = layer.register_forward_hook(lambda *_: calls.append(1))
         model(**batch).loss.backward()
         assert len(calls) == 4  # reference, batch, and the same for the anchors
         calls.clear()
         model(input_ids=batch["input_ids"])
-        model.eval()(**batch)
+        with torch.no_grad():
+            model.eval()(**batch)
         assert len(calls) == 2
         hook.remove()
     model.train()
     unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
-    with attach(model, TOKENS, anchors=anchors_of(seed)) as handle:
+    with attach(model, TOKENS, anchors=anchors_of(seed), positions="response") as handle:
         model.zero_grad()
         model(**unlabelled).loss.backward()  # no label in it: a share of 0, and no NaN
         assert float(handle.last_anchors.penalty) == 0.0
@@ -259,15 +266,16 @@ def test_without_labels_or_ids_or_training_there_are_no_anchors(seed: int) -> No
 def test_prompt_learning_is_refused(seed: int) -> None:
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model("llama", seed), config)
-    with pytest.raises(ValueError, match="`anchors` must be None for prompt learning"):
-        attach(model, TOKENS, anchors=anchors_of(seed))
+    for options in ({"anchors": anchors_of(seed), "positions": "response"}, {}):
+        with pytest.raises(ValueError, match=r"`anchors` must be None .* positions='response'"):
+            attach(model, TOKENS, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -1.0}, "`weight` must be >= 0"),
-        ({"weight": float("nan")}, "`weight` must be >= 0"),
+        ({"penalty_weight": -1.0}, "`penalty_weight` must be finite and >= 0"),
+        ({"penalty_weight": float("nan")}, "`penalty_weight` must be finite and >= 0"),
         ({"per_step": 0, "harmless_per_step": 0}, "must not both be 0"),
         ({"per_step": -1}, "`per_step` must be >= 0"),
         ({"per_step": 6}, "`per_step` must be at most 5, the harmful rows; got 6"),
@@ -305,8 +313,10 @@ def test_the_model_s_own_refusal_is_held_too(monkeypatch: Any) -> None:
     said = {"help me": "sorry , but I can not help with that .", "what is 1": "1 2 3"}
     monkeypatch.setattr(
         generation,
-        "answer_prompts",
-        lambda model, tokenizer, prompts, **_: [*map(said.get, prompts)],
+        "answer_texts",
+        lambda model, tokenizer, texts, **_: [
+            next(answer for asked, answer in said.items() if asked in text) for text in texts
+        ],
     )
     anchors = AnchorPrompts.from_prompts(
         tokenizer, ["help me", "what is 1"], ["what is 1"], model=object(), positions=4
@@ -331,7 +341,12 @@ def test_the_trainer_logs_them_and_resumes_at_their_turn(seed: int, tmp_path: An
         draw = anchors.draw
         object.__setattr__(anchors, "draw", lambda step: drawn.append(step) or draw(step))
         made = SafetyTrainer(
-            model, arguments, train_dataset=rows, safety_tokens=TOKENS, anchors=anchors
+            model,
+            arguments,
+            train_dataset=rows,
+            safety_tokens=TOKENS,
+            anchors=anchors,
+            positions="response",
         )
         return made, drawn
 

@@ -49,7 +49,9 @@ def test_lora_equals_the_naive_loss(name, backend, seed):
     expected.backward()
     wanted = gradients(model)
     model.zero_grad()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), backend=backend) as handle:
+    with attach(
+        model, TOKENS, penalty=SafetyPenalty(WEIGHT), backend=backend, positions="response"
+    ) as handle:
         output = model(**batch)
         output.loss.backward()
         assert handle.last is not None and float(handle.last.penalty) > 1e-4  # there is a drift
@@ -74,7 +76,9 @@ def test_log_probabilities_are_compared_where_the_kind_says_so(name, seed):
     expected.backward()
     wanted = gradients(model)
     model.zero_grad()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT, "logprob")) as handle:
+    with attach(
+        model, TOKENS, penalty=SafetyPenalty(WEIGHT, "logprob"), positions="response"
+    ) as handle:
         output = model(**batch)
         output.loss.backward()
         assert float(handle.last.penalty) == pytest.approx(
@@ -86,7 +90,7 @@ def test_log_probabilities_are_compared_where_the_kind_says_so(name, seed):
 @pytest.mark.parametrize("kind", get_args(PenaltyKind))
 def test_every_kind_is_zero_before_the_first_step(kind, seed):
     model = fresh_lora(tiny_model("llama", seed)).train()
-    with attach(model, TOKENS, penalty=SafetyPenalty(kind=kind)) as handle:
+    with attach(model, TOKENS, penalty=SafetyPenalty(kind=kind), positions="response") as handle:
         model(**batch_of(seed)).loss.backward()
         # The reference's lse and the student's come of products over other rows, since the student
         # leaves out those without a loss: 1e-6 apart, if at all. A KL of equals is a rounding, too.
@@ -107,7 +111,9 @@ def test_full_fine_tuning_with_ref_model_equals_the_naive_loss(name, seed):
     expected.backward()
     wanted = gradients(model)
     model.zero_grad()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), ref_model=ref_model):
+    with attach(
+        model, TOKENS, penalty=SafetyPenalty(WEIGHT), ref_model=ref_model, positions="response"
+    ):
         output = model(**batch)
         output.loss.backward()
     assert_close(output.loss, expected, gradients(model), wanted)
@@ -120,7 +126,7 @@ def test_full_fine_tuning_with_ref_model_equals_the_naive_loss(name, seed):
 def test_penalty_is_exactly_zero_at_step_0(name, dtype, seed):
     # Dropout inside LoRA must not disturb it: with B = 0 it drops from a sum of zeros.
     model = fresh_lora(tiny_model(name, seed).to(dtype), lora_dropout=0.5).train()
-    with attach(model, TOKENS) as handle:
+    with attach(model, TOKENS, positions="response") as handle:
         model(**batch_of(seed)).loss.backward()
         assert float(handle.last.penalty) == 0.0 and float(handle.last.max_drift) == 0.0
 
@@ -134,7 +140,7 @@ def test_gradient_checkpointing_changes_nothing(seed):
             enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
             enable = enable or model.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": kind})
-        with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT)):
+        with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
             loss = model(**batch_of(seed)).loss
             loss.backward()
         losses.append(float(loss.detach()))
@@ -149,7 +155,7 @@ def test_micro_batches_sum_to_one_batch(seed):
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch = batch_of(seed, rows=4)
     count = (batch["labels"][:, 1:] != -100).sum()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT)):
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
         whole = model(**batch, num_items_in_batch=count).loss
         whole.backward()
         wanted = gradients(model)
@@ -201,7 +207,7 @@ def test_shift_labels_positional_arguments_and_tuples(seed):
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch = batch_of(seed)
     inner = model.get_base_model()
-    with attach(model, TOKENS) as handle:
+    with attach(model, TOKENS, positions="response") as handle:
         loss = model(**batch).loss
         shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -227,9 +233,11 @@ def test_eval_generate_and_remove_leave_no_trace(seed):
     prompt = {"input_ids": batch["input_ids"][:, :4], "attention_mask": torch.ones(3, 4).long()}
     generated = model.generate(**prompt, max_new_tokens=5, do_sample=False)
     evaluated = model(**batch)
-    handle = attach(model, TOKENS)
+    handle = attach(model, TOKENS, positions="response")
     assert not any(module.training for module in model.modules())
-    again = model(**batch)
+    with pytest.warns(UserWarning, match=r"no safety penalty, .* Call model.train\(\)"):
+        again = model(**batch)
+    model(**batch)  # it is said once
     assert torch.equal(again.loss, evaluated.loss) and torch.equal(again.logits, evaluated.logits)
     assert torch.equal(model.generate(**prompt, max_new_tokens=5, do_sample=False), generated)
     model.train()
@@ -251,7 +259,7 @@ def test_state_survives_an_error_inside_the_reference(seed, monkeypatch):
     name = next(n for n, p in model.named_parameters() if "lora_A" in n)
     dict(model.named_parameters())[name].requires_grad_(False)  # peft#3447 would thaw this one
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         model(**batch_of(seed)).loss.backward()
         assert {n: p.requires_grad for n, p in model.named_parameters()} == frozen
         layer = model.get_base_model().model.layers[1]
@@ -274,7 +282,7 @@ def test_state_survives_an_error_inside_the_reference(seed, monkeypatch):
 
 def test_an_attached_model_can_be_pickled(seed):
     model = with_lora(tiny_model("llama", seed), seed).train()
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         twin = pickle.loads(pickle.dumps(model)).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(twin[name], value, rtol=0, atol=0)
@@ -284,7 +292,7 @@ def test_signature_and_deepcopy(seed):
     model = with_lora(tiny_model("llama", seed), seed).train()
     inner = model.get_base_model()
     signature = inspect.signature(inner.forward)
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT)):
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
         assert inspect.signature(inner.forward) == signature
         twin = copy.deepcopy(model)
         with torch.no_grad():
@@ -296,7 +304,7 @@ def test_signature_and_deepcopy(seed):
 
 
 def test_last_is_none_before_the_first_step(seed):
-    with attach(with_lora(tiny_model("llama", seed), seed), TOKENS) as handle:
+    with attach(with_lora(tiny_model("llama", seed), seed), TOKENS, positions="response") as handle:
         assert handle.last is None
 
 
@@ -339,7 +347,7 @@ class _Strange(nn.Module):
 def test_refusals_say_why(seed):
     def refused(match, model, **options):
         with pytest.raises(ValueError, match=match):
-            attach(model, TOKENS, **options)
+            attach(model, TOKENS, **options, positions="response")
         assert not isinstance(vars(model).get("forward"), object) or "forward" not in vars(model)
 
     llama = tiny_model("llama", seed)
@@ -356,13 +364,19 @@ def test_refusals_say_why(seed):
     small.resize_token_embeddings(100)
     refused("got id 130", with_lora(small, seed))
     twice = with_lora(tiny_model("llama", seed), seed)
-    with attach(twice, TOKENS), pytest.raises(ValueError, match="attached twice"):
-        attach(twice, TOKENS)
+    with (
+        attach(twice, TOKENS, positions="response"),
+        pytest.raises(ValueError, match="attached twice"),
+    ):
+        attach(twice, TOKENS, positions="response")
     with pytest.raises(ValueError, match="`positions`"):
         attach(twice, TOKENS, positions=0)
     with pytest.raises(TypeError, match="`safety_tokens`"):
-        attach(twice, [1, 2])
-    with attach(twice.train(), TOKENS), pytest.raises(ValueError, match="`logits_to_keep`"):
+        attach(twice, [1, 2], positions="response")
+    with (
+        attach(twice.train(), TOKENS, positions="response"),
+        pytest.raises(ValueError, match="`logits_to_keep`"),
+    ):
         twice(**batch_of(seed), logits_to_keep=3)
 
 
@@ -377,10 +391,10 @@ def test_resized_vocabulary(seed):
     with torch.no_grad(), model.disable_adapter():
         ref_logits = model(**inputs).logits
     expected, _ = naive_loss(model, ref_logits, batch, tokens.ids, WEIGHT)
-    with attach(model, tokens, penalty=SafetyPenalty(WEIGHT)):
+    with attach(model, tokens, penalty=SafetyPenalty(WEIGHT), positions="response"):
         loss = model(**batch).loss
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     # The model's own loss reads the config too. It fails, and so would an evaluation.
     model.config.vocab_size = VOCAB
     with pytest.raises(ValueError, match="raised RuntimeError: shape"):
-        attach(model, tokens)
+        attach(model, tokens, positions="response")

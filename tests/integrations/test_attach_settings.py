@@ -6,10 +6,12 @@ import dataclasses
 import inspect
 from typing import Any
 
+import pytest
 from tiny_tokenizer import chat_tokenizer
 
-from str_kernels import SafetyPenalty, attach
+from str_kernels import AnchorPrompts, SafetyPenalty, attach
 from str_kernels.integrations.attach_settings import NAMES, SafetySettings
+from str_kernels.integrations.positions import default_penalty
 
 
 def test_there_is_a_field_for_every_option() -> None:
@@ -19,7 +21,7 @@ def test_there_is_a_field_for_every_option() -> None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     # a model is no field, and what the others take is made of fields of other names
-    of_attach -= {"ref_model", "penalty", "reference"}
+    of_attach -= {"ref_model", "penalty", "reference", "tokenizer"}
     of_penalty = {one.name for one in dataclasses.fields(SafetyPenalty)} - {"id_weights"}
     missing = {f"safety_{name}" for name in of_attach | of_penalty} - set(NAMES)
     assert not missing
@@ -28,8 +30,9 @@ def test_there_is_a_field_for_every_option() -> None:
 
 def test_the_defaults_are_those_of_attach() -> None:
     options = SafetySettings().attach_options(chat_tokenizer())
-    penalty = options.pop("penalty")
-    assert vars(penalty) == vars(SafetyPenalty())
+    penalty, anchors = options.pop("penalty"), options.pop("anchors")
+    assert vars(penalty) == vars(default_penalty("none"))
+    assert vars(anchors) == vars(AnchorPrompts.default(chat_tokenizer()))
     parameters = inspect.signature(attach).parameters
     assert options == {name: parameters[name].default for name in options}
 
@@ -41,7 +44,8 @@ def test_every_field_arrives(tmp_path: Any) -> None:
         safety_weight=0.5, safety_kind="huber", safety_temperature=2.0, safety_delta=3.0,
         safety_positions="4", safety_ref_every=5, safety_ref_tokens=6, safety_path="logits",
         safety_chunk_bytes=7, safety_backend="torch", safety_anchors=str(prompts),
-        safety_anchors_per_step=1, safety_harmless_anchors_per_step=1, safety_anchor_weight=0.25,
+        safety_anchors_per_step=1, safety_harmless_anchors_per_step=1,
+        safety_anchor_penalty_weight=0.25,
     )  # fmt: skip
     options = settings.attach_options(chat_tokenizer(), seed=8)
     penalty, anchors = options.pop("penalty"), options.pop("anchors")
@@ -52,4 +56,28 @@ def test_every_field_arrives(tmp_path: Any) -> None:
         "backend": "torch",
     }  # fmt: skip
     assert (anchors.per_step, anchors.harmless_per_step) == (1, 1)
-    assert (anchors.weight, anchors.seed) == (0.25, 8)
+    assert (anchors.penalty_weight, anchors.seed) == (0.25, 8)
+
+
+def test_the_paper_s_form_is_one_word() -> None:
+    options = SafetySettings(safety_positions="response").attach_options(chat_tokenizer())
+    assert vars(options["penalty"]) == vars(SafetyPenalty())
+    assert options["positions"] == "response" and "anchors" not in options
+
+
+def test_a_relative_weight_of_the_anchors_is_refused_by_name() -> None:
+    settings = SafetySettings(safety_anchor_weight=1.0)
+    with pytest.raises(ValueError, match="Set `safety_anchor_penalty_weight`"):
+        settings.attach_options(chat_tokenizer())
+
+
+def test_the_template_s_options_reach_the_anchors() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = "{{ mark }}" + tokenizer.chat_template
+    for given in ('{"mark": "hello "}', {"mark": "hello "}):
+        settings = SafetySettings(safety_chat_template_kwargs=given, safety_answer_start="bye")
+        rows = settings.attach_options(tokenizer)["anchors"].rows
+        text = tokenizer.decode(rows[0].input_ids)
+        assert text.startswith("hello") and text.endswith("bye")
+    with pytest.raises(ValueError, match="`safety_chat_template_kwargs` must be a JSON object"):
+        SafetySettings(safety_chat_template_kwargs="[1]").attach_options(tokenizer)

@@ -55,7 +55,7 @@ def steps(model: Any, batches: list[dict[str, Any]], accumulate: int, **options:
     """Train a few steps and return (loss, penalty) of each forward."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     seen = []
-    with attach(model.train(), TOKENS, **options) as handle:
+    with attach(model.train(), TOKENS, **options, positions="response") as handle:
         for number, batch in enumerate(batches, start=1):
             loss = model(**batch).loss
             (loss / accumulate).backward()
@@ -126,7 +126,7 @@ def test_other_positions_and_log_probs(
         expected = steps(copy.deepcopy(model), batches, 1, **options)
     compare(steps(model, batches, 1, **options, reference=reference), expected)
     with pytest.raises(ValueError, match="`penalty` must be of a kind that compares log_probs"):
-        attach(model, TOKENS, reference=reference)
+        attach(model, TOKENS, reference=reference, positions="response")
 
 
 def test_packed_rows(base: Any, rows: Any, folder: Any, seed: int) -> None:
@@ -137,7 +137,7 @@ def test_packed_rows(base: Any, rows: Any, folder: Any, seed: int) -> None:
     expected = steps(copy.deepcopy(model), [without, without], 1, **options)
     options["reference"] = CachedReference(folder)
     compare(steps(copy.deepcopy(model), [without, without], 1, **options), expected)
-    with attach(model.train(), TOKENS, **options):
+    with attach(model.train(), TOKENS, **options, positions="response"):
         # transformers keeps packed rows apart without a cache and without a mask only
         with pytest.raises(ValueError, match="packed one after the other and use_cache on"):
             model(**batch)
@@ -168,7 +168,10 @@ def test_layouts_are_told_apart_in_16_bits_too(seed: int, tmp_path: Any) -> None
         if layout == "masked":
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         with attach(
-            with_lora(base, seed).train(), TOKENS, reference=CachedReference(tmp_path / "cache")
+            with_lora(base, seed).train(),
+            TOKENS,
+            reference=CachedReference(tmp_path / "cache"),
+            positions="response",
         ) as handle:
             try:
                 handle._inner(**batch, use_cache=False)
@@ -188,7 +191,7 @@ def test_a_model_that_counts_positions_from_the_padding(seed: int, tmp_path: Any
     expected = steps(copy.deepcopy(model), batches, 1)
     compare(steps(copy.deepcopy(model), batches, 1, reference=reference), expected)
     left = pad(rows[:3], "left")
-    with attach(model.train(), TOKENS, reference=reference):
+    with attach(model.train(), TOKENS, reference=reference, positions="response"):
         with pytest.raises(ValueError, match="do not start at position 0"):
             model(**left)
         left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -221,7 +224,7 @@ def test_trainer_with_the_look_up_in_the_data_loader(
             safety_tokens=TOKENS,
             penalty=SafetyPenalty(0.5),
             reference=reference,
-        )  # fmt: skip
+        positions="response")  # fmt: skip
         trainer.train()
         assert "eval_loss" in trainer.evaluate()
         return [x for e in trainer.state.log_history if "loss" in e for x in
@@ -239,7 +242,7 @@ def test_a_batch_with_values_of_another_batch(base: Any, rows: Any, folder: Any,
     cached = CachedReference(folder)
     model = with_lora(base, seed)
     batch = cached.with_collator(pad)(rows[:3])
-    with attach(model.train(), TOKENS, reference=cached):
+    with attach(model.train(), TOKENS, reference=cached, positions="response"):
         before = dict(batch)
         assert torch.isfinite(model(**batch).loss)
         assert batch.keys() == before.keys()  # the caller's own is left alone
@@ -249,7 +252,7 @@ def test_a_batch_with_values_of_another_batch(base: Any, rows: Any, folder: Any,
         model.eval()
         assert torch.isfinite(model(**batch).loss)  # not given to the model
     absent = [rows[0], rows[1][:-1]]
-    with attach(model.train(), TOKENS, reference=cached):
+    with attach(model.train(), TOKENS, reference=cached, positions="response"):
         with pytest.raises(ValueError, match="row 1 of the batch is not there"):
             model(**pad(absent))
 
@@ -266,7 +269,9 @@ def test_anchors_beside_a_reference_that_is_asked_in_every_second_forward(
 
     def losses(collate: Any, **reference: Any) -> list[float]:
         found = []
-        with attach(model, TOKENS, anchors=anchors, ref_every=2, **reference) as handle:
+        with attach(
+            model, TOKENS, anchors=anchors, ref_every=2, **reference, positions="response"
+        ) as handle:
             for step in range(4):
                 handle.step = step
                 found.append(float(model(**collate([rows[0][:4]])).loss.detach()))
@@ -286,8 +291,10 @@ def test_a_full_fine_tuning_may_begin_and_be_resumed(
     expected = steps(copy.deepcopy(base), batches, 1, ref_model=frozen)
     compare(steps(base, batches, 1, reference=CachedReference(folder)), expected)
     with pytest.raises(ValueError, match=r"check_model=False\) is for"):
-        attach(base, TOKENS, reference=CachedReference(folder))
-    attach(base, TOKENS, reference=CachedReference(folder, check_model=False)).remove()
+        attach(base, TOKENS, reference=CachedReference(folder), positions="response")
+    attach(
+        base, TOKENS, reference=CachedReference(folder, check_model=False), positions="response"
+    ).remove()
 
 
 def test_another_model_or_other_tokens_are_refused(
@@ -296,10 +303,15 @@ def test_another_model_or_other_tokens_are_refused(
     model = with_lora(base, seed)
     for wrong in ([3, 7, 100, 64], [7, 3, 100]):
         with pytest.raises(ValueError, match="`safety_tokens` must be the 4 ids"):
-            attach(model, SafetyTokens(ids=wrong), reference=CachedReference(folder))
+            attach(
+                model,
+                SafetyTokens(ids=wrong),
+                reference=CachedReference(folder),
+                positions="response",
+            )
     other = with_lora(tiny_model("llama-tied", seed + 1), seed)
     with pytest.raises(ValueError, match="must have the base weights that the cache"):
-        attach(other, TOKENS, reference=CachedReference(folder))
+        attach(other, TOKENS, reference=CachedReference(folder), positions="response")
     with pytest.raises(ValueError, match="was built with model "):
         cache_model(other, rows, TOKENS, folder)
     # of a model with adapters, what it is without them
@@ -312,16 +324,19 @@ def test_another_model_or_other_tokens_are_refused(
 def test_the_adapters_stay_on(base: Any, rows: Any, folder: Any, seed: int) -> None:
     """A cache needs no frozen base and no way back: PiSSA would be refused without it."""
     model = with_lora(copy.deepcopy(base), seed)
-    with attach(model.train(), TOKENS, reference=CachedReference(folder)):
+    with attach(model.train(), TOKENS, reference=CachedReference(folder), positions="response"):
         model.disable_adapter = None  # nobody may call it
         assert torch.isfinite(model(**pad(rows[:2])).loss)
     pissa = get_peft_model(
         base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     )
     with pytest.raises(ValueError, match="must have the base weights"):
-        attach(pissa, TOKENS, reference=CachedReference(folder))
+        attach(pissa, TOKENS, reference=CachedReference(folder), positions="response")
     with attach(
-        pissa.train(), TOKENS, reference=CachedReference(folder, check_model=False)
+        pissa.train(),
+        TOKENS,
+        reference=CachedReference(folder, check_model=False),
+        positions="response",
     ) as handle:
         pissa(**pad(rows[:2])).loss.backward()
         assert handle.last is not None and handle.last.penalty < 1e-6  # the same function still

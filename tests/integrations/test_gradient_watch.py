@@ -53,7 +53,7 @@ def test_4bit_layers_keep_their_gradients(load_4bit: Any, seed: int) -> None:
     wanted = with_gradient(load_4bit().train(), batch)
     model = load_4bit()
     assert len(wanted) == 8
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         model.train()
         for _ in range(2):
             assert with_gradient(model, batch) == wanted
@@ -71,9 +71,9 @@ def test_a_4bit_model_that_was_evaluated_is_refused_or_trains(load_4bit: Any, se
     model.train()
     if any(map(is_packed, model.modules())):
         with pytest.raises(ValueError, match="`model` must be loaded anew to be trained"):
-            attach(model, TOKENS)
+            attach(model, TOKENS, positions="response")
     else:
-        with attach(model, TOKENS):
+        with attach(model, TOKENS, positions="response"):
             assert len(with_gradient(model, batch)) == 8
 
 
@@ -98,7 +98,7 @@ def test_a_step_without_the_gradients_of_the_last_raises(seed: int) -> None:
         model(**batch_of(seed)).loss.backward()
         optimizer.step()
 
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         step()
         layers = model.get_base_model().model.layers
         layers[-1] = Detached(layers[-1])
@@ -112,7 +112,7 @@ def test_a_step_without_the_gradients_of_the_last_raises(seed: int) -> None:
 def test_a_step_without_any_gradient_raises_at_once(seed: int) -> None:
     model = fresh_lora(tiny_model("llama", seed)).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         for broken in (False, True):
             optimizer.zero_grad()
             loss = model(**batch_of(seed)).loss
@@ -131,7 +131,7 @@ def test_a_weight_that_was_not_used_in_a_step_may_have_none(seed: int) -> None:
     model.get_base_model().extra = unused
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([*trained, used], lr=1e-3)
-    with attach(model, TOKENS, ref_model=tiny_model("llama", seed)):
+    with attach(model, TOKENS, ref_model=tiny_model("llama", seed), positions="response"):
         for also in (True, False, False, True, False):
             optimizer.zero_grad()
             loss = model(**batch_of(seed)).loss + used

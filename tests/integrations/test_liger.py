@@ -72,7 +72,7 @@ def moved(seed: int) -> Any:
 
 def loss_of(model: Any, seed: int) -> tuple[Tensor, dict[str, Tensor], float]:
     """Return loss, gradients and penalty of an attached step."""
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT)) as handle:
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response") as handle:
         loss = model(**batch_of(seed)).loss
         loss.backward()
         assert handle.last is not None
@@ -126,7 +126,7 @@ def test_its_loss_put_in_before_gives_way(place: str, seed: int) -> None:
 def test_its_loss_put_in_after_raises_or_is_not_reached(seed: int) -> None:
     model = moved(seed)
     expected = loss_of(model, seed)[0]
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT)) as handle:
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response") as handle:
         apply_liger_kernel_to_llama(**FUSED)  # of the class: the attached forward is the model's
         loss = model(**batch_of(seed)).loss
         assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)

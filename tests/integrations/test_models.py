@@ -99,7 +99,7 @@ def test_packed_rows_equal_the_rows_alone(attention: str, checkpointing: bool, s
         {"input_ids": ids, "labels": target} for ids, target in zip(rows, labels, strict=True)
     ]
     count = sum(int((row[:, 1:] != -100).sum()) for row in labels)
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         whole = step(model, packed)
         model.zero_grad()
         total = 0.0
@@ -117,7 +117,7 @@ def test_bfloat16_autocast(path: Any, seed: int) -> None:
     model, _ = build(ADAPTERS["LoRA on the head"], seed)
     batch = batch_of(seed)
     own_error = abs(float(_autocast(model, batch)[0]) - step(model, batch)[0])
-    with attach(model, TOKENS, penalty=PENALTY, path=path):
+    with attach(model, TOKENS, penalty=PENALTY, path=path, positions="response"):
         wanted, got = step(model, batch), _autocast(model, batch)
     assert abs(got[0] - wanted[0]) <= 4 * own_error + 4 * 2**-8 * wanted[0]
     for name, grad in wanted[1].items():
@@ -139,11 +139,11 @@ def test_torch_compile_of_the_model(order: str, seed: int) -> None:
     torch._dynamo.reset()
     model = with_lora(tiny_model("gemma2", seed), seed).train()
     batch = batch_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         wanted = step(model, batch)
     if order == "compiled first":
         compiled = torch.compile(model, backend="eager")
-    handle = attach(model, TOKENS, penalty=PENALTY)
+    handle = attach(model, TOKENS, penalty=PENALTY, positions="response")
     if order == "attached first":
         compiled = torch.compile(model, backend="eager")
     torch._dynamo.utils.counters.clear()
@@ -166,7 +166,7 @@ def test_torch_compile_of_the_model(order: str, seed: int) -> None:
 def test_save_and_load_leave_no_trace(seed: int, tmp_path: Any) -> None:
     model, pristine = build(ADAPTERS["LoRA on the head"], seed)
     keys = set(model.state_dict())
-    with attach(model, TOKENS):
+    with attach(model, TOKENS, positions="response"):
         model(**batch_of(seed)).loss.backward()
         assert set(model.state_dict()) == keys
         model.save_pretrained(tmp_path / "adapter")
@@ -174,7 +174,7 @@ def test_save_and_load_leave_no_trace(seed: int, tmp_path: Any) -> None:
     batch = batch_of(seed)
     assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     whole, ref_model = tiny_model("qwen2", seed).train(), tiny_model("qwen2", seed + 1)
-    with attach(whole, TOKENS, ref_model=ref_model):
+    with attach(whole, TOKENS, ref_model=ref_model, positions="response"):
         whole(**batch).loss.backward()
         whole.save_pretrained(tmp_path / "whole")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
@@ -188,7 +188,7 @@ def test_generate_between_steps(seed: int) -> None:
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     settings = {"max_new_tokens": 6, "do_sample": False}
     wanted = model.generate(**prompt, **settings)
-    with attach(model, TOKENS, penalty=PENALTY):
+    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
         before = step(model, batch_of(seed))
         assert torch.equal(model.generate(**prompt, **settings), wanted)
         assert_same(step(model, batch_of(seed)), before)
@@ -220,7 +220,7 @@ def test_trainer_evaluates_with_the_models_own_loss_and_logits(
         safety_tokens=TOKENS,
         penalty=PENALTY,
         path=path,
-    )  # fmt: skip
+    positions="response")  # fmt: skip
     trainer.train()
     during = [e for e in trainer.state.log_history if "eval_loss" in e]
     assert len(during) == 2 and all(shape[-1] == VOCAB for shape in seen)
@@ -249,7 +249,9 @@ def test_auxiliary_loss_of_experts(gates: str, seed: int) -> None:
     batch = batch_of(seed)
     losses = {}
     for wanted in (True, False):
-        with attach(model, TOKENS, ref_model=ref_model, penalty=SafetyPenalty(0.0)):
+        with attach(
+            model, TOKENS, ref_model=ref_model, penalty=SafetyPenalty(0.0), positions="response"
+        ):
             losses[wanted] = model(**batch, output_router_logits=wanted).loss
         own = model(**batch, output_router_logits=wanted).loss
         assert float(losses[wanted].detach()) == pytest.approx(float(own.detach()), rel=1e-5)
@@ -289,7 +291,7 @@ def test_what_is_no_causal_lm_is_refused(what: str, path: Any) -> None:
     model = make()
     modes = {name: module.training for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=match):
-        attach(model, TOKENS, ref_model=make(), path=path)
+        attach(model, TOKENS, ref_model=make(), path=path, positions="response")
     assert "forward" not in vars(model)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(not module._forward_pre_hooks for module in model.modules())
@@ -299,7 +301,9 @@ def test_the_signature_trainer_reads_is_the_models(seed: int) -> None:
     for path in ("linear", "logits"):
         model = tiny_model("llama", seed)
         signature = inspect.signature(model.forward)
-        with attach(model, TOKENS, ref_model=tiny_model("llama", seed), path=path):  # type: ignore[arg-type]
+        with attach(
+            model, TOKENS, ref_model=tiny_model("llama", seed), path=path, positions="response"
+        ):  # type: ignore[arg-type]
             assert inspect.signature(model.forward) == signature
 
 
@@ -308,7 +312,7 @@ def test_the_model_on_two_devices_is_met_at_its_head(seed: int) -> None:
     model = tiny_model("llama", seed)
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight, device="meta"))
     with pytest.raises(ValueError, match="in memory while it trains"):
-        attach(model, TOKENS, ref_model=tiny_model("llama", seed))
+        attach(model, TOKENS, ref_model=tiny_model("llama", seed), positions="response")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -346,7 +350,7 @@ def test_quantised_bodies(kind: str, head: str, seed: int, tmp_path: Any) -> Non
     path: Any = "linear"
     if head == "quantised":
         with pytest.raises(ValueError, match=r"Linear4bit.*path='logits'"):
-            attach(model, TOKENS)
+            attach(model, TOKENS, positions="response")
         path = "logits"
     # in training mode, which is the same function: with AVX512-BF16 nf4 is packed in the other
     found = errors(model, load().train(kind == "nf4"), batch_of(seed), path=path)

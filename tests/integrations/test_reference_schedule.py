@@ -17,11 +17,11 @@ from str_kernels import attach
 def test_every_third_forward_counts_three_times(seed: int) -> None:
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch = batch_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY) as handle:
+    with attach(model, TOKENS, penalty=PENALTY, positions="response") as handle:
         model(**batch)
         full = handle.last
     forwards: list[int] = []
-    with attach(model, TOKENS, penalty=PENALTY, ref_every=3) as handle:
+    with attach(model, TOKENS, penalty=PENALTY, ref_every=3, positions="response") as handle:
         layer = model.get_base_model().model.layers[0]
         hook = layer.register_forward_hook(lambda *_: forwards.append(1))
         losses, penalties = [], []
@@ -56,7 +56,7 @@ def test_the_reference_reads_the_first_columns_only(positions: Any, seed: int) -
     model.zero_grad()
     lengths: list[int] = []
     options: dict[str, Any] = {"penalty": PENALTY, "positions": positions, "ref_tokens": cut}
-    with attach(model, TOKENS, **options) as handle:
+    with attach(model, TOKENS, **options, positions="response") as handle:
         layer = model.get_base_model().model.layers[0]
         hook = layer.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
         output = model(**batch)
@@ -70,11 +70,11 @@ def test_the_reference_reads_the_first_columns_only(positions: Any, seed: int) -
 def test_anchors_are_read_whole_and_held_in_each_step(seed: int) -> None:
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch, anchors = batch_of(seed), anchors_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors) as handle:
+    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions="response") as handle:
         model(**batch)
         expected = float(handle.last_anchors.penalty)
     options: dict[str, Any] = {"ref_tokens": 2, "ref_every": 2, "anchors": anchors}
-    with attach(model, TOKENS, penalty=PENALTY, **options) as handle:
+    with attach(model, TOKENS, penalty=PENALTY, **options, positions="response") as handle:
         for _ in range(2):
             model(**batch).loss.backward()
             assert float(handle.last_anchors.penalty) == pytest.approx(expected, rel=1e-6)
@@ -85,20 +85,28 @@ def test_what_cannot_be_shortened_is_refused(seed: int) -> None:
     for name in ("ref_every", "ref_tokens"):
         for value in (0, 1.5, True, "2"):
             with pytest.raises(ValueError, match=f"`{name}` must be an int >= 1; got {value!r}"):
-                attach(model, TOKENS, **{name: value})
+                attach(model, TOKENS, **{name: value}, positions="response")
     with pytest.raises(ValueError, match="beside `reference`"):
-        attach(model, TOKENS, reference=lambda *_: torch.zeros(1), ref_tokens=3)
+        attach(
+            model, TOKENS, reference=lambda *_: torch.zeros(1), ref_tokens=3, positions="response"
+        )
     config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     prompted = get_peft_model(tiny_model("llama", seed), config)
     with pytest.raises(ValueError, match="`ref_tokens` must be None for prompt learning"):
-        attach(prompted, TOKENS, ref_tokens=3)
+        attach(prompted, TOKENS, ref_tokens=3, positions="response")
     for packed in (
         {"position_ids": torch.arange(11).remainder(6).expand(3, 11)},
         {"cu_seq_lens_q": torch.tensor([0, 6, 11])},
     ):
-        with attach(model, TOKENS, ref_tokens=3), pytest.raises(ValueError, match="packed rows"):
+        with (
+            attach(model, TOKENS, ref_tokens=3, positions="response"),
+            pytest.raises(ValueError, match="packed rows"),
+        ):
             model(**batch_of(seed), **packed)
     batch = batch_of(seed)
     batch["attention_mask"] = torch.zeros(3, 1, 11, 11)
-    with attach(model, TOKENS, ref_tokens=3), pytest.raises(ValueError, match="`attention_mask`"):
+    with (
+        attach(model, TOKENS, ref_tokens=3, positions="response"),
+        pytest.raises(ValueError, match="`attention_mask`"),
+    ):
         model(**batch)

@@ -66,7 +66,7 @@ def trained(seed: int, folder: Any, report_to: str) -> list[dict[str, float]]:
         fresh_lora(tiny_model("llama", seed)), arguments, lambda rows: Padding().pad(rows),
         Rows(seed, 32), safety_tokens=TOKENS, penalty=SafetyPenalty(0.3),
         anchors=AnchorPrompts.from_prompts(chat_tokenizer(), ["help me"], per_step=1),
-    )  # fmt: skip
+    positions="response")  # fmt: skip
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 

@@ -77,6 +77,7 @@ def trained(seed, folder, batch_size, accumulation, steps=3, **options):
         data_collator=lambda rows: Padding().pad(rows),
         safety_tokens=TOKENS,
         penalty=SafetyPenalty(0.3),
+        positions="response",
     )
     trainer.train()
     return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -110,6 +111,7 @@ def test_terms_are_averaged_between_logs(seed, tmp_path):
         data_collator=lambda rows: Padding().pad(rows),
         safety_tokens=TOKENS,
         penalty=SafetyPenalty(0.3),
+        positions="response",
     )
     again.train()
     pairs = [entry for entry in again.state.log_history if "loss" in entry]
@@ -144,7 +146,9 @@ def test_ligers_loss_is_refused(seed, tmp_path):
 def test_train_lora_is_reproducible_and_weight_0_is_plain():
     seed = 3  # fixed: an inequality between two short runs holds for most seeds, not for all
     rows = [dict(row) for row in Rows(seed, 32).rows]
-    options = TrainingOptions(steps=12, batch_size=4, learning_rate=5e-3, seed=5)
+    options = TrainingOptions(
+        steps=12, batch_size=4, learning_rate=5e-3, seed=5, positions="response"
+    )
 
     def log_of(tokens, weight):
         model = tiny_model("llama", seed)
@@ -169,7 +173,7 @@ def test_train_lora_is_reproducible_and_weight_0_is_plain():
 )
 def test_options_check_themselves(field):
     with pytest.raises(ValueError, match=f"`{next(iter(field))}`"):
-        TrainingOptions(**field)
+        TrainingOptions(**field, positions="response")
 
 
 def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
@@ -185,7 +189,7 @@ def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
 def test_a_step_outside_of_train_is_refused(seed, tmp_path):
     model = fresh_lora(tiny_model("llama", seed))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS)
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, positions="response")
     batch = Padding().pad(Rows(seed, 2).rows)
     with pytest.raises(RuntimeError, match=r"outside of train\(\) would have no safety loss"):
         trainer.compute_loss(model.train(), batch)
@@ -199,7 +203,7 @@ def test_a_step_outside_of_train_is_refused(seed, tmp_path):
 def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp_path, monkeypatch):
     model = fresh_lora(tiny_model("llama", seed))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **option)
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **option, positions="response")
     monkeypatch.setattr(SafetyTrainer, "get_cp_size", lambda self: 2, raising=False)
     (name,) = option
     with pytest.raises(ValueError, match=f"`{name}` must be left out under context parallelism"):
@@ -210,7 +214,7 @@ def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp
 def test_sequence_parallelism_is_refused(seed, tmp_path, monkeypatch):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     model = fresh_lora(tiny_model("llama", seed))
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS)
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, positions="response")
     monkeypatch.setattr(SafetyTrainer, "get_sp_size", lambda self: 2, raising=False)
     with pytest.raises(ValueError, match="`sp_size` must be 1"):
         trainer.train()

@@ -105,7 +105,9 @@ def test_without_a_penalty_it_is_sft_trainer(config: Any, seed: int, tmp_path: A
 @pytest.mark.parametrize("anchored", [False, True])
 def test_its_loss_is_cross_entropy_and_penalty(anchored: bool, seed: int, tmp_path: Any) -> None:
     weight = 0.3
-    anchors = AnchorPrompts.from_prompts(chat_tokenizer(), ["help me"], per_step=1, weight=0.5)
+    anchors = AnchorPrompts.from_prompts(
+        chat_tokenizer(), ["help me"], per_step=1, penalty_weight=0.5
+    )
     options: dict[str, Any] = {"anchors": anchors} if anchored else {}
     ours = trained(
         SafetySFTTrainer, tmp_path, seed, {}, safety_tokens=TOKENS,
@@ -191,7 +193,7 @@ def test_sft_trainer_and_dpo_of_an_attached_model_say_what_to_use(seed: int, tmp
     )  # fmt: skip
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=chat_tokenizer())
     with (
-        attach(trainer.model, TOKENS),
+        attach(trainer.model, TOKENS, positions="response"),
         pytest.raises(ValueError, match="`fused_lm_head` must be False"),
     ):
         trainer.train()

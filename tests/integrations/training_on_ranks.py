@@ -115,6 +115,7 @@ def train(
         penalty=SafetyPenalty(0.3),
         anchors=anchors,
         callbacks=[Killed()] if kill else [],
+        positions="response",
     )
     if ranks > 1:
         assert trainer.args.parallel_mode.value == "distributed"

@@ -59,7 +59,8 @@ IDS = [5, 9, 77, 130]
 WEIGHT = 0.8
 # Of two lengths, so that one of them is padded; held at the last and at the last two positions.
 ANCHORS = AnchorPrompts(
-    [AnchorRow((7, 19, 101, 64, 33)), AnchorRow((12, 90, 55, 3, 118, 41, 27), held=2)], weight=0.5
+    [AnchorRow((7, 19, 101, 64, 33)), AnchorRow((12, 90, 55, 3, 118, 41, 27), held=2)],
+    penalty_weight=0.5,
 )
 
 LOSS_BOUND = 2e-5  # of the loss: some float32 sums in another order
@@ -308,7 +309,13 @@ def judge(
     tokens, penalty = SafetyTokens(ids=IDS), SafetyPenalty(WEIGHT)
     try:
         handle = attach(
-            model, tokens, penalty=penalty, ref_model=ref_model, anchors=ANCHORS, path=path
+            model,
+            tokens,
+            penalty=penalty,
+            ref_model=ref_model,
+            anchors=ANCHORS,
+            path=path,
+            positions="response",
         )
     except ValueError as error:
         return Outcome("refused", _reason(error))
@@ -325,7 +332,9 @@ def judge(
 
 def _refusal(model: nn.Module, ref_model: nn.Module, path: PathName) -> Outcome:
     try:
-        attach(model, SafetyTokens(ids=IDS), ref_model=ref_model, path=path).remove()
+        attach(
+            model, SafetyTokens(ids=IDS), ref_model=ref_model, path=path, positions="response"
+        ).remove()
     except ValueError as error:
         return Outcome("refused", _reason(error))
     return Outcome("wrong", "attached, though its forward wants more than text")

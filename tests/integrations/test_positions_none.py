@@ -1,0 +1,136 @@
+"""The penalty at the anchors alone: no pass over the rows, and the default."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_anchors import anchors_of, by_hand
+from test_attach import IDS, TOKENS, WEIGHT, assert_close, gradients
+from tiny_models import batch_of, fresh_lora, tiny_model, with_lora
+from tiny_tokenizer import chat_tokenizer
+from transformers import TrainingArguments
+
+from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
+from str_kernels.integrations.hf_trainer import SafetyTrainer
+from str_kernels.integrations.positions import default_penalty
+
+
+@pytest.mark.parametrize("path", ["linear", "logits"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_the_loss_is_the_model_s_own_and_the_anchors(name: str, path: Any, seed: int) -> None:
+    model = with_lora(tiny_model(name, seed), seed).train()
+    batch, anchors = batch_of(seed), anchors_of(seed)
+    expected = model(**batch).loss + by_hand(model, anchors, 0)
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), anchors=anchors, path=path) as handle:
+        output = model(**batch)
+        output.loss.backward()
+        assert float(handle.last.penalty) == 0.0 and float(handle.last.ce) > 0
+        assert float(handle.last_anchors.penalty) > 1e-4
+    assert_close(output.loss, expected, gradients(model), wanted)
+
+
+def test_the_reference_reads_the_anchors_once_and_no_row(seed: int) -> None:
+    """What is counted is positions through the first layer, of student and reference together."""
+    model = fresh_lora(tiny_model("llama", seed)).train()
+    anchors, batch = anchors_of(seed, count=2, per_step=2, harmless_per_step=2), batch_of(seed)
+    seen: list[int] = []
+    layer = model.get_base_model().model.layers[0]
+    with attach(model, TOKENS, anchors=anchors):
+        layer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2].numel()))
+        model(**batch)
+        model(**batch)
+    rows = batch["input_ids"].numel()
+    held = anchors.batch(anchors.draw(0)).input_ids.numel()
+    assert seen == [rows, held, held, rows, held]
+
+
+def test_the_penalty_s_weight_is_the_anchors_where_they_have_none(seed: int) -> None:
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    batch = batch_of(seed)
+    with attach(model, TOKENS, anchors=anchors_of(seed, penalty_weight=None)) as handle:
+        plain = model(**batch).loss.detach() - 0.3 * handle.last_anchors.penalty  # by default
+        handle.weight = 2.0
+        loss = model(**batch).loss.detach()
+        assert float(loss) == pytest.approx(
+            float(plain + 2 * handle.last_anchors.penalty), rel=1e-6
+        )
+    with attach(model, TOKENS, anchors=anchors_of(seed, penalty_weight=0.7)) as handle:
+        handle.weight = 2.0  # of the rows, which have none here
+        loss = model(**batch).loss.detach()
+        assert float(loss) == pytest.approx(
+            float(plain + 0.7 * handle.last_anchors.penalty), rel=1e-6
+        )
+
+
+def test_accumulation_equals_one_batch(seed: int) -> None:
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    batch, anchors = batch_of(seed, rows=4, length=12), anchors_of(seed)
+    items = int((batch["labels"][:, 1:] != -100).sum())
+    with attach(model, TOKENS, anchors=anchors):
+        model(**batch).loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    with attach(model, TOKENS, anchors=anchors):
+        for row in range(4):
+            part = {k: v[row : row + 1] for k, v in batch.items()}
+            model(**part, num_items_in_batch=items).loss.backward()
+    for name, grad in gradients(model).items():
+        largest = float(wanted[name].abs().max())
+        assert float((grad - wanted[name]).abs().max()) <= 1e-6 * largest + 1e-9
+
+
+def test_full_fine_tuning_beside_a_frozen_copy(seed: int) -> None:
+    model = tiny_model("llama", seed).train()
+    frozen = copy.deepcopy(model).eval()
+    with attach(model, TOKENS, ref_model=frozen, anchors=anchors_of(seed)) as handle:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**batch_of(seed)).loss.backward()
+            optimizer.step()
+        assert handle.step == 2 and float(handle.last_anchors.penalty) > 0
+
+
+def test_what_is_the_default_and_what_the_paper_s_form() -> None:
+    assert default_penalty("none").kind == "coarse_kl"
+    for positions in ("response", "all", 3):
+        paper = default_penalty(positions)  # type: ignore[arg-type] # 3 is one
+        assert (paper.kind, paper.weight) == ("mse", 0.1)
+
+
+def test_the_package_s_anchors_need_a_tokenizer(seed: int) -> None:
+    model = fresh_lora(tiny_model("llama", seed)).train()
+    tokens = SafetyTokens(ids=IDS)
+    with pytest.raises(ValueError, match=r"`tokenizer` must be given .* positions='response'"):
+        attach(model, tokens)
+    with pytest.raises(TypeError, match=r"`anchors` must be AnchorPrompts or 'default'; got 'a'"):
+        attach(model, tokens, anchors="a", tokenizer=chat_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`positions` must be 'none'"):
+        attach(model, tokens, positions="nowhere")  # type: ignore[arg-type]
+    for name, value in (("ref_every", 2), ("ref_tokens", 4)):
+        with pytest.raises(ValueError, match="`ref_every` and `ref_tokens` must be left out"):
+            attach(model, tokens, anchors=anchors_of(seed), **{name: value})
+    anchors = AnchorPrompts.default(chat_tokenizer())
+    assert (len(anchors), anchors.per_step, anchors.harmless_per_step) == (132, 2, 2)
+
+
+def test_the_trainer_takes_the_anchors_from_its_tokenizer(seed: int, tmp_path: Any) -> None:
+    model = fresh_lora(tiny_model("llama", seed))
+    batch = batch_of(seed, rows=4)
+    rows = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True,
+        learning_rate=1e-2, disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    options = {"safety_tokens": TOKENS, "processing_class": chat_tokenizer()}
+    trainer = SafetyTrainer(model, arguments, train_dataset=rows, **options)
+    trainer.train()
+    first, last = trainer.state.log_history[0], trainer.state.log_history[1]
+    assert first["safety/penalty"] == last["safety/penalty"] == 0.0
+    assert abs(first["safety/anchor_penalty"]) < 1e-6 < last["safety/anchor_penalty"]
