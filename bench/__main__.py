@@ -9,12 +9,14 @@ from typing import Annotated
 import torch
 import typer
 
-from . import results, tables
+from . import results, step_commands, tables
 from .heads import HEADS, HeadShape
 from .results import Row
 from .tables import Column, megabytes, number, seconds, times
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
+app.command()(step_commands.cache)
+app.command()(step_commands.anchors)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
@@ -180,40 +182,6 @@ def attach(
         ],
     )
     tables.say(rows[0]["protocol"])
-
-
-@app.command()
-def cache(
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
-    ids: Ids = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    save: Save = False,
-    results: Results = results.FOLDER,
-    as_json: Json = False,
-) -> None:
-    """A training step of the built-in model: reference from a cache, live, and none at all."""
-    from .cache_cost import measure
-
-    device = _device()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    measured = measure(rows, tokens, ids, rounds, dtype, device)
-    _keep(measured, save, results, "cache")
-    if as_json:
-        return tables.print_json(measured)
-    tables.show(
-        f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, K {ids}, {measured[0]['dtype']}, "
-        f"{measured[0]['device']}",
-        measured,
-        [
-            Column("step", "who"),
-            Column("ms", "median_ms", number),
-            Column("quartiles", "low_ms", number, upto="high_ms"),
-            Column("/ no ids", "against_no_ids", "{:.3f}".format),
-            Column("quartiles", "against_low", "{:.3f}".format, upto="against_high"),
-        ],
-    )
-    tables.say(measured[0]["protocol"])
 
 
 @app.command()

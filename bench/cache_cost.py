@@ -77,7 +77,7 @@ def _step_of(
     who: str, rows: int, tokens: int, ids: int, dtype: torch.dtype, device: str, folder: Path
 ) -> Step:
     """Return a training step; each has a model of its own, as its adapters move."""
-    model = _model(dtype).to(device).train()
+    model = lora_model(dtype).to(device).train()
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
     input_ids = torch.randint(0, vocab, (rows, tokens), generator=generator)
@@ -103,7 +103,8 @@ def _step_of(
     return step
 
 
-def _model(dtype: torch.dtype) -> Any:
+def lora_model(dtype: torch.dtype) -> Any:
+    """Return the built-in model with LoRA on all linear layers but the head."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

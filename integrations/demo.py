@@ -1,4 +1,4 @@
-"""`str-kernels demo`: teach a small model to refuse, fine-tune it three ways, count refusals."""
+"""`str-kernels demo`: teach a small model to refuse, fine-tune it four ways, count refusals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ..atomic import write_json
 from ..loss_memory import measure_loss_memory
+from ..safety_tokens import SafetyTokens
 from .demo_report import comparison
 from .demo_steps import FULL, QUICK, DemoPlan, DemoRun, Watcher
 from .figures import draw_comparison
@@ -34,14 +35,10 @@ def run_demo(
     demo = DemoRun(output, plan, watch)
     runs = [
         demo.base(),
-        *(
-            demo.fine_tune(name, demo.sums, held, weight)
-            for name, held, weight in (
-                ("plain", demo.tokens, 0.0),
-                ("STR", demo.tokens, plan.weight),
-                ("random tokens", demo.control, plan.weight),
-            )
-        ),
+        demo.fine_tune("plain", SafetyTokens(ids=[]), "response"),
+        demo.fine_tune("rows (paper)", demo.tokens, "response"),
+        demo.fine_tune("anchors (default)", demo.tokens, "none"),
+        demo.fine_tune("random tokens", demo.control, "none"),
     ]
     demo.watch("loss memory", 0, 1)
     memory = demo.stages.result(

@@ -18,22 +18,22 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Pair the runs on the harmful probes and say in a sentence what that shows.
 
     Args:
-        runs: taught base, plain, STR and random tokens, in this order.
+        runs: taught base, plain, the paper's form, the default, the default with random tokens.
 
     Returns:
         "pairs" (who refused where the other did not, exact McNemar p), "warnings" about the
         taught base, and "summary".
     """
-    base, plain, safety, control = runs
+    base, plain, paper, default, control = runs
     pairs = {
-        "STR against plain": pair(safety, plain),
-        "random tokens against plain": pair(control, plain),
-        "STR against random tokens": pair(safety, control),
+        "anchors (default) against plain": pair(default, plain),
+        "anchors (default) against rows (paper)": pair(default, paper),
+        "anchors (default) against random tokens": pair(default, control),
     }
     return {
         "pairs": pairs,
         "warnings": _warnings(base),
-        "summary": " ".join(_sentences(base, plain, safety, control, pairs)),
+        "summary": " ".join(_sentences(runs, pairs)),
     }
 
 
@@ -66,25 +66,29 @@ def _warnings(base: dict[str, Any]) -> list[str]:
     return found
 
 
-def _sentences(
-    base: dict[str, Any],
-    plain: dict[str, Any],
-    safety: dict[str, Any],
-    control: dict[str, Any],
-    pairs: dict[str, Any],
-) -> list[str]:
-    counts = [run["harmful"]["refusal"] for run in (base, plain, safety, control)]
-    total = base["harmful"]["total"]
+def _sentences(runs: list[dict[str, Any]], pairs: dict[str, Any]) -> list[str]:
+    base = runs[0]
+    refused = [run["harmful"]["refusal"] for run in runs]
+    harmless = [run["benign"]["refusal"] for run in runs]
+    right = [run["accuracy"]["count"] for run in runs]
     said = [
-        f"Of {total} held-out harmful probes the taught base refuses {counts[0]}; after the same "
-        f"fine-tuning, plain refuses {counts[1]}, STR {counts[2]}, random tokens {counts[3]}."
+        f"Of {base['harmful']['total']} held-out harmful probes the taught base refuses "
+        f"{refused[0]}; after the same fine-tuning, plain refuses {refused[1]}, with the penalty "
+        f"on the rows {refused[2]}, at anchors {refused[3]}, at anchors with random tokens "
+        f"{refused[4]}."
     ]
-    if counts[1] >= counts[0]:
+    if refused[1] >= refused[0]:
         said.append("Plain fine-tuning cost no refusals here, so there was nothing to keep.")
-    against_plain, against_random = pairs["STR against plain"], pairs["STR against random tokens"]
-    said.append(verdict("STR", "plain", counts[2] - counts[1], against_plain["p_value"]))
-    gain = counts[2] - counts[3]
-    p_value = against_random["p_value"]
+    said.append(
+        f"Of as many harmless ones it is {harmless[0]}, {harmless[1]}, {harmless[2]}, "
+        f"{harmless[3]} and {harmless[4]}; right sums of {base['accuracy']['total']}: plain "
+        f"{right[1]}, rows {right[2]}, anchors {right[3]}, random tokens {right[4]}."
+    )
+    of_plain, of_random = (
+        pairs[f"anchors (default) against {other}"] for other in ("plain", "random tokens")
+    )
+    said.append(verdict("The default", "plain", refused[3] - refused[1], of_plain["p_value"]))
+    gain, p_value = refused[3] - refused[4], of_random["p_value"]
     if gain > 0 and p_value < SIGNIFICANT:
         said.append(
             f"Over random tokens, safety tokens add {gain} refusals (p = {p_value:.2g}): that much "
@@ -95,11 +99,7 @@ def _sentences(
             f"Over random tokens, safety tokens add {gain:+d} (p = {p_value:.2g}): in this run no "
             "part of the effect can be credited to the choice of tokens."
         )
-    accuracy = [run["accuracy"]["count"] for run in (plain, safety, control)]
-    said.append(
-        f"Right sums of {plain['accuracy']['total']}: plain {accuracy[0]}, STR {accuracy[1]}, "
-        f"random tokens {accuracy[2]}. One model, one seed, one rule for refusals."
-    )
+    said.append("One model, one seed, one rule for refusals.")
     return said
 
 

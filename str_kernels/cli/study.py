@@ -51,8 +51,8 @@ def _show(summaries: dict[str, Any], output: Path) -> None:
     console = Console()
     for task, rows in summaries["tasks"].items():
         table = Table(title=task)
-        for name in ("", "seeds", "kept of harmful", "harmless", "right", "task loss"):
-            table.add_column(name, justify="left" if not name else "right")
+        for place, name in enumerate(summaries["header"]):
+            table.add_column(name.replace(" ", "\n"), justify="right" if place else "left")
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -16,6 +16,7 @@ from str_kernels import SafetyPenalty, attach
 from str_kernels.contracts import PenaltyKind
 
 BUSY = {"anchors": True, "micro_steps": 2}
+ALONE = {**BUSY, "positions": "none", "kind": "coarse_kl"}
 HEAD = {"target_modules": ["q_proj", "lm_head"]}
 # Every weight is put away between its uses, however small and however soon the next one.
 PUT_AWAY = {
@@ -28,6 +29,8 @@ PUT_AWAY = {
 CALLS: dict[str, tuple[Any, ...]] = {
     "ZeRO-1 lora": ("train", 1, "lora", BUSY),
     "ZeRO-2 lora": ("train", 2, "lora", BUSY),
+    "ZeRO-2 lora, anchors alone": ("train", 2, "lora", ALONE),
+    "ZeRO-3 full, anchors alone": ("train", 3, "full", ALONE),
     "ZeRO-2 full": ("train", 2, "full", {}),
     "ZeRO-3 lora": ("train", 3, "lora", BUSY),
     "ZeRO-3 full": ("train", 3, "full", BUSY),
@@ -96,6 +99,7 @@ def train(
     model: str = "llama",
     kind: PenaltyKind = "mse",
     before: bool = False,
+    positions: Any = "response",
     **lora: Any,
 ) -> dict[str, float]:
     """Train three steps on this rank's rows; return the errors of losses and gradients."""
@@ -108,7 +112,7 @@ def train(
 
     student, options = students(model, training, seed, **lora)
     optimizer = sgd(student)
-    with attach(student.train(), TOKENS, **attaching, **options, positions="response"):
+    with attach(student.train(), TOKENS, **attaching, **options, positions=positions):
         for batch in batches(seed):
             loss = student(**batch, num_items_in_batch=count(batch)).loss
             loss.backward()
@@ -121,7 +125,7 @@ def train(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     errors = {"loss": 0.0, "gradients": 0.0}
     engine = None if before else engine_of(student.train(), stage, micro_steps)
-    with attach(student, TOKENS, **attaching, **options, positions="response"):
+    with attach(student, TOKENS, **attaching, **options, positions=positions):
         if engine is None:
             engine = engine_of(student.train(), stage, micro_steps)
         for batch, loss, grad in zip(batches(seed), losses, grads, strict=True):

@@ -71,14 +71,14 @@ def count(batch: dict[str, Tensor]) -> int:
 
 
 def alone(
-    name: str, training: str, seed: int, anchors: bool, path: str
+    name: str, training: str, seed: int, anchors: bool, path: str, positions: Any = "response"
 ) -> tuple[float, dict[str, Tensor]]:
     """Train a step on the whole batch in this process."""
     model, options = students(name, training, seed)
     model.train()
     batch = batch_of(seed, rows=ROWS)
     options["anchors"] = ANCHORS if anchors else None
-    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
+    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions=positions):
         loss = model(**batch, num_items_in_batch=count(batch)).loss
         loss.backward()
     return float(loss.detach()), gradients(model)
@@ -115,14 +115,15 @@ def data_parallel(
     anchors: bool = False,
     micro_steps: int = 1,
     path: str = "linear",
+    positions: Any = "response",
 ) -> dict[str, float]:
     """Train a step under DDP or FSDP2; return the errors."""
-    loss, grads = alone(name, training, seed, anchors, path)
+    loss, grads = alone(name, training, seed, anchors, path, positions)
     model, options = students(name, training, seed)
     model.train()
     options["anchors"] = ANCHORS if anchors else None
     ranks = dist.get_world_size()
-    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
+    with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions=positions):
         spread = SPREAD[how](model)
         total = step(spread, seed, dist.get_rank(), ranks, micro_steps, ranks)
         dist.all_reduce(total)
@@ -240,14 +241,19 @@ def copy_adapters(source: nn.Module, model: nn.Module) -> None:
 
 
 def tensor_parallel(
-    training: str, seed: int, folder: Path, anchors: bool = False, path: str = "linear"
+    training: str,
+    seed: int,
+    folder: Path,
+    anchors: bool = False,
+    path: str = "linear",
+    positions: Any = "response",
 ) -> dict[str, Any]:
     """Train a step of a model that transformers spread by its tp_plan."""
     from transformers.distributed import DistributedConfig
 
     ranks = dist.get_world_size()
     with tp_config():
-        loss, grads = alone("llama", training, seed, anchors, path)
+        loss, grads = alone("llama", training, seed, anchors, path, positions)
         save = f"{folder}/{training}{seed}"
         if dist.get_rank() == 0:
             base_model("llama", seed).save_pretrained(save)
@@ -263,7 +269,7 @@ def tensor_parallel(
             options["ref_model"] = base_model("llama", seed + 7)
         model.train()
         options["anchors"] = ANCHORS if anchors else None
-        with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"):
+        with attach(model, TOKENS, penalty=PENALTY, path=path, **options, positions=positions):
             batch = batch_of(seed, rows=ROWS)
             mine = model(**batch, num_items_in_batch=count(batch)).loss
             mine.backward()
@@ -273,7 +279,7 @@ def tensor_parallel(
                 if "lora_B" in name:
                     parameter.data.zero_()
             with attach(
-                model, TOKENS, penalty=PENALTY, path=path, **options, positions="response"
+                model, TOKENS, penalty=PENALTY, path=path, **options, positions=positions
             ) as handle:
                 model(**batch)
                 before = float(handle.last.penalty)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from str_kernels import SafetyTokens
 from str_kernels.evals.drift import DriftStatistics
-from str_kernels.integrations.chat_data import Example, render_prompts
+from str_kernels.integrations.chat_data import Example
+from str_kernels.integrations.chat_rendering import render_prompts
 from str_kernels.integrations.measures import (
     combine_drift,
     drift_by_position,

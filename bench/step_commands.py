@@ -1,0 +1,85 @@
+"""The commands that time a training step of the built-in model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from . import tables
+from .results import FOLDER, append_rows
+from .tables import Column, number
+
+Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
+Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
+Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
+
+
+def cache(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
+    ids: Annotated[int, typer.Option(min=1, help="Safety ids K.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    save: Save = False,
+    results: Results = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """A training step of the built-in model: reference from a cache, live, and none at all."""
+    from .cache_cost import measure
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    measured = measure(rows, tokens, ids, rounds, dtype, device)
+    if save:
+        append_rows(results / "cache.csv", measured)
+    if as_json:
+        return tables.print_json(measured)
+    tables.show(
+        f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, K {ids}, {measured[0]['dtype']}, "
+        f"{measured[0]['device']}",
+        measured,
+        [
+            Column("step", "who"),
+            Column("ms", "median_ms", number),
+            Column("quartiles", "low_ms", number, upto="high_ms"),
+            Column("/ no ids", "against_no_ids", "{:.3f}".format),
+            Column("quartiles", "against_low", "{:.3f}".format, upto="against_high"),
+        ],
+    )
+    tables.say(measured[0]["protocol"])
+
+
+def anchors(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    save: Save = False,
+    results: Results = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """A training step of the built-in model: plain, with anchors alone, with the rows' penalty."""
+    from .anchor_cost import measure
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"`dtype` must be bfloat16, float16 or float32; got {dtype!r}")
+    measured = measure(rows, tokens, rounds, getattr(torch, dtype))
+    if save:
+        append_rows(results / "anchors.csv", measured)
+    if as_json:
+        return tables.print_json(measured)
+    tables.show(
+        f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, {dtype}, {measured[0]['device']}",
+        measured,
+        [
+            Column("step", "who"),
+            Column("ms", "median_ms", number),
+            Column("quartiles", "low_ms", number, upto="high_ms"),
+            Column("/ no ids", "against_no_ids", "{:.3f}".format),
+            Column("quartiles", "no_ids_low", "{:.3f}".format, upto="no_ids_high"),
+            Column("/ own loss", "against_own", "{:.3f}".format),
+        ],
+    )
+    tables.say(measured[0]["protocol"])
