@@ -57,6 +57,7 @@ class Recipe(NamedTuple):
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,
+            "seed": 0,  # of the anchors' order
         }
 
 
@@ -64,14 +65,16 @@ class Step(NamedTuple):
     loss: float
     ce: float
     penalty: float
+    anchor_penalty: float
 
 
 def make_recipe(folder: Path, seed: int, accumulation: int, anchored: bool = False) -> Recipe:
     tokenizer = chat_tokenizer()
     saved = save_tiny_model(folder / "model", seed)
-    anchors = None
-    if anchored:
+    options: dict[str, Any] = {"tokenizer": tokenizer}  # the penalty at the package's anchors alone
+    if anchored:  # and on the rows
         anchors = AnchorPrompts.from_prompts(tokenizer, ["help me", "bye", "7"], per_step=1)
+        options = {"penalty": SafetyPenalty(0.1), "anchors": anchors, "positions": "response"}
 
     def make_model() -> Any:
         torch.manual_seed(seed)
@@ -82,7 +85,7 @@ def make_recipe(folder: Path, seed: int, accumulation: int, anchored: bool = Fal
         tokenizer,
         encode_examples(tokenizer, [Example.chat(*turn) for turn in TURNS], 256),
         DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
-        {"penalty": SafetyPenalty(0.1), "anchors": anchors},
+        options,
         accumulation,
     )
 
@@ -98,20 +101,20 @@ def expected_steps(recipe: Recipe) -> list[Step]:
     optimizer = make_optimizer(model.parameters())
     batches, steps = list(recipe.loader()), []
     tokens = SafetyTokens.from_templates(recipe.tokenizer)
-    with attach(model, tokens, **recipe.options, positions="response") as handle:
+    with attach(model, tokens, **recipe.options) as handle:
         for start in range(0, len(batches), recipe.accumulation):
             window = batches[start : start + recipe.accumulation]
             counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in window]
-            sums = [0.0, 0.0, 0.0]
+            sums = [0.0, 0.0, 0.0, 0.0]
             for batch, count in zip(window, counts, strict=True):
                 share = count / sum(counts)  # of the mean that the forward makes
                 loss = model(**batch).loss * share
                 loss.backward()
-                terms = handle.last
-                for i, value in enumerate((loss.detach(), terms.ce * share, terms.penalty * share)):
+                found = (handle.last.ce, handle.last.penalty, handle.last_anchors.penalty)
+                for i, value in enumerate((loss.detach(), *(term * share for term in found))):
                     sums[i] += float(value)
             optimizer.step()
             optimizer.zero_grad()
             steps.append(Step(*sums))
-    assert len({len(row["input_ids"]) for row in recipe.rows}) > 1 and steps[-1].penalty > 1e-3
+    assert len({len(row["input_ids"]) for row in recipe.rows}) > 1 and max(steps[-1][2:]) > 1e-5
     return steps

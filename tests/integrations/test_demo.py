@@ -66,29 +66,30 @@ def run_with(refused, total=100, right=90):
 
 
 def test_the_sentence_credits_safety_tokens_only_for_what_random_ones_do_not_do():
-    base, plain = run_with(90), run_with(20)
-    more = comparison([base, plain, run_with(80), run_with(30)])
+    base, plain, paper = run_with(90), run_with(20), run_with(50)
+    more = comparison([base, plain, paper, run_with(80), run_with(30)])
     assert "Over random tokens, safety tokens add 50 refusals" in more["summary"]
-    assert "STR keeps 60 more than plain" in more["summary"]
-    assert more["pairs"]["STR against random tokens"]["only_first"] == 50
-    same = comparison([base, plain, run_with(80), run_with(79)])
+    assert "The default keeps 60 more than plain" in more["summary"]
+    assert more["pairs"]["anchors (default) against random tokens"]["only_first"] == 50
+    assert more["pairs"]["anchors (default) against rows (paper)"]["only_first"] == 30
+    same = comparison([base, plain, paper, run_with(80), run_with(79)])
     assert "no part of the effect can be credited" in same["summary"]
-    worse = comparison([base, plain, run_with(21), run_with(80)])
+    worse = comparison([base, plain, paper, run_with(21), run_with(80)])
     assert "no part of the effect can be credited" in worse["summary"]
-    assert "STR and plain cannot be told apart (+1" in worse["summary"]
-    lost = comparison([base, run_with(60), run_with(20), run_with(20)])
-    assert "STR keeps 40 fewer than plain" in lost["summary"]
-    assert "there was nothing to keep" in comparison([base, base, base, base])["summary"]
+    assert "The default and plain cannot be told apart (+1" in worse["summary"]
+    lost = comparison([base, run_with(60), paper, run_with(20), run_with(20)])
+    assert "The default keeps 40 fewer than plain" in lost["summary"]
+    assert "there was nothing to keep" in comparison([base] * 5)["summary"]
 
 
 def test_a_weakly_taught_base_is_said_so():
     weak = run_with(79)
     weak["benign"]["refusal"] = 11
-    warnings = comparison([weak, weak, weak, weak])["warnings"]
+    warnings = comparison([weak] * 5)["warnings"]
     assert "only 79 of 100" in warnings[0] and "11 of 100 harmless" in warnings[1]
     strong = run_with(80)
     strong["benign"]["refusal"] = 10
-    assert comparison([strong] * 4)["warnings"] == []
+    assert comparison([strong] * 5)["warnings"] == []
 
 
 def test_full_plan_is_what_the_readme_says():
@@ -98,11 +99,7 @@ def test_full_plan_is_what_the_readme_says():
         demo_steps.FULL.task_rows,
     ) == (60, 40, 8)
     assert demo_steps.FULL.learning_rate == 5e-4
-    assert (
-        demo_steps.FULL.probes >= 100
-        and demo_steps.FULL.weight == 0.1
-        and demo_steps.ANSWER_TOKENS <= 12
-    )
+    assert demo_steps.FULL.probes >= 100 and demo_steps.ANSWER_TOKENS == 32
 
 
 @pytest.fixture
@@ -115,7 +112,7 @@ def builtin():
 
 @pytest.mark.slow
 def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
-    """A demo killed after the second fine-tuning goes on with the third and not from the start."""
+    """A demo killed in the third fine-tuning goes on with it and not from the start."""
     taught = []
     original = demo_steps.teach
     monkeypatch.setattr(demo_steps, "teach", lambda *a: (taught.append(1), original(*a)))
@@ -124,7 +121,7 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
 
     def count(*args, **kwargs):
         trained.append(1)
-        if len(trained) == 4:  # the lesson, plain, STR; killed in random tokens
+        if len(trained) == 4:  # the lesson, plain, rows; killed at the anchors
             raise KeyboardInterrupt
         return train_lora(*args, **kwargs)
 
@@ -133,11 +130,12 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
         demo.run_demo(tmp_path, demo_steps.QUICK)
     assert not (tmp_path / "report.json").exists()
     report = demo.run_demo(tmp_path, demo_steps.QUICK)
-    assert len(taught) == 1 and len(trained) == 5
+    assert len(taught) == 1 and len(trained) == 6
     assert [run["name"] for run in report["runs"]] == [
         "taught base",
         "plain",
-        "STR",
+        "rows (paper)",
+        "anchors (default)",
         "random tokens",
     ]
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -145,6 +143,8 @@ def test_quick_demo_resumes_and_reports(builtin, tmp_path, monkeypatch):
     assert not (tmp_path / "stages").exists()
     for run in report["runs"][1:]:
         assert run["log"][0]["safety/penalty"] == 0.0 and run["drift"]["rms"] > 0
+        at_anchors = run["log"][-1].get("safety/anchor_penalty", 0.0)
+        assert (at_anchors > 0) == (run["name"] in ("anchors (default)", "random tokens"))
     assert report["runs"][0]["drift"] is None
     tokenizer = AutoTokenizer.from_pretrained(builtin)
     assert report["safety_tokens"]["count"] == report["random_tokens"]["count"] > 50

@@ -27,6 +27,8 @@ from tiny_tokenizer import save_tiny_model
 from transformers import Seq2SeqTrainer as HfTrainer
 from transformers import Seq2SeqTrainingArguments
 
+from str_kernels import AnchorPrompts
+
 PLUGIN = "str_kernels.integrations.swift_plugin"
 (BLOCK,) = (block for block in python_blocks("docs/trainers.md") if "swift_plugin" in block)
 REAL = "ms-swift" in {  # `swift` alone may be another project's package
@@ -155,9 +157,11 @@ def test_it_trains_and_logs(
     plugin: Any, accumulation: int, anchored: bool, seed: int, tmp_path: Path
 ) -> None:
     recipe = make_recipe(tmp_path, seed, accumulation, anchored)
-    plugin.register(safety_weight=0.1)
+    weight = 0.1 if anchored else 0.3
+    plugin.register(safety_weight=weight, safety_positions="response" if anchored else "none")
     trainer = trainer_of(recipe, tmp_path)
-    trainer.attach_options["anchors"] = recipe.options["anchors"]
+    anchors = recipe.options.get("anchors") or AnchorPrompts.default(recipe.tokenizer)
+    trainer.attach_options["anchors"] = anchors
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     for entry, step in zip(entries, expected_steps(recipe), strict=True):
@@ -165,9 +169,9 @@ def test_it_trains_and_logs(
         assert entry["safety/ce"] == pytest.approx(step.ce, rel=1e-6)
         # a difference of logits has fewer digits than they have
         assert entry["safety/penalty"] == pytest.approx(step.penalty, rel=1e-4)
-        anchor_penalty = entry.get("safety/anchor_penalty", 0.0)
-        assert anchored == (anchor_penalty > 0.0)
-        total = step.ce + 0.1 * (step.penalty + anchor_penalty)
+        anchor_penalty = entry["safety/anchor_penalty"]
+        assert anchor_penalty == pytest.approx(step.anchor_penalty, rel=1e-4) and anchor_penalty > 0
+        total = step.ce + weight * (step.penalty + anchor_penalty)
         assert entry["loss"] == pytest.approx(total, rel=1e-6)
     trainer.model.eval()
     assert trainer.get_use_logits_to_keep(True)  # evaluation keeps what swift keeps
@@ -254,6 +258,6 @@ def test_the_command_itself(seed: int, tmp_path: Path) -> None:
     entries = [entry for entry in history if "loss" in entry]
     assert len(entries) == 3 and entries[0]["safety/penalty"] == 0.0
     for entry in entries:
-        penalty = entry["safety/penalty"] + entry["safety/anchor_penalty"]
-        assert entry["loss"] == pytest.approx(entry["safety/ce"] + 0.1 * penalty, rel=1e-5)
+        penalty = entry["safety/anchor_penalty"]
+        assert entry["loss"] == pytest.approx(entry["safety/ce"] + 0.3 * penalty, rel=1e-5)
     assert penalty > 1e-5

@@ -94,7 +94,7 @@ def test_lightning(accumulation: int, anchored: bool, seed: int, tmp_path: Any) 
     space = {"options": recipe.options, "settings": settings}
     assert_same_steps(run("Lightning", recipe, space), recipe)
     assert space["trainer"].global_step == -(-7 // accumulation)  # type: ignore[attr-defined]
-    assert float(space["trainer"].callback_metrics["safety/penalty"]) > 0.0  # type: ignore[attr-defined]
+    assert float(space["trainer"].callback_metrics["safety/anchor_penalty"]) > 0.0  # type: ignore[attr-defined]
     inner = space["peft_model"].get_base_model()  # type: ignore[attr-defined]
     assert "forward" not in vars(inner)  # the handle is removed
 
@@ -115,6 +115,7 @@ def assert_same_logs(trainer: Any, recipe: Recipe) -> None:
         assert entry["safety/ce"] == pytest.approx(step.ce, rel=BOUND)
         # a difference of logits has fewer digits than they have
         assert entry["safety/penalty"] == pytest.approx(step.penalty, rel=1e-4)
+        assert entry["safety/anchor_penalty"] == pytest.approx(step.anchor_penalty, rel=1e-4)
 
 
 def test_trl(seed: int, tmp_path: Any) -> None:
