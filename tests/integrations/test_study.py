@@ -111,7 +111,7 @@ def test_the_report_is_made_of_the_rows(rows: Path, tmp_path: Path) -> None:
     assert re.search(
         r"default\) minus random: harmful refused \+56\.7 \(\+50\.0 to \+60\.0\)", text
     )
-    assert len(said["tasks"]["sums"]) == 5  # the base comes first, and as a row of the file
+    assert [row[0] for row in said["tasks"]["sums"]][:2] == ["taught base", "plain"]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
