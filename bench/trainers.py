@@ -60,8 +60,8 @@ class Setup:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of `attach`."""
-        return {"penalty": self.penalty, "anchors": self.anchors}
+        """The keywords of `attach`: with a penalty on the rows, whose shares are compared too."""
+        return {"penalty": self.penalty, "anchors": self.anchors, "positions": "response"}
 
     @property
     def steps(self) -> int:
@@ -93,7 +93,7 @@ def plain_loop(setup: Setup) -> Log:
     optimizer, schedule = _optimizer(model, setup)
     log: Log = []
     batches = setup.micro_batches()
-    with attach(model, setup.tokens, **setup.options, positions="response") as handle:
+    with attach(model, setup.tokens, **setup.options) as handle:
         for start in range(0, len(batches), setup.accumulation):
             window = batches[start : start + setup.accumulation]
             count = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
@@ -113,9 +113,7 @@ def accelerate_loop(setup: Setup) -> Log:
 
     accelerator = Accelerator(gradient_accumulation_steps=setup.accumulation, cpu=True)
     model = setup.make_model().train()
-    handle = attach(
-        model, setup.tokens, **setup.options, positions="response"
-    )  # before prepare() wraps it
+    handle = attach(model, setup.tokens, **setup.options)  # before prepare() wraps it
     optimizer, schedule = _optimizer(model, setup)
     batches = setup.micro_batches()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -153,7 +151,6 @@ def safety_trainer(setup: Setup) -> Log:
             data_collator=DataCollatorForSeq2Seq(setup.tokenizer, label_pad_token_id=-100),
             safety_tokens=setup.tokens,
             **setup.options,
-            positions="response",
         )
         return _trained(trainer)
 

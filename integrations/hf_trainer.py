@@ -17,8 +17,8 @@ from .attach import SafetyHandle, attach
 _OF_ATTACH = [
     name
     for name, parameter in inspect.signature(attach).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-]
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "tokenizer"
+]  # the trainer has a tokenizer, and may have a keyword of this name
 
 
 class _AttachWhenPrepared(TrainerCallback):

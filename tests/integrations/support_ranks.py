@@ -31,8 +31,8 @@ SETUPS = {
         "test_deepspeed.py::test_safety_trainer_logs_what_it_logs_without_deepspeed",
     ),
 }
-HEAD = ("spread by", "LoRA", "full fine-tuning", "with anchors", '`path="logits"`',
-        "SafetyTrainer")  # fmt: skip
+HEAD = ("spread by", "LoRA", "full fine-tuning", "with anchors", "anchors alone",
+        '`path="logits"`', "SafetyTrainer")  # fmt: skip
 Run = tuple[int, str, dict[str, object]]  # ranks, the name of a call, its options
 
 
@@ -55,17 +55,19 @@ def rows() -> list[tuple[str, ...]]:
 def _cells(name: str) -> tuple[str, ...]:
     of_setup = [run for run in runs() if _is_of(name, run[1])]
     on_logits = [run for run in of_setup if "logits" in run[1]]
-    others = [run for run in of_setup if run not in on_logits]
+    alone = [run for run in of_setup if "anchors alone" in run[1]]
+    others = [run for run in of_setup if run not in on_logits + alone]
     busy = [run for run in others if run[2].get("anchors")]
     lora = [run for run in others if "lora" in run[1]]
     full = [run for run in others if "lora" not in run[1]]
-    return tuple(map(_ranks, (lora, full, busy, on_logits)))
+    return tuple(map(_ranks, (lora, full, busy, alone, on_logits)))
 
 
 def _is_of(name: str, call: str) -> bool:
     """Tell a call of a setup from one of another whose name begins alike."""
     rest = call.removeprefix(name)
-    endings = ("", " lora", " full", " logits lora", " logits full")
+    kinds = ("", " logits", ", anchors alone")
+    endings = ("", *(f"{kind} {training}" for kind in kinds for training in ("lora", "full")))
     return call.startswith(name) and (rest in endings or name.startswith("ZeRO"))
 
 

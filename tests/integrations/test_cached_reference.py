@@ -23,6 +23,9 @@ TOKENS = SafetyTokens(ids=[7, 3, 100, 64])
 BOUND = 1e-6  # float32; the cache's batches are padded otherwise, which rounds otherwise
 
 
+ROWS: Any = "response"
+
+
 def data_of(seed: int, count: int = 10) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 12, (count,), generator=generator).tolist()
@@ -55,7 +58,7 @@ def steps(model: Any, batches: list[dict[str, Any]], accumulate: int, **options:
     """Train a few steps and return (loss, penalty) of each forward."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     seen = []
-    with attach(model.train(), TOKENS, **options, positions="response") as handle:
+    with attach(model.train(), TOKENS, **{"positions": "response", **options}) as handle:
         for number, batch in enumerate(batches, start=1):
             loss = model(**batch).loss
             (loss / accumulate).backward()
@@ -126,7 +129,7 @@ def test_other_positions_and_log_probs(
         expected = steps(copy.deepcopy(model), batches, 1, **options)
     compare(steps(model, batches, 1, **options, reference=reference), expected)
     with pytest.raises(ValueError, match="`penalty` must be of a kind that compares log_probs"):
-        attach(model, TOKENS, reference=reference, positions="response")
+        attach(model, TOKENS, reference=reference, positions=ROWS)
 
 
 def test_packed_rows(base: Any, rows: Any, folder: Any, seed: int) -> None:
@@ -137,7 +140,7 @@ def test_packed_rows(base: Any, rows: Any, folder: Any, seed: int) -> None:
     expected = steps(copy.deepcopy(model), [without, without], 1, **options)
     options["reference"] = CachedReference(folder)
     compare(steps(copy.deepcopy(model), [without, without], 1, **options), expected)
-    with attach(model.train(), TOKENS, **options, positions="response"):
+    with attach(model.train(), TOKENS, **options, positions=ROWS):
         # transformers keeps packed rows apart without a cache and without a mask only
         with pytest.raises(ValueError, match="packed one after the other and use_cache on"):
             model(**batch)
@@ -171,7 +174,7 @@ def test_layouts_are_told_apart_in_16_bits_too(seed: int, tmp_path: Any) -> None
             with_lora(base, seed).train(),
             TOKENS,
             reference=CachedReference(tmp_path / "cache"),
-            positions="response",
+            positions=ROWS,
         ) as handle:
             try:
                 handle._inner(**batch, use_cache=False)
@@ -191,7 +194,7 @@ def test_a_model_that_counts_positions_from_the_padding(seed: int, tmp_path: Any
     expected = steps(copy.deepcopy(model), batches, 1)
     compare(steps(copy.deepcopy(model), batches, 1, reference=reference), expected)
     left = pad(rows[:3], "left")
-    with attach(model.train(), TOKENS, reference=reference, positions="response"):
+    with attach(model.train(), TOKENS, reference=reference, positions=ROWS):
         with pytest.raises(ValueError, match="do not start at position 0"):
             model(**left)
         left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -224,7 +227,7 @@ def test_trainer_with_the_look_up_in_the_data_loader(
             safety_tokens=TOKENS,
             penalty=SafetyPenalty(0.5),
             reference=reference,
-        positions="response")  # fmt: skip
+        positions=ROWS)  # fmt: skip
         trainer.train()
         assert "eval_loss" in trainer.evaluate()
         return [x for e in trainer.state.log_history if "loss" in e for x in
@@ -242,17 +245,17 @@ def test_a_batch_with_values_of_another_batch(base: Any, rows: Any, folder: Any,
     cached = CachedReference(folder)
     model = with_lora(base, seed)
     batch = cached.with_collator(pad)(rows[:3])
-    with attach(model.train(), TOKENS, reference=cached, positions="response"):
+    with attach(model.train(), TOKENS, reference=cached, positions=ROWS):
         before = dict(batch)
         assert torch.isfinite(model(**batch).loss)
         assert batch.keys() == before.keys()  # the caller's own is left alone
         batch[KEY] = batch[KEY][:, :-1]
         with pytest.raises(ValueError, match="`ref_safety_logits` must be"):
             model(**batch)
-        model.eval()
-        assert torch.isfinite(model(**batch).loss)  # not given to the model
+        with torch.no_grad():
+            assert torch.isfinite(model.eval()(**batch).loss)  # not given to the model
     absent = [rows[0], rows[1][:-1]]
-    with attach(model.train(), TOKENS, reference=cached, positions="response"):
+    with attach(model.train(), TOKENS, reference=cached, positions=ROWS):
         with pytest.raises(ValueError, match="row 1 of the batch is not there"):
             model(**pad(absent))
 
@@ -270,7 +273,7 @@ def test_anchors_beside_a_reference_that_is_asked_in_every_second_forward(
     def losses(collate: Any, **reference: Any) -> list[float]:
         found = []
         with attach(
-            model, TOKENS, anchors=anchors, ref_every=2, **reference, positions="response"
+            model, TOKENS, anchors=anchors, ref_every=2, **reference, positions=ROWS
         ) as handle:
             for step in range(4):
                 handle.step = step
@@ -291,10 +294,9 @@ def test_a_full_fine_tuning_may_begin_and_be_resumed(
     expected = steps(copy.deepcopy(base), batches, 1, ref_model=frozen)
     compare(steps(base, batches, 1, reference=CachedReference(folder)), expected)
     with pytest.raises(ValueError, match=r"check_model=False\) is for"):
-        attach(base, TOKENS, reference=CachedReference(folder), positions="response")
-    attach(
-        base, TOKENS, reference=CachedReference(folder, check_model=False), positions="response"
-    ).remove()
+        attach(base, TOKENS, reference=CachedReference(folder), positions=ROWS)
+    resumed = CachedReference(folder, check_model=False)
+    attach(base, TOKENS, reference=resumed, positions=ROWS).remove()
 
 
 def test_another_model_or_other_tokens_are_refused(
@@ -303,15 +305,11 @@ def test_another_model_or_other_tokens_are_refused(
     model = with_lora(base, seed)
     for wrong in ([3, 7, 100, 64], [7, 3, 100]):
         with pytest.raises(ValueError, match="`safety_tokens` must be the 4 ids"):
-            attach(
-                model,
-                SafetyTokens(ids=wrong),
-                reference=CachedReference(folder),
-                positions="response",
-            )
+            wrong_tokens = SafetyTokens(ids=wrong)
+            attach(model, wrong_tokens, reference=CachedReference(folder), positions=ROWS)
     other = with_lora(tiny_model("llama-tied", seed + 1), seed)
     with pytest.raises(ValueError, match="must have the base weights that the cache"):
-        attach(other, TOKENS, reference=CachedReference(folder), positions="response")
+        attach(other, TOKENS, reference=CachedReference(folder), positions=ROWS)
     with pytest.raises(ValueError, match="was built with model "):
         cache_model(other, rows, TOKENS, folder)
     # of a model with adapters, what it is without them
@@ -324,20 +322,16 @@ def test_another_model_or_other_tokens_are_refused(
 def test_the_adapters_stay_on(base: Any, rows: Any, folder: Any, seed: int) -> None:
     """A cache needs no frozen base and no way back: PiSSA would be refused without it."""
     model = with_lora(copy.deepcopy(base), seed)
-    with attach(model.train(), TOKENS, reference=CachedReference(folder), positions="response"):
+    with attach(model.train(), TOKENS, reference=CachedReference(folder), positions=ROWS):
         model.disable_adapter = None  # nobody may call it
         assert torch.isfinite(model(**pad(rows[:2])).loss)
     pissa = get_peft_model(
         base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     )
     with pytest.raises(ValueError, match="must have the base weights"):
-        attach(pissa, TOKENS, reference=CachedReference(folder), positions="response")
-    with attach(
-        pissa.train(),
-        TOKENS,
-        reference=CachedReference(folder, check_model=False),
-        positions="response",
-    ) as handle:
+        attach(pissa, TOKENS, reference=CachedReference(folder), positions=ROWS)
+    unchecked = CachedReference(folder, check_model=False)
+    with attach(pissa.train(), TOKENS, reference=unchecked, positions=ROWS) as handle:
         pissa(**pad(rows[:2])).loss.backward()
         assert handle.last is not None and handle.last.penalty < 1e-6  # the same function still
 

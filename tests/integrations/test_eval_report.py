@@ -110,7 +110,7 @@ def test_pairs_counts_and_holm(runs: list[Path], tmp_path: Path) -> None:
         for file in ("refusals.png", *files):
             assert (tmp_path / name / file).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "out" / "report.md").read_text()
-    for claim in ("9/10", "60-98 %", "no judge of whether it does harm", "cut at 12 tokens"):
+    for claim in ("9/10", "60-98 %", "no judge of whether it does harm", "cut after some tokens"):
         assert claim in page
     assert "not finite" in page and "What McNemar's test does not say" in page
 
@@ -215,8 +215,8 @@ def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
     def newer(report: dict[str, Any]) -> None:
         report["schema_version"] = 2
 
-    def longer(report: dict[str, Any]) -> None:
-        report["settings"]["answer_tokens"] = 400
+    def shorter(report: dict[str, Any]) -> None:
+        report["settings"]["answer_tokens"] = 0
 
     def missing(report: dict[str, Any]) -> None:
         del report["measures"]
@@ -227,7 +227,7 @@ def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
         (answers_changed, "the harmful prompts are not those of their hash"),
         (no_string, "must be a string; got int"),
         (newer, "schema_version is 2, this release reads 1"),
-        (longer, "answer_tokens is above 12"),
+        (shorter, "answer_tokens is below 1"),
         (missing, "KeyError"),
         (None, "JSONDecodeError"),
     ):

@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     kept = sorted((folder / "killed.stages").rglob("*.json"))
     damaged = next(path for path in kept if path.name == "answers-harmful-00001.json")
     content = json.loads(damaged.read_text())
-    content["value"][0] += " x"  # valid JSON, and not what was stored
+    content["value"][0]["answer"] += " x"  # valid JSON, and not what was stored
     damaged.write_text(json.dumps(content))
     said: list[str] = []
     eval_run.run_eval(folder / "killed", options(folder), say=said.append)
@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
         (("--adapter", folder / "none"), "has no adapter_config.json and no adapter_model"),
         (("--rule", "mine"), "`rule` must be one of opening, gcg"),
         (("--rule", "gcg", "--rule", "gcg"), "`rules` must be distinct"),
-        (("--answer-tokens", "13"), "Invalid value for '--answer-tokens'"),
+        (("--answer-tokens", "9000"), "Invalid value for '--answer-tokens'"),
         (("--harmful", "none-such"), "none-such"),
         (("--judge-url", "http://example.com/v1"), "must be on this machine unless"),
         (("--judge-url", "file:///etc/passwd"), "must be an http or https address"),
@@ -234,8 +234,8 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
     result = run(model, "--output", output, "--harmful", hostile)
     assert result.exit_code == 2 and "\\x9b31m\\u202e[red]" in result.output
     assert "\x9b" not in result.output and "\u202e" not in result.output
-    with pytest.raises(ValueError, match=r"`answer_tokens` must be in \[1, 12\]; got 13"):
-        EvalOptions("builtin", answer_tokens=13)
+    with pytest.raises(ValueError, match=r"`answer_tokens` must be in \[1, 8192\]; got 9000"):
+        EvalOptions("builtin", answer_tokens=9000)
     output.mkdir()
     result = run(model, "--output", output)
     assert result.exit_code == 2 and "must not exist unless overwrite" in result.output

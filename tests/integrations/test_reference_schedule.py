@@ -56,7 +56,7 @@ def test_the_reference_reads_the_first_columns_only(positions: Any, seed: int) -
     model.zero_grad()
     lengths: list[int] = []
     options: dict[str, Any] = {"penalty": PENALTY, "positions": positions, "ref_tokens": cut}
-    with attach(model, TOKENS, **options, positions="response") as handle:
+    with attach(model, TOKENS, **{"positions": "response", **options}) as handle:
         layer = model.get_base_model().model.layers[0]
         hook = layer.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
         output = model(**batch)
@@ -74,7 +74,7 @@ def test_anchors_are_read_whole_and_held_in_each_step(seed: int) -> None:
         model(**batch)
         expected = float(handle.last_anchors.penalty)
     options: dict[str, Any] = {"ref_tokens": 2, "ref_every": 2, "anchors": anchors}
-    with attach(model, TOKENS, penalty=PENALTY, **options, positions="response") as handle:
+    with attach(model, TOKENS, penalty=PENALTY, **{"positions": "response", **options}) as handle:
         for _ in range(2):
             model(**batch).loss.backward()
             assert float(handle.last_anchors.penalty) == pytest.approx(expected, rel=1e-6)

@@ -173,7 +173,7 @@ def test_train_lora_is_reproducible_and_weight_0_is_plain():
 )
 def test_options_check_themselves(field):
     with pytest.raises(ValueError, match=f"`{next(iter(field))}`"):
-        TrainingOptions(**field, positions="response")
+        TrainingOptions(**{"positions": "response", **field})
 
 
 def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
@@ -203,10 +203,11 @@ def test_a_step_outside_of_train_is_refused(seed, tmp_path):
 def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp_path, monkeypatch):
     model = fresh_lora(tiny_model("llama", seed))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **option, positions="response")
+    options = {"positions": "response", **option}
+    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **options)
     monkeypatch.setattr(SafetyTrainer, "get_cp_size", lambda self: 2, raising=False)
     (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` must be left out under context parallelism"):
+    with pytest.raises(ValueError, match=f"`{name}` must be .* under context parallelism"):
         trainer.train()
     assert "forward" not in vars(model.get_base_model())
 

@@ -90,8 +90,9 @@ OF_TRL = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
 def test_without_a_penalty_it_is_sft_trainer(config: Any, seed: int, tmp_path: Any) -> None:
     own = trained(SFTTrainer, tmp_path, seed, config)
     ours = trained(
-        SafetySFTTrainer, tmp_path, seed, config, safety_tokens=TOKENS, penalty=SafetyPenalty(0.0)
-    )
+        SafetySFTTrainer, tmp_path, seed, config, safety_tokens=TOKENS, penalty=SafetyPenalty(0.0),
+        positions="response",
+    )  # fmt: skip
     for entry, expected in zip(training_log(ours), training_log(own), strict=True):
         for name in OF_TRL:
             assert entry[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
@@ -111,12 +112,13 @@ def test_its_loss_is_cross_entropy_and_penalty(anchored: bool, seed: int, tmp_pa
     options: dict[str, Any] = {"anchors": anchors} if anchored else {}
     ours = trained(
         SafetySFTTrainer, tmp_path, seed, {}, safety_tokens=TOKENS,
-        penalty=SafetyPenalty(weight), **options,
+        penalty=SafetyPenalty(weight), positions="response", **options,
     )  # fmt: skip
     for step, entry in enumerate(training_log(ours)):
-        penalties = entry["safety/penalty"] + entry.get("safety/anchor_penalty", 0.0)
-        assert entry["loss"] == pytest.approx(entry["safety/ce"] + weight * penalties, rel=1e-5)
-        assert (penalties > 0.0) == (step > 0)
+        penalty, at_anchors = entry["safety/penalty"], entry.get("safety/anchor_penalty", 0.0)
+        total = entry["safety/ce"] + weight * penalty + 0.5 * at_anchors
+        assert entry["loss"] == pytest.approx(total, rel=1e-5)
+        assert (penalty > 0.0) == (step > 0)
     assert ("safety/anchor_penalty" in training_log(ours)[0]) == anchored
 
 

@@ -235,7 +235,7 @@ class _Naive:
             (now - before)[:, IDS].square().mean(dim=-1)
             for now, before in zip(_at_anchors(model), ref_anchors, strict=True)
         ]
-        loss = output.loss + penalty + WEIGHT * ANCHORS.weight * torch.cat(held).mean()
+        loss = output.loss + penalty + ANCHORS.penalty_weight * torch.cat(held).mean()
         loss.backward()
         self.loss = float(loss.detach())
         self.own = float(output.loss.detach())
