@@ -46,6 +46,7 @@ HAS_CLUSTERS = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 8
 def every_variant() -> Iterator[Variant]:
     """Yield every shipped configuration; many come down to the same code."""
     kinds = [(0, "mse"), *((64, kind) for kind in KINDS), (1024, "subset_kl"), (1024, "logprob")]
+    kinds.append((1024, "coarse_kl"))
     for target, path, dtype, vocab, (ids, kind), everything in itertools.product(
         TARGETS, PATHS, DTYPES, VOCABS, kinds, (False, True)
     ):

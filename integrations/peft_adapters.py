@@ -139,10 +139,11 @@ def check_start(model: Any) -> None:
             "`reference` must not be 'start' with several active adapters; got "
             f"{model.active_adapters}"
         )
-    config = model.active_peft_config
-    if not isinstance(config.peft_type, str) or getattr(config, "target_parameters", None):
-        raise ValueError("`reference` must not be 'start' with `target_parameters`: PEFT has no "
-                         "second adapter for them. Pass `ref_model`")  # fmt: skip
+    if getattr(model.active_peft_config, "target_parameters", None):
+        raise ValueError(
+            "`reference` must not be 'start' with `target_parameters`: PEFT has no second adapter "
+            "for them. Pass `ref_model`, a frozen copy made before training"
+        )
     trainable = trainable_base_parameters(model)
     if trainable:
         raise ValueError(

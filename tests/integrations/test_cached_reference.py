@@ -189,8 +189,7 @@ def test_a_model_that_counts_positions_from_the_padding(seed: int, tmp_path: Any
     base, rows = tiny_model("gpt2", seed), data_of(seed)
     cache_model(base, rows, TOKENS, tmp_path / "cache")
     model = with_lora(base, seed)
-    reference = CachedReference(tmp_path / "cache")
-    batches = [pad(rows[:3])] * 2
+    reference, batches = CachedReference(tmp_path / "cache"), [pad(rows[:3])] * 2
     expected = steps(copy.deepcopy(model), batches, 1)
     compare(steps(copy.deepcopy(model), batches, 1, reference=reference), expected)
     left = pad(rows[:3], "left")
@@ -305,8 +304,8 @@ def test_another_model_or_other_tokens_are_refused(
     model = with_lora(base, seed)
     for wrong in ([3, 7, 100, 64], [7, 3, 100]):
         with pytest.raises(ValueError, match="`safety_tokens` must be the 4 ids"):
-            wrong_tokens = SafetyTokens(ids=wrong)
-            attach(model, wrong_tokens, reference=CachedReference(folder), positions=ROWS)
+            tokens = SafetyTokens(ids=wrong)
+            attach(model, tokens, reference=CachedReference(folder), positions=ROWS)
     other = with_lora(tiny_model("llama-tied", seed + 1), seed)
     with pytest.raises(ValueError, match="must have the base weights that the cache"):
         attach(other, TOKENS, reference=CachedReference(folder), positions=ROWS)
