@@ -38,13 +38,14 @@ from .demo_steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
 from .generation import answer_prompts
 from .measures import held_out_loss
 from .positions import Positions
-from .study_arms import ARMS, PLAIN, PORTIONS, Arm, Run
+from .study_arms import ARMS, PLAIN, PORTIONS, Arm, Run, as_columns
 from .study_ceilings import CeilingTrainer
-from .study_results import BASE, FILE, Found, add_row, read_rows
+from .study_results import BASE, FILE, Found, Row, add_row, read_rows
 from .study_tasks import TASKS, refusal_rows
 from .training import TrainingOptions, train_lora
 
 _KINDS = ("harmful", "harmless")
+_NUMERICS = 2  # of the loss; rows of another are not those of this study
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class StudyPlan:
     def key(self) -> str:
         """Return what two runs must have in common to be compared."""
         demo = {name: value for name, value in asdict(self.demo).items() if name != "seed"}
-        parts = [demo, self.task_probes, self.answer_tokens, str(cpu_dtype())]
+        parts = [_NUMERICS, demo, self.task_probes, self.answer_tokens, str(cpu_dtype())]
         return hashlib.sha256(json.dumps(parts).encode() + data_digest()).hexdigest()[:12]
 
 
@@ -100,16 +101,28 @@ def run_study(
             raise ValueError(f"`portions` must be of {', '.join(PORTIONS)}; got {name!r}")
     wanted = dict.fromkeys(run for name in portions for run in PORTIONS[name](plan.seeds))
     output.mkdir(parents=True, exist_ok=True)
-    there = {found.run for found in read_rows(output / FILE, plan.key())}
-    todo = [run for run in wanted if (run.task, run.arm, run.seed) not in there]
+    todo = [run for run in wanted if not _has(read_rows(output / FILE, plan.key()), run)]
     study = _Study(output, plan, watch or (lambda stage, done, total: None))
     for number, run in enumerate(todo[:limit]):
         with _claim(output, run) as mine:
-            done = {found.run for found in read_rows(output / FILE, plan.key())}
-            if mine and (run.task, run.arm, run.seed) not in done:
+            if mine and not _has(read_rows(output / FILE, plan.key()), run):
                 study.watch("runs", number, len(todo[:limit]))
                 add_row(output / FILE, plan.key(), run, study.run(run))
     return Found(read_rows(output / FILE, plan.key()))
+
+
+def _has(rows: Sequence[Row], run: Run) -> bool:
+    """Tell whether a run has its row; one of the same name whose arm was another is an error."""
+    for row in rows:
+        if row.run == (run.task, run.arm, run.seed):
+            arm = as_columns(PLAIN if run.arm == BASE else ARMS[run.arm])
+            if other := {name for name in arm if row.columns[name] != arm[name]}:
+                raise ValueError(
+                    f"`output` must hold rows of today's arms; that of {run.arm!r} on {run.task!r}, "
+                    f"seed {run.seed}, had another {', '.join(sorted(other))}: take it out"
+                )
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -152,7 +165,7 @@ class _Study:
         taught = self.taught(run.seed)
         model = load(taught)
         if run.arm == BASE:
-            return {**asdict(PLAIN), **self.ask(model, run, [], name)}
+            return {**as_columns(PLAIN), **self.ask(model, run, [], name)}
         arm = ARMS[run.arm]
         # a shorter run has the first rows of the same, and a quick plan shortens every one
         steps = max(1, arm.steps * demo.task_steps // DemoPlan().task_steps)
@@ -182,7 +195,7 @@ class _Study:
         seconds = (time.perf_counter() - start) / steps
         norms = [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry]
         return {
-            **asdict(arm),
+            **as_columns(arm),
             "seconds_per_step": round(seconds, 3),
             "grad_norm_median": round(median(norms), 4),
             "grad_norm_largest": round(max(norms), 4),

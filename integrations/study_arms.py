@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from ..contracts import PenaltyKind
@@ -45,6 +45,12 @@ class Arm:
     lora_rank: int = 8
     refusals: int = 0
     ceiling: Ceiling | None = None
+
+
+def as_columns(arm: Arm) -> dict[str, str]:
+    """Return an arm as a row of the study's file has it."""
+    columns = {name: "" if value is None else str(value) for name, value in asdict(arm).items()}
+    return columns | {"per_step": "{} + {}".format(*arm.per_step)}
 
 
 PLAIN = Arm(tokens="none")

@@ -87,10 +87,9 @@ def add_row(path: Path, plan: str, run: Any, values: dict[str, Any]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     row = {**values, "plan": plan, "task": run.task, "arm": run.arm, "seed": run.seed}
-    row["per_step"] = "{} + {}".format(*row["per_step"])
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if not file.tell():
+        if not file.seek(0, io.SEEK_END):
             writer.writeheader()
         writer.writerow(row)
         file.write(text.getvalue())

@@ -14,6 +14,7 @@ from torch import Tensor
 from .backends import row_step_of, row_step_of_shard
 from .contracts import LossArgs, RowTerms, accumulation_dtype
 from .parallel import VocabShard
+from .penalties import ON_LOG_PROBS
 from .projection import Head, project_head
 
 # Logits of one chunk. Enough rows for the products to be limited by arithmetic and not by reading
@@ -106,10 +107,16 @@ def linear_terms_and_grads(
         wants_grad = any(plan.needs)
         step = row_step_of(args.backend) if shard is None else row_step_of_shard(shard)
         width = vocab if shard is None else vocab + 1  # one column for what is another rank's
-        workspace = _workspace(hidden, width, min(plan.chunk_rows, n_rows))
+        of_logits, chunk_rows = hidden.dtype, plan.chunk_rows
+        if args.kind in ON_LOG_PROBS:
+            # Rounded to 16 bits a row's logits say less of its small probabilities than the finer
+            # safety logits beside them, and 1 - sum p would be the difference of the two.
+            of_logits = accumulation_dtype(hidden.dtype)
+            chunk_rows = max(1, chunk_rows * hidden.dtype.itemsize // of_logits.itemsize)
+        workspace = _workspace(hidden, width, min(chunk_rows, n_rows), of_logits)
         terms = []
-        for start in range(0, n_rows, plan.chunk_rows):
-            part: slice | Tensor = slice(start, min(start + plan.chunk_rows, n_rows))
+        for start in range(0, n_rows, chunk_rows):
+            part: slice | Tensor = slice(start, min(start + chunk_rows, n_rows))
             if rows is not None:
                 part = rows[part]
             x, t = hidden[part], None if head.t is None else head.t[part]
@@ -135,7 +142,8 @@ def linear_terms_and_grads(
             )
             terms.append(found)
             if wants_grad:
-                _add_grads(grads, plan.needs, logits[:, :vocab], x, t, head, part)
+                grad_logits = logits[:, :vocab].to(x.dtype)
+                _add_grads(grads, plan.needs, grad_logits, x, t, head, part)
         if shard is not None:
             summed = (
                 shard.sum_over_ranks_(grad).to(hidden.dtype) if need else grad.to(hidden.dtype)
@@ -146,12 +154,34 @@ def linear_terms_and_grads(
 
 
 def _logits_into(logits: Tensor, x: Tensor, t: Tensor | None, head: Head) -> None:
+    if logits.dtype != x.dtype:
+        _wide_logits_into(logits, x, t, head)
+        return
     if head.bias is None:
         torch.mm(x, head.weight.t(), out=logits)
     else:
         torch.addmm(head.bias, x, head.weight.t(), out=logits)
     if t is not None and head.b is not None:
         logits.addmm_(t, head.b.t())
+
+
+def _wide_logits_into(logits: Tensor, x: Tensor, t: Tensor | None, head: Head) -> None:
+    """Make unrounded logits of 16-bit operands; the head is widened a few rows at a time."""
+    dtype = logits.dtype
+    if x.device.type == "cuda":
+        logits.copy_(torch.mm(x, head.weight.t(), out_dtype=dtype))
+    else:
+        wide = x.to(dtype)
+        for columns, rows in zip(
+            logits.split(_HEAD_ROWS_WIDENED, dim=1),
+            head.weight.split(_HEAD_ROWS_WIDENED),
+            strict=True,
+        ):
+            columns.copy_(wide @ rows.to(dtype).t())
+    if head.bias is not None:
+        logits.add_(head.bias)
+    if t is not None and head.b is not None:
+        logits.addmm_(t.to(dtype), head.b.to(dtype).t())
 
 
 def _add_grads(
@@ -262,8 +292,8 @@ def _at_rows(terms: RowTerms, rows: Tensor | None, n: int) -> RowTerms:
     return RowTerms(*(spread(column) for column in terms))
 
 
-def _workspace(hidden: Tensor, vocab: int, rows: int) -> Tensor:
-    workspace = hidden.new_empty((rows, _padded(vocab)))
+def _workspace(hidden: Tensor, vocab: int, rows: int, dtype: torch.dtype) -> Tensor:
+    workspace = hidden.new_empty((rows, _padded(vocab)), dtype=dtype)
     # oneDNN's 16-bit products read past the end of a row and multiply by 0: NaN must not be there.
     workspace[:, vocab:].zero_()
     return workspace[:, :vocab]

@@ -22,6 +22,10 @@ def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> Sa
     if head.t is not None:
         head = head._replace(t=torch.where(takes_part, head.t, torch.zeros_like(head.t)))
     safety_logits = project_head(hidden, head, args.safety_ids, args.logit_scale, args.softcap)
+    if args.kind in ON_LOG_PROBS:  # unrounded, as the safety logits are that are subtracted from
+        wide = accumulation_dtype(hidden.dtype)
+        hidden = hidden.to(wide)
+        head = Head(*(None if part is None else part.to(wide) for part in head))  # type: ignore[arg-type] # as it was
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
     if head.t is not None and head.b is not None:
         logits = torch.addmm(logits, head.t, head.b.t())

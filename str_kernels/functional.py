@@ -326,6 +326,7 @@ def safety_log_probs(
             torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device),
             safety_ids,
             hidden.new_zeros(safety_ids.shape[0]),  # compared with nothing: lse alone is wanted
+            penalty=SafetyPenalty(kind="logprob"),  # of logits as such a loss makes them
             logit_scale=logit_scale,
             softcap=softcap,
             backend=backend,

@@ -60,11 +60,11 @@ def make_loss_args(
     check_device_of_number("weight", penalty.weight, like.device)
     dtype = accumulation_dtype(like.dtype)
     rows = like.shape[0]
+    id_weights = penalty.id_weights_on(like.device, dtype)
     if safety_ids is None or ref is None:
-        safety_ids = target.new_empty(0)
+        safety_ids, id_weights = target.new_empty(0), None
         ref = like.new_empty((rows, 0), dtype=dtype)
     ids = safety_ids.shape[0]
-    id_weights = penalty.id_weights_on(like.device, dtype)
     if id_weights is None:
         id_weights = like.new_ones(ids, dtype=dtype)
     elif id_weights.shape[0] != ids:
@@ -99,7 +99,7 @@ def make_loss_args(
         softcap=float(softcap or 0.0),
         label_smoothing=float(label_smoothing),
         z_loss_weight=float(z_loss_weight),
-        kind=penalty.kind,
+        kind=penalty.kind if ids else "mse",  # of nothing, the one that asks for least
         temperature=float(penalty.temperature),
         delta=float(penalty.delta),
         metrics=metrics,

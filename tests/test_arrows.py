@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "rows_compiled": {"rows_torch", "projection"},
     "rows_triton": {"contracts", "penalties", "row_kernel"},
     "backends": {"checks", "rows_torch", "rows_compiled", "rows_triton"},
-    "chunks": {"backends", "projection"},
+    "chunks": {"backends", "penalties", "projection"},
     "loss_args": {"backends"},
     "autograd": {"chunks", "eager"},
     "functional": {"autograd", "loss_args"},

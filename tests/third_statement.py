@@ -36,7 +36,11 @@ def row_terms(case: Case) -> Rows:
     """
     options = case.options
     wide = torch.promote_types(case.dtype, torch.float32)
-    z = cap(case.raw_logits().to(wide), options)
+    if case.linear and options["penalty"].kind in ON_LOG_PROBS and case.ids is not None:
+        case_logits = case.in_dtype(wide).raw_logits()  # unrounded, in 16 bits too
+    else:
+        case_logits = case.raw_logits().to(wide)
+    z = cap(case_logits, options)
     rows = z.shape[0]
     kept = case.target != options["ignore_index"]
     column = torch.where(kept, case.target, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def test_the_simple_baseline_has_the_harmful_anchors(seed: int) -> None:
 
 def a_row(arm: str, seed: int, harmful: int, harmless: int, right: int, **more: Any) -> Any:
     values = {
-        **asdict(study_arms.PLAIN),
+        **study_arms.as_columns(study_arms.PLAIN),
         "harmful": "r" * harmful + "o" * (10 - harmful),
         "harmless": "r" * harmless + "o" * (10 - harmless),
         "right": right,
