@@ -51,7 +51,8 @@ class AnchorCollator:
         self,
         collate: Callable[[list[dict[str, Any]]], Any],
         anchors: AnchorPrompts | None = None,
-        label_weight: float = 0.0,
+        *,
+        label_weight: float = 0.0,  # by name: in this place was the anchors' weight
     ) -> None:
         if anchors is not None and anchors.penalty_weight is not None:
             raise ValueError(

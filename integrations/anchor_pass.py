@@ -10,22 +10,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from typing_extensions import override
 
 from ..contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
 from ..penalties import ON_LOG_PROBS
 from .anchors import AnchorBatch, AnchorPrompts
 from .hf_models import ignores_padding, not_compiled, runs_the_model
 from .loss_paths import LossPath
+from .optimizer_hooks import OptimizerHook
 from .references import Reference
 
 
-class AnchorPass:
+class AnchorPass(OptimizerHook):
     """Holds the model at the step's anchors.
 
     A pass of its own, and not rows added to the batch: those would be padded to its length, or
     would have to be packed with it. The reference is asked when a step has an anchor that is new,
     and what it says is kept. Every micro-step makes the pass.
     """
+
+    register = staticmethod(register_optimizer_step_post_hook)
 
     def __init__(
         self, anchors: AnchorPrompts, inner: nn.Module, path: LossPath, reference: Reference
@@ -41,20 +45,9 @@ class AnchorPass:
         self._stepped = False
         self._is_known = False  # whether an optimizer was seen that has the trained weights
         self._version: int | None = None
-        self._hook: Any = None
         self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
         self._known: dict[tuple[int, bool], Tensor] = {}  # (place, log_probs) -> (held, K)
         self._penalty: tuple[SafetyPenalty, SafetyPenalty] | None = None  # the rows', ours
-
-    def open(self) -> None:
-        """Watch for steps of the optimizer that trains the model."""
-        self._hook = register_optimizer_step_post_hook(self._note_step)
-
-    def close(self) -> None:
-        """Watch no longer."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
 
     def set_step(self, step: int) -> None:
         """Say which optimizer step it is, from here on by the caller."""
@@ -73,6 +66,7 @@ class AnchorPass:
         """Return what the anchors add to the loss of a batch."""
         states, refs, weights = [], [], []
         penalty = self._own(penalty)
+        self.reference.check()  # which is asked for new anchors alone
         log_probs = penalty.kind in ON_LOG_PROBS
         for places, anchors in self._next(ids.device):
             like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
@@ -150,7 +144,8 @@ class AnchorPass:
             self._drawn = key, [(part, self.anchors.batch(part, device)) for part in parts]
         return self._drawn[1]
 
-    def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    @override
+    def _on_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._counts_steps:
             return
         mine = {id(p) for p in self.inner.parameters() if p.requires_grad}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -94,9 +94,10 @@ class AnchorPrompts:
     rows: Sequence[AnchorRow]
     per_step: int = 2
     harmless_per_step: int = 0
-    penalty_weight: float | None = None
-    seed: int = 0
-    pad_token_id: int = 0
+    # by name: in the fourth place was a weight relative to the rows'
+    penalty_weight: float | None = field(default=None, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    pad_token_id: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -183,8 +184,14 @@ class AnchorPrompts:
         ]
         if harmless_per_step is None:
             harmless_per_step = min(2, sum(kind == "harmless" for _, kind in asked))
-        pad = tokenizer.pad_token_id or 0
-        return cls(rows, per_step, harmless_per_step, penalty_weight, seed, pad)
+        return cls(
+            rows,
+            per_step,
+            harmless_per_step,
+            penalty_weight=penalty_weight,
+            seed=seed,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
 
     @classmethod
     def default(cls, tokenizer: Any, **options: Any) -> AnchorPrompts:
@@ -258,12 +265,12 @@ def _own_answers(
     model: Any, tokenizer: Any, texts: Sequence[str], kinds: Sequence[Kind], tokens: int
 ) -> list[tuple[int, ...]]:
     """Return the first tokens of the model's own answers; none where it does not refuse."""
-    from .generation import answer_texts
+    from .generation import continuations
 
-    answers = answer_texts(model, tokenizer, texts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
+    answers = continuations(model, tokenizer, texts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
     return [
-        tuple(tokenizer.encode(answer, add_special_tokens=False)[:tokens])
-        if kind == "harmless" or classify_answer(answer) == "refusal"
+        tuple(ids[:tokens])
+        if kind == "harmless" or classify_answer(tokenizer.decode(ids)) == "refusal"
         else ()
-        for answer, kind in zip(answers, kinds, strict=True)
+        for ids, kind in zip(answers, kinds, strict=True)
     ]

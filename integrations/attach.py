@@ -173,8 +173,8 @@ def attach(
     elif reference is not None:
         if ref_model is not None or not callable(reference):
             raise ValueError(
-                "`reference` must be a function, and given without `ref_model`; got "
-                f"{type(reference).__name__}, ref_model {type(ref_model).__name__}"
+                "`reference` must be a function or 'start', and given without `ref_model`; got "
+                f"{reference!r:.60}, ref_model {type(ref_model).__name__}"
             )
         frozen = given_reference(reference, model, safety_tokens, penalty.kind)
     elif ref_model is not None:
@@ -325,9 +325,9 @@ def _given_anchors(anchors: Any, positions: Positions, tokenizer: Any) -> Anchor
         )
     if tokenizer is None:
         raise ValueError(
-            "`tokenizer` must be given for the package's anchors, where alone the penalty stands "
-            "by default; or pass `anchors`, or positions='response', the paper's form, which needs "
-            "none"
+            "`tokenizer` must be given (a trainer's `processing_class`) for the package's anchors, "
+            "where the penalty stands by default; or pass `anchors`, or neither and "
+            "positions='response', the paper's form"
         )
     return AnchorPrompts.default(tokenizer)
 

@@ -10,7 +10,7 @@ from ..contracts import Backend, PenaltyKind
 from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
-from .positions import chosen_penalty, read_positions
+from .positions import check_anchor_options, chosen_penalty, read_positions
 
 
 def _option(default: Any, text: str) -> Any:
@@ -79,6 +79,17 @@ class SafetySettings:
                 f"safety_weight * {self.safety_anchor_weight})"
             )
         positions = read_positions(self.safety_positions)
+        alone = positions == "none"
+        has_anchors = alone or self.safety_anchors is not None
+        check_anchor_options(
+            alone,
+            has_anchors,
+            safety_weight=self.safety_weight,
+            safety_anchor_penalty_weight=self.safety_anchor_penalty_weight,
+            safety_harmless_anchors_per_step=self.safety_harmless_anchors_per_step,
+            safety_chat_template_kwargs=self.safety_chat_template_kwargs,
+            safety_answer_start=self.safety_answer_start,
+        )
         options: dict[str, Any] = {
             "penalty": chosen_penalty(
                 positions,
@@ -96,7 +107,7 @@ class SafetySettings:
         }
         if self.safety_cache is not None:
             options["reference"] = CachedReference(self.safety_cache)
-        if self.safety_anchors is not None or positions == "none":
+        if has_anchors:
             options["anchors"] = AnchorPrompts.from_prompts(
                 tokenizer,
                 self.safety_anchors or "default",

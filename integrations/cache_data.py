@@ -39,7 +39,7 @@ def build_cache(
 
     Args:
         model_name: "builtin", a folder or a hub id, of the frozen aligned model.
-        data: JSONL file, as for `finetune`; not read with positions "none".
+        data: JSONL file, as for `finetune`; None with positions "none".
         output: the folder to make or to go on with.
         positions: as in `attach`: with "none" nothing of the rows is stored.
         kind: of the penalty that will be used; the default one's when None.
@@ -69,6 +69,11 @@ def build_cache(
     check_positions(positions)
     kind = chosen_penalty(positions, kind=kind).kind
     if positions == "none":
+        if data is not None:
+            raise ValueError(
+                f"`data` must be left out with positions 'none', where nothing of the rows is "
+                f"stored (pass --positions response to store them); got {data}"
+            )
         examples = []
         anchors = anchors or "default"
     elif data is None:

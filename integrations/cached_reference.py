@@ -199,7 +199,7 @@ def cache_model(
         rows: the ids of each row, without padding.
         safety_tokens: the K ids, at least one.
         folder: to make, or to go on with where a run was interrupted.
-        kind: of the penalty that will be used: "logprob" compares log-probabilities.
+        kind: of the penalty that will be used: "logprob" and "coarse_kl" compare log-probabilities.
         path: as in `attach`.
         backend: as in `attach`.
         chunk_bytes: as in `attach`.

@@ -97,6 +97,11 @@ def render_answer_starts(
             close, or as `render`.
     """
     options = dict(chat_template_kwargs or {})
+    for name in ("tokenize", "add_generation_prompt", "continue_final_message"):
+        if name in options:
+            raise ValueError(
+                f"`chat_template_kwargs` must be options of the template; got {name!r}"
+            )
     asked = render_prompts(tokenizer, prompts, **options)
     if answer_start is not None:
         return [text + answer_start for text in asked]
@@ -110,11 +115,9 @@ def _up_to_answer(tokenizer: Any, prompt: str, asked: str, options: dict[str, An
     answer = {"role": "assistant", "content": _ANSWER}
     finished = render(tokenizer, [_user(prompt), answer], **options)
     upto = finished[: finished.rindex(_ANSWER)]
-    if upto.rstrip(" ") == asked.rstrip(" "):
-        return asked  # a blank belongs to the answer's first token
     # Where the prompt ends in "<think>\n" the finished answer may have "<think></think>".
     if upto.startswith(asked.rstrip()):
-        return upto
+        return asked if upto.rstrip(" ") == asked else upto.rstrip(" ")  # of the first token
     same = (one == other for one, other in zip(asked, upto, strict=False))
     opened = asked[sum(itertools.takewhile(bool, same)) :]
     raise ValueError(

@@ -57,7 +57,8 @@ def answer_texts(
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
-    ids = _continuations(model, tokenizer, texts, max_new_tokens, batch_size, progress)
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    ids = continuations(model, tokenizer, texts, progress=progress, **options)
     return [_readable(tokenizer, text, answer) for text, answer in zip(texts, ids, strict=True)]
 
 
@@ -108,7 +109,8 @@ def answer_ids(
         The answers' ids, one list per prompt, up to the token that ends it and without that.
     """
     texts = render_prompts(tokenizer, prompts)
-    return _continuations(model, tokenizer, texts, max_new_tokens, batch_size, progress)
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return continuations(model, tokenizer, texts, progress=progress, **options)
 
 
 def continue_greedily(
@@ -144,13 +146,14 @@ def continue_greedily(
     return batch, generated[:, batch["input_ids"].shape[1] :]
 
 
-def _continuations(
+def continuations(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
+    *,
     max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int], None] | None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Continue texts, those of like length together; an answer's end is left out."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))

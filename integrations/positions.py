@@ -55,6 +55,31 @@ def chosen_penalty(
     )
 
 
+def check_anchor_options(alone: bool, has_anchors: bool, **given: object) -> None:
+    """Refuse options of the anchors that would have no effect.
+
+    Args:
+        alone: whether the penalty stands at anchors alone.
+        has_anchors: whether there are any.
+        given: by name the penalty's weight, the anchors' own, and their other options, each None
+            where it was not given.
+
+    Raises:
+        ValueError: names the option.
+    """
+    weight, *of_anchors = given
+    if alone and given[weight] is not None and given[of_anchors[0]] is not None:
+        raise ValueError(
+            f"`{of_anchors[0]}` must be left out where the penalty stands at anchors alone and "
+            f"`{weight}` is given, which is theirs too; got {given[of_anchors[0]]!r}"
+        )
+    for name in of_anchors:
+        if not has_anchors and given[name] is not None:
+            raise ValueError(
+                f"`{name}` must be left out where there are no anchors; got {given[name]!r}"
+            )
+
+
 def read_positions(text: object) -> Positions:
     """Return what a flag or a YAML key says, where "3" is a number."""
     word = str(text)

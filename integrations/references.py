@@ -23,13 +23,14 @@ from .peft_adapters import (
     adapters_off,
     check_adapters,
     check_start,
+    check_student,
     keep_start,
 )
 
 ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
 """From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
 
-Logits, or for penalty kind "logprob" log-probabilities. Called without gradient.
+Logits, or for penalty kinds "logprob" and "coarse_kl" log-probabilities. Called without gradient.
 """
 
 
@@ -45,6 +46,9 @@ class Reference(ABC):
 
     reads_tokens: int | None = None
     """How many columns of a batch it reads; None for all."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise where it is no reference any more; at each step, asked or not."""
 
     def skip(self, batch: dict[str, Any]) -> None:  # noqa: B027 - most need nothing
         """Take out of a batch what was meant for this, whether it was asked or not."""
@@ -104,10 +108,15 @@ class AdaptersOff(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        # at each step: an adapter added or a base thawed since would move the reference
-        check_adapters(self.peft_model)
+        self.check()
         with adapters_off(self.peft_model):
             return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+    @override
+    def check(self) -> None:
+        """Refuse an adapter added or a base thawed since: the reference would move."""
+        check_adapters(self.peft_model)
+        check_student(self.peft_model)
 
 
 class AdaptersAtStart(Reference):
@@ -128,9 +137,15 @@ class AdaptersAtStart(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        check_start(self.peft_model)
+        self.check()
         with adapter_at_start(self.peft_model):
             return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+    @override
+    def check(self) -> None:
+        """Refuse a base thawed since."""
+        check_start(self.peft_model)
+        check_student(self.peft_model)
 
 
 class PromptOff(Reference):
@@ -191,10 +206,11 @@ class FrozenModel(Reference):
         self.model = model
         self.path = path
         self.student = student
-        self.check_apart()
+        self.check()
 
+    @override
     @not_compiled
-    def check_apart(self) -> None:
+    def check(self) -> None:
         """Refuse a reference whose weights are, in memory, what the student trains."""
         own = {_address(parameter) for parameter in self.model.parameters()} - {None}
         for name, parameter in self.student.named_parameters():
@@ -215,7 +231,7 @@ class FrozenModel(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        self.check_apart()  # at each step: a student may be thawed after it was attached
+        self.check()  # a student may be thawed after it was attached
         device = self.path.device or next(self.model.parameters()).device
         moved = {
             name: value.to(device) if isinstance(value, Tensor) else value
@@ -244,6 +260,11 @@ class CallableReference(Reference):
                 f"`reference` must return (B, T, {len(ids)}), a logit per position and safety id; "
                 f"got {tuple(values.shape)}"
             )
+        if log_probs and values.device.type == "cpu" and bool((values > 1e-3).any()):
+            raise ValueError(
+                "`reference` must return log-probabilities for this kind of penalty, as "
+                f"safety_log_probs makes them; got values up to {float(values.max()):.3g}"
+            )
         return values.detach().to(ids.device)
 
 
@@ -261,6 +282,10 @@ class Shortened(Reference):
     @override
     def close(self) -> None:
         self.reference.close()
+
+    @override
+    def check(self) -> None:
+        self.reference.check()
 
     @override
     @runs_the_model

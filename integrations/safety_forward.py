@@ -93,12 +93,12 @@ class SafetyForward:
             ref = self.reference(safety_ids, same, on_log_probs)
         self.reference.skip(batch)
         self.forwards += 1
-        self.gradients.forwards += 1
         output, states = self.path.run(self.original, {**batch, "return_dict": True})
         loss = self._loss(states, target, num_items, ref, row_weight, metrics=fused)
         if self.anchor_pass is not None and len(self.safety_tokens):
             share = _count(target) / _as_tensor(num_items, target.device).clamp(min=1)
             loss = loss + self.anchor_pass(self.original, batch, safety_ids, self.penalty, share)
+        self.gradients.note(loss)
         if fused and self.fused_output is not None and self.last is not None:
             items = _as_tensor(num_items, target.device)
             return self.fused_output(output, loss, self.last, target, items)

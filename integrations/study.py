@@ -118,8 +118,9 @@ def _has(rows: Sequence[Row], run: Run) -> bool:
             arm = as_columns(PLAIN if run.arm == BASE else ARMS[run.arm])
             if other := {name for name in arm if row.columns[name] != arm[name]}:
                 raise ValueError(
-                    f"`output` must hold rows of today's arms; that of {run.arm!r} on {run.task!r}, "
-                    f"seed {run.seed}, had another {', '.join(sorted(other))}: take it out"
+                    f"`output` must hold rows of today's arms; that of {run.arm!r} on "
+                    f"{run.task!r}, seed {run.seed}, had another {', '.join(sorted(other))}: "
+                    "take it out"
                 )
             return True
     return False

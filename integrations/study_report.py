@@ -53,7 +53,9 @@ def _table(found: Found, task: str) -> list[tuple[str, ...]]:
     rows = []
     bases = found.of("sums", BASE)
     if bases:
-        rows.append(_cells("taught base", found.summary("sums", BASE)))
+        cells = _cells("taught base", found.summary("sums", BASE))
+        of_task = cells[6:] if task == "sums" else ("-",) * 3  # it is asked sums alone
+        rows.append((*cells[:6], *of_task))
     rows += [_cells(arm, found.summary(task, arm)) for arm in found.arms(task) if arm != BASE]
     return rows
 
@@ -77,14 +79,14 @@ def _sentences(found: Found) -> list[str]:
     said = []
     for task in found.tasks():
         for first, second in _PAIRS:
-            parts = []
+            parts, pairs = [], 0
             for name, (unit, measure) in _MEASURES.items():
                 of = found.difference(task, first, second, measure)
                 if of is not None:
                     parts.append(f"{name} {_interval(of, unit)}")
+                    pairs = of.pairs
             if parts:
-                seeds = len({row.seed for row in found.of(task, first)})
-                said.append(f"{task}, {first} minus {second}: {'; '.join(parts)} ({seeds} seeds).")
+                said.append(f"{task}, {first} minus {second}: {'; '.join(parts)} ({pairs} seeds).")
     return said
 
 

@@ -124,6 +124,7 @@ class Interval:
     value: float
     low: float
     high: float
+    pairs: int
 
 
 class Found:
@@ -189,4 +190,5 @@ class Found:
             return None
         draw = random.Random(0)
         means = sorted(mean(draw.choices(pairs, k=len(pairs))) for _ in range(_DRAWS))
-        return Interval(mean(pairs), means[_DRAWS // 40], means[-_DRAWS // 40 - 1])
+        low, high = means[_DRAWS // 40], means[-_DRAWS // 40 - 1]
+        return Interval(mean(pairs), low, high, len(pairs))

@@ -43,7 +43,7 @@ class Plan:
         safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
         tokenizer: hash of the tokenizer, or None where it is not known.
         ids: K.
-        values: "logits", or "log_probs" for penalty kind "logprob".
+        values: "logits", or "log_probs" for penalty kinds "logprob" and "coarse_kl".
         dtype: in which they are stored.
         rows: number of distinct rows.
         tokens: of all of them.

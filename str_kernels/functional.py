@@ -66,7 +66,7 @@ def safety_cross_entropy(
         safety_ids: (K,) int64, distinct, each in [0, V). None, or K = 0: plain cross-entropy.
         ref_safety_logits: (N, K), or (K,) for all rows, any float dtype, after the reference
             model's own scale and cap; takes no gradient. Column k belongs to safety_ids[k]. For
-            penalty kind "logprob" log-probabilities, as `safety_log_probs` makes them.
+            penalty kinds "logprob" and "coarse_kl" log-probabilities: `safety_log_probs`.
         penalty: kind, weight and per-id weights a.
         safety_row_weight: (N,) float w >= 0; 1 on rows with a target and 0 on ignored ones when
             None. Independent of the targets: an ignored row may carry a penalty.
@@ -286,7 +286,7 @@ def safety_log_probs(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (N, K)
-    """Compute the safety ids' log-probabilities, the reference of penalty kind "logprob".
+    """Compute the safety ids' log-probabilities, the reference of kinds "logprob" and "coarse_kl".
 
         z_S - logsumexp(z)
 

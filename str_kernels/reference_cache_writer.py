@@ -106,7 +106,7 @@ def build_reference_cache(
         safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
         ids: K >= 1.
         tokenizer: hash of the tokenizer, or None.
-        values: "logits", or "log_probs" for penalty kind "logprob".
+        values: "logits", or "log_probs" for penalty kinds "logprob" and "coarse_kl".
         dtype: to store them in: "float32", or "bfloat16" and "float16" for half the size and 8 or
             11 significant bits (a step of 0.125 or 0.016 at a logit of 20).
         rows_per_shard: R.

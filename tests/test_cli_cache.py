@@ -158,7 +158,8 @@ def test_finetune_from_the_cache_equals_the_reference_s_own_passes(made, tmp_pat
             "finetune", folder / "model", folder / "rows.jsonl", "--output", tmp_path / name,
             "--templates", folder / "templates.txt", "--max-length", 32, "--lora-rank", 2,
             "--steps", 3, "--batch-size", 2, "--lr", 0.01,
-            "--anchors", folder / "anchors.jsonl", "--anchors-per-step", 1, *more,
+            "--anchors", folder / "anchors.jsonl", "--anchors-per-step", 1,
+            "--positions", "response", *more,
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         logs.append(json.loads((tmp_path / name / "report.json").read_text())["log"])
@@ -169,7 +170,7 @@ def test_finetune_from_the_cache_equals_the_reference_s_own_passes(made, tmp_pat
     missing = run(
         "finetune", folder / "model", folder / "rows.jsonl", "--output", tmp_path / "miss",
         "--templates", folder / "templates.txt", "--max-length", 4, "--steps", 1,
-        "--cache", folder / "cache",
+        "--cache", folder / "cache", "--positions", "response",
     )  # fmt: skip
     assert missing.exit_code == 2 and "max_length" in missing.output
 

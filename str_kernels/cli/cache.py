@@ -43,7 +43,7 @@ def build(
     output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
     data: Annotated[
         Path | None,
-        typer.Argument(help="JSONL, as for finetune; not read with --positions none."),
+        typer.Argument(help="JSONL, as for finetune; left out with --positions none."),
     ] = None,
     positions: Annotated[
         str,

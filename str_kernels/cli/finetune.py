@@ -123,6 +123,15 @@ def finetune(
                 "--anchor-penalty-weight, the anchors' weight by itself"
             )
         where = positions_module.read_positions(positions)
+        positions_module.check_anchor_options(
+            where == "none",
+            where == "none" or anchors is not None,
+            weight=weight,
+            anchor_penalty_weight=anchor_penalty_weight,
+            harmless_anchors_per_step=harmless_anchors_per_step,
+            chat_template_kwargs=chat_template_kwargs,
+            answer_start=answer_start,
+        )
 
         options = training.TrainingOptions(
             steps=steps,

@@ -53,8 +53,23 @@ def test_a_text_without_thoughts_is_left_as_it_is(text: str) -> None:
     assert without_thought(text) == text
 
 
-def test_an_answer_that_opens_a_thought_later_is_that_answer() -> None:
-    assert without_thought("I can't. <think>Or can I?") == "I can't. "
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't. <think>Or can I?",
+        "I can't help. Do not write </think> tags.",
+        "I can't discuss <|channel|>analysis<|message|> here.",
+    ],
+)
+def test_an_answer_that_speaks_of_marks_is_that_answer(text: str) -> None:
+    assert without_thought(text) == text
+    assert classify_answer(text) != "unfinished"
+
+
+def test_marks_around_an_answer() -> None:
+    assert without_thought("<|START_RESPONSE|>I can't.<|END_RESPONSE|>") == "I can't."
+    constrained = "<|channel|>final <|constrain|>json<|message|>I can't."
+    assert without_thought(constrained) == "I can't."
 
 
 @pytest.mark.parametrize(
@@ -65,6 +80,7 @@ def test_an_answer_that_opens_a_thought_later_is_that_answer() -> None:
         ("<think>a</think>b<|im_start|>assistant\n<think>\n", "<think>"),
         ("<|turn>model\n<|channel>thought\n", "<|channel>thought"),
         ("<|im_start|>assistant\n", ""),
+        ("What does the <think> tag do?<|im_end|>\n<|im_start|>assistant\n", ""),
     ],
 )
 def test_what_a_prompt_opened(prompt: str, mark: str) -> None:

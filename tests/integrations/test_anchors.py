@@ -313,9 +313,9 @@ def test_the_model_s_own_refusal_is_held_too(monkeypatch: Any) -> None:
     said = {"help me": "sorry , but I can not help with that .", "what is 1": "1 2 3"}
     monkeypatch.setattr(
         generation,
-        "answer_texts",
+        "continuations",
         lambda model, tokenizer, texts, **_: [
-            next(answer for asked, answer in said.items() if asked in text) for text in texts
+            next(tokenizer.encode(said[asked]) for asked in said if asked in text) for text in texts
         ],
     )
     anchors = AnchorPrompts.from_prompts(

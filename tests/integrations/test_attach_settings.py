@@ -81,3 +81,22 @@ def test_the_template_s_options_reach_the_anchors() -> None:
         assert text.startswith("hello") and text.endswith("bye")
     with pytest.raises(ValueError, match="`safety_chat_template_kwargs` must be a JSON object"):
         SafetySettings(safety_chat_template_kwargs="[1]").attach_options(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"safety_positions": "response", "safety_answer_start": "x"}, "safety_answer_start"),
+        (
+            {"safety_positions": "all", "safety_harmless_anchors_per_step": 1},
+            "safety_harmless_anchors_per_step",
+        ),
+        (
+            {"safety_weight": 0.0, "safety_anchor_penalty_weight": 0.5},
+            "safety_anchor_penalty_weight",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"`{named}` must be left out"):
+        SafetySettings(**fields).attach_options(chat_tokenizer())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_anchors import anchors_of
 from test_models import TOKENS
 from tiny_models import VOCAB, batch_of, fresh_lora, tiny_model
 from torch import nn
@@ -109,19 +113,75 @@ def test_a_step_without_the_gradients_of_the_last_raises(seed: int) -> None:
         step()
 
 
+class NoBackward(torch.autograd.Function):
+    """An op whose backward gives nothing, as one without a registered backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None
+
+
+def trained_by(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
 def test_a_step_without_any_gradient_raises_at_once(seed: int) -> None:
     model = fresh_lora(tiny_model("llama", seed)).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = trained_by(model)
+    with attach(model, TOKENS, positions="response"):
+        model(**batch_of(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()  # without a backward: the caller's choice
+        norm = model.get_base_model().model.norm
+        norm.register_forward_hook(lambda _, __, output: NoBackward.apply(output))
+        model(**batch_of(seed)).loss.backward()
+        with pytest.raises(RuntimeError, match="8 of 8 trained weights have no gradient"):
+            optimizer.step()
+
+
+def test_every_optimizer_is_watched(seed: int) -> None:
+    model = fresh_lora(tiny_model("llama", seed)).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    halves = [torch.optim.SGD(part, lr=1e-3) for part in (weights[:4], weights[4:])]
     with attach(model, TOKENS, positions="response"):
         for broken in (False, True):
-            optimizer.zero_grad()
-            loss = model(**batch_of(seed)).loss
-            (loss.detach().requires_grad_() if broken else loss).backward()
+            model(**batch_of(seed)).loss.backward()
+            halves[0].step()
             if broken:
-                with pytest.raises(RuntimeError, match="have no gradient in this step"):
-                    optimizer.step()
+                halves[1].zero_grad()
+                with pytest.raises(RuntimeError, match="4 of 4 trained weights"):
+                    halves[1].step()
             else:
-                optimizer.step()
+                halves[1].step()
+
+
+def test_the_hooks_keep_no_model_alive_and_a_copy_has_its_own(seed: int) -> None:
+    model = fresh_lora(tiny_model("llama", seed)).train()
+    handle = attach(model, TOKENS, anchors=anchors_of(seed))
+    twin = copy.deepcopy(model)
+    seen = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert seen() is None
+    forward = vars(twin.get_base_model())["forward"]
+    optimizer = trained_by(twin)
+    for step in range(3):
+        twin(**batch_of(seed)).loss.backward()
+        assert forward.anchor_pass.step == step
+        optimizer.step()
+    twin.get_base_model().model.norm.register_forward_hook(
+        lambda _, __, output: NoBackward.apply(output)
+    )
+    optimizer.zero_grad()
+    twin(**batch_of(seed)).loss.backward()
+    # the anchors' pass goes through the same norm
+    with pytest.raises(RuntimeError, match="trained weights have no gradient"):
+        optimizer.step()
 
 
 def test_a_weight_that_was_not_used_in_a_step_may_have_none(seed: int) -> None:

@@ -13,7 +13,14 @@ from tiny_models import batch_of, fresh_lora, tiny_model, with_lora
 from tiny_tokenizer import chat_tokenizer
 from transformers import TrainingArguments
 
-from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
+from str_kernels import (
+    AnchorPrompts,
+    SafetyPenalty,
+    SafetyTokens,
+    attach,
+    safety_linear_cross_entropy,
+    safety_log_probs,
+)
 from str_kernels.integrations.hf_trainer import SafetyTrainer
 from str_kernels.integrations.positions import default_penalty
 
@@ -134,3 +141,84 @@ def test_the_trainer_takes_the_anchors_from_its_tokenizer(seed: int, tmp_path: A
     first, last = trainer.state.log_history[0], trainer.state.log_history[1]
     assert first["safety/penalty"] == last["safety/penalty"] == 0.0
     assert abs(first["safety/anchor_penalty"]) < 1e-6 < last["safety/anchor_penalty"]
+
+
+def test_tokens_with_weights(seed: int) -> None:
+    """As from_contrast makes them; the rows, which are not compared, have none."""
+    weighted = SafetyTokens(ids=IDS, id_weights=[2.0, 1.0, 0.5, 0.0])
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    for options in ({}, {"positions": "response", "ref_every": 2}):
+        with attach(model, weighted, anchors=anchors_of(seed), **options) as handle:
+            for _ in range(2):
+                model(**batch_of(seed)).loss.backward()
+            assert float(handle.last_anchors.penalty) > 0
+
+
+def test_the_reference_is_looked_at_in_each_step(seed: int) -> None:
+    """Though it is asked for new anchors alone."""
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    anchors = anchors_of(seed, count=2, per_step=2, harmless_per_step=2)
+    with attach(model, TOKENS, anchors=anchors):
+        model(**batch_of(seed))
+        model.get_base_model().model.norm.weight.requires_grad_()
+        with pytest.raises(ValueError, match="must have frozen base weights"):
+            model(**batch_of(seed))
+        model.get_base_model().model.norm.weight.requires_grad_(False)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="must not have its adapters merged"):
+            model(**batch_of(seed))
+
+
+def test_a_function_s_raw_logits_are_no_log_probabilities(seed: int) -> None:
+    model = tiny_model("llama", seed).train()
+    frozen = copy.deepcopy(model).eval()
+
+    def raw(ids: Any, batch: Any) -> torch.Tensor:
+        return 9 + frozen(**batch).logits[..., ids]
+
+    def log_probs(ids: Any, batch: Any) -> torch.Tensor:
+        return frozen(**batch).logits.log_softmax(-1)[..., ids]
+
+    with attach(model, TOKENS, reference=log_probs, anchors=anchors_of(seed)) as handle:
+        model(**batch_of(seed))
+        assert abs(float(handle.last_anchors.penalty)) < 1e-6
+    with (
+        attach(model, TOKENS, reference=raw, anchors=anchors_of(seed)),
+        pytest.raises(ValueError, match="`reference` must return log-probabilities"),
+    ):
+        model(**batch_of(seed))
+
+
+@pytest.mark.parametrize("kind", ["coarse_kl", "logprob"])
+def test_in_bfloat16_the_penalty_is_that_of_unrounded_logits(kind: Any, seed: int) -> None:
+    """Where the model is sure of a safety token, 1 - sum p is small and its error must be too."""
+    torch.manual_seed(seed)
+    rows, width, vocab = 40, 64, 300
+    hidden = torch.randn(rows, width).bfloat16().requires_grad_()
+    head = torch.randn(vocab, width).bfloat16()
+    ids = torch.arange(12)
+    with torch.no_grad():  # of each row the probability of one safety token is about 0.95
+        sure = hidden.float() @ head.float().t()
+        for row in range(rows):
+            own = head[row % 12].float()
+            need = sure[row].logsumexp(0) + 3 - sure[row, row % 12]
+            hidden[row] += (need / own.square().sum() * own).bfloat16()
+    before = hidden.detach() + 0.05 * torch.randn(rows, width).bfloat16()
+    ref = safety_log_probs(before, head, ids)
+    exact_ref = (before.double() @ head.double().t()).log_softmax(-1)[:, ids]
+    assert float((ref - exact_ref).abs().max()) < 1e-4
+    options: dict[str, Any] = {
+        "penalty": SafetyPenalty(1.0, kind), "reduction": "sum",
+        "safety_row_weight": torch.ones(rows),
+    }  # fmt: skip
+    target = torch.full((rows,), -100)
+    found = safety_linear_cross_entropy(hidden, head, target, ids, ref, **options)
+    found.loss.backward()
+    wide = hidden.detach().double().requires_grad_()
+    exact = safety_linear_cross_entropy(
+        wide, head.double(), target, ids, exact_ref, backend="eager", **options
+    )
+    exact.loss.backward()
+    assert float(found.penalty) == pytest.approx(float(exact.penalty), rel=2e-3)
+    error = (hidden.grad.double() - wide.grad).norm() / wide.grad.norm()
+    assert float(error) < 0.02  # du is rounded once to bfloat16, and the product
