@@ -22,7 +22,7 @@ class SafetySettings:
     """The fields that say which tokens are held, how, and at which anchors; see `attach`."""
 
     safety_weight: float | None = _option(
-        None, "Weight of the penalty; 0 is plain fine-tuning. Unset: 0.3 at anchors, 0.1 on rows."
+        None, "Weight of the penalty, 0.1 when unset; 0 is plain fine-tuning."
     )
     safety_kind: str | None = _option(
         None,

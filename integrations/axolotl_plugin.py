@@ -4,7 +4,7 @@ In the YAML:
 
     plugins:
       - str_kernels.integrations.axolotl_plugin.SafetyPlugin
-    safety_weight: 0.3
+    safety_weight: 0.1
 
 Every field of SafetySettings is one. The trainer is Axolotl's own with SafetyTrainerMixin in front,
 so that its schedules, packing and checkpoints stay.

@@ -35,7 +35,7 @@ def default_penalty(positions: Positions) -> SafetyPenalty:
 
     At anchors alone what the study found best (docs/method.md); on rows the paper's form.
     """
-    return SafetyPenalty(0.3, "coarse_kl") if positions == "none" else SafetyPenalty()
+    return SafetyPenalty(0.1, "coarse_kl") if positions == "none" else SafetyPenalty()
 
 
 def chosen_penalty(

@@ -55,7 +55,7 @@ def as_columns(arm: Arm) -> dict[str, str]:
 
 PLAIN = Arm(tokens="none")
 PAPER = Arm("mse", weight=0.1)
-DEFAULT = Arm(anchor_weight=0.3)
+DEFAULT = Arm(anchor_weight=0.1)
 RANDOM = dataclasses.replace(DEFAULT, tokens="random")
 MAIN = {"plain": PLAIN, "rows (paper)": PAPER, "anchors (default)": DEFAULT, "random": RANDOM}
 
@@ -75,18 +75,18 @@ def _sweep() -> dict[str, Arm]:
         "4 + 4 a step": dataclasses.replace(DEFAULT, per_step=(4, 4)),
         "4 positions": dataclasses.replace(DEFAULT, held=4),
         "rows and anchors": Arm("mse", weight=0.03, anchor_weight=0.1),
-        "all logits' KL": Arm(anchor_weight=0.3, tokens="none", ceiling="full_kl"),
+        "all logits' KL": Arm(anchor_weight=0.1, tokens="none", ceiling="full_kl"),
         "hidden state": Arm(anchor_weight=3.0, tokens="none", ceiling="hidden"),
         "constrained": Arm(tokens="none", ceiling="constrained"),
     }
-    for weight in (0.03, 0.1, 1.0, 3.0):
+    for weight in (0.03, 0.2, 0.3, 1.0, 3.0):
         arms[f"anchors, {weight:g}"] = dataclasses.replace(DEFAULT, anchor_weight=weight)
-    for weight in (0.1, 1.0):
+    for weight in (0.03, 0.3, 1.0):
         arms[f"random, {weight:g}"] = dataclasses.replace(RANDOM, anchor_weight=weight)
     for kind, weights in {
         "mse": (0.03, 0.1, 0.3, 1.0),
         "logprob": (0.03, 0.1),
-        "subset_kl": (0.3,),
+        "subset_kl": (0.1,),
         "centered": (0.1,),
     }.items():
         for weight in weights:

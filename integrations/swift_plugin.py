@@ -4,7 +4,7 @@ In a file of yours, which swift runs in each of its processes:
 
     from str_kernels.integrations.swift_plugin import register
 
-    register(safety_weight=0.3)
+    register(safety_weight=0.1)
 
 and `swift sft ... --external_plugins that_file.py`. Every field of SafetySettings is a keyword;
 swift's own command line takes no flag that swift does not know. The trainer is swift's own with

@@ -42,9 +42,7 @@ def finetune(
     lora_dropout: Annotated[float, typer.Option(help="Dropout inside the adapters.")] = 0.0,
     weight: Annotated[
         float | None,
-        typer.Option(
-            help="Of the penalty; 0 is plain fine-tuning. Unset: 0.3 at anchors, 0.1 on rows."
-        ),
+        typer.Option(help="Of the penalty, 0.1 if unset; 0 is plain fine-tuning."),
     ] = None,
     kind: Annotated[
         str | None,

@@ -61,7 +61,7 @@ def test_the_penalty_s_weight_is_the_anchors_where_they_have_none(seed: int) -> 
     model = with_lora(tiny_model("llama", seed), seed).train()
     batch = batch_of(seed)
     with attach(model, TOKENS, anchors=anchors_of(seed, penalty_weight=None)) as handle:
-        plain = model(**batch).loss.detach() - 0.3 * handle.last_anchors.penalty  # by default
+        plain = model(**batch).loss.detach() - 0.1 * handle.last_anchors.penalty  # by default
         handle.weight = 2.0
         loss = model(**batch).loss.detach()
         assert float(loss) == pytest.approx(

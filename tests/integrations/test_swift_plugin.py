@@ -157,7 +157,7 @@ def test_it_trains_and_logs(
     plugin: Any, accumulation: int, anchored: bool, seed: int, tmp_path: Path
 ) -> None:
     recipe = make_recipe(tmp_path, seed, accumulation, anchored)
-    weight = 0.1 if anchored else 0.3
+    weight = 0.1
     plugin.register(safety_weight=weight, safety_positions="response" if anchored else "none")
     trainer = trainer_of(recipe, tmp_path)
     anchors = recipe.options.get("anchors") or AnchorPrompts.default(recipe.tokenizer)
@@ -259,5 +259,5 @@ def test_the_command_itself(seed: int, tmp_path: Path) -> None:
     assert len(entries) == 3 and entries[0]["safety/penalty"] == 0.0
     for entry in entries:
         penalty = entry["safety/anchor_penalty"]
-        assert entry["loss"] == pytest.approx(entry["safety/ce"] + 0.3 * penalty, rel=1e-5)
+        assert entry["loss"] == pytest.approx(entry["safety/ce"] + 0.1 * penalty, rel=1e-5)
     assert penalty > 1e-5
