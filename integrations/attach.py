@@ -80,7 +80,8 @@ def attach(
             by DDP, FSDP or torch.compile.
         safety_tokens: the ids to hold; their vocabulary must be the model's.
         penalty: kind and weight. When None, "coarse_kl" at anchors alone, and on rows the
-            paper's form, "mse"; either with 0.1. Its id_weights, when None, are those of `safety_tokens`.
+            paper's form, "mse"; either with 0.1. Its id_weights, when None, are those of
+            `safety_tokens`.
         ref_model: the frozen aligned model, on any device. None takes `model` with its adapters
             off, which costs no memory and needs adapters on frozen base weights.
         reference: instead of a model, a function from the safety ids (K,) and the batch without

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
+from .hf_models import not_compiled
 from .optimizer_hooks import OptimizerHook
 
 
@@ -33,6 +34,7 @@ class GradientWatch(OptimizerHook):
         self._ran: set[str] = set()  # of those that had none: whose module ran since
         self._hooks: list[Any] = []
 
+    @not_compiled
     def note(self, loss: Tensor) -> None:
         """Count the backward of a training loss when it begins."""
         if loss.requires_grad:
@@ -48,8 +50,11 @@ class GradientWatch(OptimizerHook):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {"_hooks": [], "_seen": weakref.WeakKeyDictionary()}
-        return {**super().__getstate__(), **nothing}
+        return {**super().__getstate__(), "_hooks": [], "_seen": None}  # weak: it cannot be copied
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_seen": weakref.WeakKeyDictionary()})
 
     @override
     def _on_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

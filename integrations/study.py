@@ -239,7 +239,7 @@ class _Study:
         """Return the likeliest first tokens of answers to the anchors, without those excluded."""
         anchors = AnchorPrompts.default(self.tokenizer)
         total: Any = 0.0
-        with torch.inference_mode():
+        with torch.no_grad():
             for start in range(0, len(anchors), 22):
                 batch = anchors.batch(range(start, min(start + 22, len(anchors))))
                 inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -199,7 +199,7 @@ def sizes_of(case: Case, name: str) -> Sizes:
     pull = w * float(penalty.weight) * 2 * a * magnitude / ids
     if penalty.kind == "centered":  # another subtraction, of the mean
         pull = 2 * pull
-    elif penalty.kind == "coarse_kl":
+    elif penalty.kind == "coarse_kl" and case.ids is not None and case.ref is not None:
         # each p and q with the relative error of an exponential's argument, in p - q, and all of
         # them in 1 - sum p, by which the rest's share is divided
         coarse = coarse_of(case)
@@ -340,7 +340,7 @@ def spared_by_penalty(case: Case, exact: Rows) -> Tensor:  # (N,), in roundings
     of_square = 2 * exact.drift * exact.size  # of (z_S - r)^2; the others' slopes are no larger
     if penalty.kind == "centered":  # the mean d, which is subtracted, is rounded as d is
         return 2 * of_square
-    if penalty.kind == "coarse_kl":
+    if penalty.kind == "coarse_kl" and case.ids is not None and case.ref is not None:
         # the slopes at each log p and log q, and a few roundings of each term of the sum
         p, q, rest, ref_rest, a = coarse_of(case)
         d = torch.where(q > 0, (q / p).log(), 0)

@@ -57,7 +57,7 @@ def test_rows_of_the_batch_equal_a_pass_of_their_own(
         apart.backward()
     wanted = gradients(model)
     model.zero_grad()
-    batch = AnchorCollator(padding(side), anchors, label_weight)(rows_of(seed))
+    batch = AnchorCollator(padding(side), anchors, label_weight=label_weight)(rows_of(seed))
     assert batch["input_ids"].shape[0] == 3 + 3
     assert bool((batch["labels"][3:] == -100).all())
     if side == "left":  # as generate() does; the model itself counts padding as positions
