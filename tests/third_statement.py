@@ -36,7 +36,8 @@ def row_terms(case: Case) -> Rows:
     """
     options = case.options
     wide = torch.promote_types(case.dtype, torch.float32)
-    if case.linear and options["penalty"].kind in ON_LOG_PROBS and case.ids is not None:
+    held = case.ids is not None and case.ids.numel() and case.ref is not None
+    if case.linear and held and options["penalty"].kind in ON_LOG_PROBS:
         case_logits = case.in_dtype(wide).raw_logits()  # unrounded, in 16 bits too
     else:
         case_logits = case.raw_logits().to(wide)
