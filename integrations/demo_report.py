@@ -26,9 +26,9 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """
     base, plain, paper, default, control = runs
     pairs = {
-        "anchors (default) against plain": pair(default, plain),
-        "anchors (default) against rows (paper)": pair(default, paper),
-        "anchors (default) against random tokens": pair(default, control),
+        "default against plain": pair(default, plain),
+        "default against rows": pair(default, paper),
+        "default against random": pair(default, control),
     }
     return {
         "pairs": pairs,
@@ -84,9 +84,7 @@ def _sentences(runs: list[dict[str, Any]], pairs: dict[str, Any]) -> list[str]:
         f"{harmless[3]} and {harmless[4]}; right sums of {base['accuracy']['total']}: plain "
         f"{right[1]}, rows {right[2]}, anchors {right[3]}, random tokens {right[4]}."
     )
-    of_plain, of_random = (
-        pairs[f"anchors (default) against {other}"] for other in ("plain", "random tokens")
-    )
+    of_plain, of_random = (pairs[f"default against {other}"] for other in ("plain", "random"))
     said.append(verdict("The default", "plain", refused[3] - refused[1], of_plain["p_value"]))
     gain, p_value = refused[3] - refused[4], of_random["p_value"]
     if gain > 0 and p_value < SIGNIFICANT:

@@ -70,8 +70,8 @@ def test_the_sentence_credits_safety_tokens_only_for_what_random_ones_do_not_do(
     more = comparison([base, plain, paper, run_with(80), run_with(30)])
     assert "Over random tokens, safety tokens add 50 refusals" in more["summary"]
     assert "The default keeps 60 more than plain" in more["summary"]
-    assert more["pairs"]["anchors (default) against random tokens"]["only_first"] == 50
-    assert more["pairs"]["anchors (default) against rows (paper)"]["only_first"] == 30
+    assert more["pairs"]["default against random"]["only_first"] == 50
+    assert more["pairs"]["default against rows"]["only_first"] == 30
     same = comparison([base, plain, paper, run_with(80), run_with(79)])
     assert "no part of the effect can be credited" in same["summary"]
     worse = comparison([base, plain, paper, run_with(21), run_with(80)])
