@@ -101,12 +101,13 @@ def run_study(
             raise ValueError(f"`portions` must be of {', '.join(PORTIONS)}; got {name!r}")
     wanted = dict.fromkeys(run for name in portions for run in PORTIONS[name](plan.seeds))
     output.mkdir(parents=True, exist_ok=True)
-    todo = [run for run in wanted if not _has(read_rows(output / FILE, plan.key()), run)]
+    there = read_rows(output / FILE, plan.key())
+    todo = [run for run in wanted if not _has(there, run)][:limit]
     study = _Study(output, plan, watch or (lambda stage, done, total: None))
-    for number, run in enumerate(todo[:limit]):
+    for number, run in enumerate(todo):
         with _claim(output, run) as mine:
             if mine and not _has(read_rows(output / FILE, plan.key()), run):
-                study.watch("runs", number, len(todo[:limit]))
+                study.watch("runs", number, len(todo))
                 add_row(output / FILE, plan.key(), run, study.run(run))
     return Found(read_rows(output / FILE, plan.key()))
 
@@ -212,7 +213,7 @@ class _Study:
             self.tokenizer,
             model=model if arm.held > 1 else None,
             positions=arm.held,
-            per_step=min(arm.per_step[0], 66),
+            per_step=arm.per_step[0],
             harmless_per_step=arm.per_step[1],
             penalty_weight=arm.anchor_weight,
             seed=seed,
