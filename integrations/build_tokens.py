@@ -14,7 +14,7 @@ from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
 from .builtin_model import builtin_model_folder
 from .chat_data import encode_examples, read_examples
-from .finetune import BUILTIN, load_model
+from .loading import BUILTIN, load_model
 from .token_builders import Watch, from_contrast, from_refusals
 
 ANCHORS = "anchors"

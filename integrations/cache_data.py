@@ -13,8 +13,8 @@ from .anchors import read_prompts
 from .cached_reference import cache_model
 from .chat_data import encode_examples, read_examples
 from .chat_rendering import render_answer_starts
-from .finetune import load_model
 from .fingerprint import model_fingerprint
+from .loading import load_model
 from .positions import Positions, check_positions, chosen_penalty
 
 

@@ -15,7 +15,7 @@ from ..safety_tokens import SafetyTokens
 from ..tokenizer import tokenizer_hash
 from .builtin_model import builtin_model_folder
 from .eval_stages import files_hash, json_hash
-from .finetune import BUILTIN, load_model
+from .loading import BUILTIN, load_model
 from .peft_adapters import is_peft_model
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")

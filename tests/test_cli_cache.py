@@ -18,7 +18,7 @@ from str_kernels import SafetyTokens, attach
 from str_kernels.cli import app
 from str_kernels.integrations.chat_data import encode_examples, read_examples
 from str_kernels.integrations.chat_rendering import render_answer_starts
-from str_kernels.integrations.finetune import load_model
+from str_kernels.integrations.loading import load_model
 from str_kernels.reference_cache import CachedReference
 
 QUESTIONS = ["what is 1 + 2", "what is 4 - 3", "hello", "what is 5 + 4"]
