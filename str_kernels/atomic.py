@@ -1,4 +1,15 @@
-"""Files that are whole or absent: written under a temporary name, flushed, then renamed."""
+"""Files that are whole or absent: written under a temporary name, flushed, then renamed.
+
+A command that makes a folder looks at the place before it works, and says what the folder is when
+it writes it:
+
+    check_output(output, overwrite, marker="run", inputs=[data])
+    ...
+    with replacing_folder(output, marker="run") as folder:
+        ...
+
+The marker is a file in the folder. Only a folder that has it, of the same kind, is ever replaced.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +18,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+MARKER = ".str-kernels.json"
 
 
 @contextlib.contextmanager
@@ -37,8 +51,74 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(
+    path: Path, overwrite: bool = False, *, marker: str, inputs: Iterable[Path] = ()
+) -> None:
+    """Refuse a folder that could not be made, or must not be replaced, before any work is done.
+
+    Args:
+        path: the folder to make.
+        overwrite: a folder that is there may be replaced, if it is empty or has this marker.
+        marker: the kind of folder, as in `replacing_folder`.
+        inputs: what the command reads, which must not go with the folder.
+
+    Raises:
+        ValueError: the message names `output` and says why. Nothing has been written.
+    """
+    rule = f"`output` must be a folder that can be made; got {path}"
+    try:
+        place = path.resolve()
+        for name, kept in (("the working directory", Path.cwd()), ("the home folder", Path.home())):
+            if kept.resolve().is_relative_to(place):
+                raise ValueError(f"`output` must not be {name} or a folder above it; got {path}")
+        if place.exists():
+            _check_replaced(place, path, overwrite, marker)
+        for given in inputs:
+            if given.resolve() != place and given.resolve().is_relative_to(place):
+                raise ValueError(
+                    f"`output` must not hold what is read; got {path}, in which {given} lies"
+                )
+        there = next(folder for folder in place.parents if folder.exists())
+        if not there.is_dir():
+            raise ValueError(f"{rule}: {there} is a file")
+        for part in place.relative_to(there).parts:
+            Path(tempfile.mkdtemp(dir=there, prefix=_prefix(part))).rmdir()
+    except (OSError, RuntimeError) as error:  # a loop of links is either, from Python to Python
+        raise ValueError(f"{rule}: {error}") from error
+
+
+def _check_replaced(place: Path, path: Path, overwrite: bool, marker: str) -> None:
+    """Refuse to replace what is not empty and not a folder of this kind."""
+    if not place.is_dir():
+        raise ValueError(f"`output` must be a folder to make; got the file {path}")
+    if not overwrite:
+        raise ValueError(f"`output` must not exist unless overwrite is set; got {path}")
+    if place.is_mount():
+        raise ValueError(f"`output` must not be a mount point; got {path}. Name a folder in it")
+    found = _read_marker(place)
+    if found != marker and any(place.iterdir()):
+        what = "no such file" if found is None else f"one of kind {found!r}"
+        raise ValueError(
+            f"`output` must be empty or made by this command to be replaced, which the file "
+            f"{MARKER} of kind {marker!r} in it would say; got {path} with {what}"
+        )
+
+
+def _read_marker(folder: Path) -> str | None:
+    """Return the kind of a folder that this program made, None of any other."""
+    try:
+        kind = json.loads((folder / MARKER).read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(kind)
+
+
+def _prefix(name: str) -> str:
+    return f".{name}-"
+
+
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     """Give a temporary folder beside `path`; rename it to `path` if the block ends well.
 
     A folder that was there is removed only after the new one is complete. (Folders cannot be
@@ -46,22 +126,38 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     under a name beside it that starts with a dot.)
 
     Args:
-        path: the folder to make or replace; its parents are made.
+        path: the folder to make or replace; its parents are made. A link is followed.
+        marker: the kind of folder, written into it beside the version, for `check_output`.
 
     Yields:
         An empty folder to write to.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=_prefix(path.name)))
     try:
         new, old = temporary / "new", temporary / "old"
         new.mkdir()
         yield new
+        if marker is not None:
+            write_json(new / MARKER, {"kind": marker, "version": _version()})
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _version() -> str | None:
+    try:
+        return version("str-kernels")
+    except PackageNotFoundError:  # run from a copy of the source
+        return None
 
 
 def write_text(path: Path, text: str) -> None:
