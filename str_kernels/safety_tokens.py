@@ -19,6 +19,7 @@ from .atomic import write_json
 from .checks import check_id_values
 from .contracts import SafetyPenalty
 from .frequency_match import count_ids, draw_matched
+from .text_files import is_text, read_text_file
 from .token_fields import as_ids, as_scores, as_weights
 from .tokenizer import Tokenizer, tokenizer_hash
 
@@ -173,7 +174,8 @@ class SafetyTokens:
             The SafetyTokens, with pieces, scores, source and the tokenizer's fingerprint.
 
         Raises:
-            ValueError: there is no template, or none leaves a token.
+            OSError: the file cannot be read.
+            ValueError: there is no template, it is not text, or none leaves a token.
 
         References:
             Bach and Tran 2026, arXiv:2604.17210, takes the tokens of the aligned model's own
@@ -183,12 +185,15 @@ class SafetyTokens:
             built_in = resources.files(__package__).joinpath("data", _TEMPLATES_FILE)
             sentences, source = _lines(built_in.read_text("utf-8")), "built-in refusal templates"
         elif isinstance(templates, (str, Path)):
-            sentences = _lines(Path(templates).read_text(encoding="utf-8"))
+            sentences = _lines(read_text_file("`templates`", templates))
             source = f"templates of {Path(templates).name}"
         else:
             sentences, source = list(templates), "templates given as a list"
         if not sentences:
             raise ValueError(f"`templates` must hold at least one sentence; got none ({source})")
+        broken = next((one for one in sentences if not is_text(one)), None)
+        if broken is not None:
+            raise ValueError(f"`templates` must be text; got {broken!r} ({source})")
         if tokens_per_template is not None and tokens_per_template < 1:
             raise ValueError(f"`tokens_per_template` must be >= 1; got {tokens_per_template}")
         special = set(tokenizer.all_special_ids)
@@ -284,21 +289,22 @@ class SafetyTokens:
             The SafetyTokens.
 
         Raises:
-            ValueError: the file is not one of ours, is damaged, or belongs to another tokenizer;
-                the message names the file and says what differs.
+            OSError: the file cannot be read.
+            ValueError: it is not one of ours, is damaged, or belongs to another tokenizer; the
+                message names the file and says what differs.
         """
-        path = Path(path)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(read_text_file("it", path))
             version = fields.pop("schema_version")
             if version != SCHEMA_VERSION:
                 raise ValueError(
                     f"schema_version is {version}, this release reads {SCHEMA_VERSION}"
                 )
             tokens = cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"`path` must be a safety tokens file; got {path}: {type(error).__name__}: {error}"
+                f"a safety tokens file must be one that `save` wrote; got {path}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if tokenizer is not None:
             tokens.verify(tokenizer)

@@ -269,7 +269,9 @@ def test_a_bad_file_is_named(kind: str, saved) -> None:
     saved.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
         SafetyTokens.load(saved)
-    assert str(caught.value).startswith(f"`path` must be a safety tokens file; got {saved}: ")
+    assert str(caught.value).startswith(
+        f"a safety tokens file must be one that `save` wrote; got {saved}: "
+    )
     if kind == "a later version":
         assert "schema_version is 2, this release reads 1" in str(caught.value)
 

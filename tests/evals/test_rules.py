@@ -88,7 +88,8 @@ def test_csv_has_prompt_or_goal_or_a_column_named(tmp_path: Path) -> None:
     path.write_text("goal,prompt\ng,p\n")
     assert load_prompts(path)[0].prompt == "p"
     assert load_prompts(path, column="goal")[0].prompt == "g"
-    with pytest.raises(ValueError, match=r"set.csv, line 2: `column` must be one of goal, prompt"):
+    message = "set.csv, line 2: `column` must be one of 'goal', 'prompt'; got 'query'"
+    with pytest.raises(ValueError, match=message):
         load_prompts(path, column="query")
     path.write_text("goal\nfine\n\n  \n")
     with pytest.raises(ValueError, match=r'set.csv, line 4: "goal" must be a string with text'):
@@ -107,3 +108,40 @@ def test_jsonl_takes_a_column_too(tmp_path: Path) -> None:
     assert load_prompts(path)[0].prompt == "g"
     assert load_prompts(path, column="query")[0].prompt == "q"
     assert load_prompts("anchors", column="query") == load_prompts("anchors")
+
+
+@pytest.mark.parametrize("head", ["Goal,Category", "PROMPT,kind of", "id,Prompt"])
+def test_case_makes_no_difference_to_a_column(head: str, tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text(f"{head}\nask,ask\n")
+    assert load_prompts(path)[0].prompt == "ask"
+    assert load_prompts(path, column=head.split(",")[1].upper())[0].prompt == "ask"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "there"),
+    [
+        ("set.csv", "Behavior,BehaviorID\nDo it,x\n", "'Behavior', 'BehaviorID'"),
+        ("set.csv", "prompt;topic\nDo it;x\n", "'prompt;topic'"),
+        ("set.jsonl", '{"Behavior": "Do it", "id": 1}\n', "'Behavior', 'id'"),
+        ("set.jsonl", "{}\n", "nothing"),
+    ],
+)
+def test_a_file_without_the_column_says_which_it_has(
+    name: str, content: str, there: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}, line \d: .*`column`.* has {there}$"):
+        load_prompts(path)
+
+
+def test_a_kind_leaves_the_rows_of_the_other_out(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    rows = [("a", "harmful"), ("b", "harmless"), ("c", ""), ("d", "harmless")]
+    path.write_text("".join(f'{{"prompt": "{p}", "kind": "{kind}"}}\n' for p, kind in rows))
+    for kind, wanted in ((None, "abcd"), ("harmful", "ac"), ("harmless", "bcd")):
+        assert "".join(row.prompt for row in load_prompts(path, kind=kind)) == wanted
+    path.write_text('{"prompt": "a", "kind": "harmful"}\n')
+    with pytest.raises(ValueError, match="must hold harmless prompts; got none in"):
+        load_prompts(path, kind="harmless")
