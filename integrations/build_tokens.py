@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..evals.refusals import load_prompts
+from ..evals.prompt_sets import read_prompt_rows
 from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
 from .builtin_model import builtin_model_folder
@@ -81,7 +81,9 @@ def build_tokens(
         tokens = _random(load_tokenizer(model_name, progress=say), **given)
     else:
         prompts = {  # before anything slow
-            kind: prompts_of(given.pop(kind, ANCHORS), kind)
+            kind: [
+                row.prompt for row in read_prompt_rows(kind, given.pop(kind, ANCHORS), kind=kind)
+            ]
             for kind in ("harmful", "harmless")
             if kind in known
         }
@@ -98,26 +100,6 @@ def build_tokens(
     output.parent.mkdir(parents=True, exist_ok=True)
     tokens.save(output)
     return tokens
-
-
-def prompts_of(name_or_path: str, kind: str) -> list[str]:
-    """Return the prompts of a set or file, without the rows that are said to be of another kind.
-
-    Args:
-        name_or_path: as for `load_prompts`.
-        kind: "harmful" or "harmless".
-
-    Returns:
-        The prompts, at least one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    rows = load_prompts(name_or_path)
-    prompts = [row.prompt for row in rows if row.kind in ("", kind)]
-    if not prompts:
-        raise ValueError(f"`{kind}` must hold {kind} prompts; got none in {name_or_path}")
-    return prompts
 
 
 def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..evals.prompt_sets import load_prompts
+from ..evals.prompt_sets import read_prompt_rows
 from ..safety_tokens import SafetyTokens
 from ..tokenizer import tokenizer_hash
 from .builtin_model import builtin_model_folder
@@ -29,9 +29,11 @@ class PromptList:
     prompts: list[str]
 
     @classmethod
-    def load(cls, name_or_path: str, limit: int | None, column: str | None) -> PromptList:
-        """Read a set by name or a file, the first `limit` prompts of it."""
-        rows = load_prompts(name_or_path, column=column)[:limit]
+    def load(
+        cls, kind: str, name_or_path: str, limit: int | None, column: str | None
+    ) -> PromptList:
+        """Read a set by name or a file, the first `limit` prompts of a kind in it."""
+        rows = read_prompt_rows(kind, name_or_path, column=column, kind=kind)[:limit]
         return cls(Path(name_or_path).name, [row.prompt for row in rows])
 
     def describe(self) -> dict[str, Any]:

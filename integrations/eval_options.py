@@ -19,8 +19,9 @@ class EvalOptions:
     Args:
         model: "builtin", a folder or a hub id.
         adapter: a folder with adapter_config.json and adapter_model.safetensors.
-        harmful: a set by name, or a JSON Lines or CSV file, see load_prompts.
-        harmless: likewise.
+        harmful: a set by name, or a JSON Lines or CSV file, see load_prompts; without the rows
+            whose "kind" is "harmless".
+        harmless: likewise, without those whose "kind" is "harmful".
         task: JSON Lines of rows as for fine-tuning, asked and compared with their answers.
         text: a file of plain text, for the perplexity.
         safety_tokens: a file of SafetyTokens.save; the built-in templates' tokens when None.

@@ -15,6 +15,7 @@ from ..atomic import replacing_folder, write_json
 from ..evals.judge import UNJUDGED, Judge, judged_counts
 from ..evals.refusals import RefusalCounts, counts_of
 from ..safety_tokens import SafetyTokens
+from ..text_files import read_text_file
 from .chat_data import read_examples
 from .eval_asking import AskedModel, Watcher
 from .eval_figures import draw_drift
@@ -60,11 +61,11 @@ def run_eval(
     if output.exists() and not overwrite:
         raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
     asked = {
-        kind: PromptList.load(getattr(options, kind), options.limit, options.column)
+        kind: PromptList.load(kind, getattr(options, kind), options.limit, options.column)
         for kind in KINDS
     }
     task = read_examples(options.task)[: options.limit] if options.task else []
-    text = _read_text(options.text) if options.text else None
+    text = read_text_file("`text`", options.text) if options.text else None
     found = NamedModel.load(
         options.model, options.adapter, options.dtype, lambda line: watch(line, 0, 1)
     )
@@ -201,10 +202,3 @@ def _described(counts: RefusalCounts) -> dict[str, Any]:
         "total": counts.total,
         "interval": list(counts.interval),
     }
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"`text` must be a UTF-8 file; got {path}: {error}") from error

@@ -263,6 +263,18 @@ class _Endpoint(BaseHTTPRequestHandler):
         pass
 
 
+def test_one_file_may_hold_both_kinds(folder: Path) -> None:
+    rows = [("hello", "harmful"), ("thanks", "harmless"), ("good day", ""), ("help", "harmless")]
+    lines = [json.dumps({"prompt": prompt, "kind": kind}) for prompt, kind in rows]
+    both = folder / "both.jsonl"
+    both.write_text("\n".join(lines))
+    plain: dict[str, Any] = {"task": None, "text": None, "adapter": None, "limit": 2}
+    given = options(folder, harmful=str(both), harmless=str(both), **plain)
+    report = eval_run.run_eval(folder / "out", given)
+    asked = {kind: [row["prompt"] for row in rows] for kind, rows in report["answers"].items()}
+    assert asked == {"harmful": ["hello", "good day"], "harmless": ["thanks", "good day"]}
+
+
 def test_a_judge_that_fails_loses_nothing(folder: Path) -> None:
     server = HTTPServer(("127.0.0.1", 0), _Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
