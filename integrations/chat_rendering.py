@@ -8,6 +8,7 @@ renders, never from its name.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,24 +45,25 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
         else message
         for message in plain
     ]
-    failed: TemplateError | None = None
-    for form in (plain, in_parts):
+    reasons: list[ValueError] = []
+    for form in (plain, in_parts, _with_arguments_as_text(plain)):
+        if form is None:
+            continue
         try:
             text: str = tokenizer.apply_chat_template(form, tokenize=False, **options)
-        except TemplateError as error:  # the template's own reason against the plain form
-            failed = failed or error
-            continue
-        lost = next((m for m in plain if not _is_in(m, text)), None)
-        if lost is None:
-            return text
-    if failed is not None:
-        raise ValueError(
-            f"`tokenizer` must render the conversation; its chat template raises: {failed}"
-        ) from failed
-    raise ValueError(
-        "`tokenizer` must render what each message says; its chat template leaves out that of "
-        f"the {lost and lost['role']}, as a string and as a list of parts"
-    )
+        except (TemplateError, TypeError, LookupError) as error:
+            reason = f"must render the conversation; its chat template raises: {error}"
+        else:
+            lost = next((m for m in plain if not _is_in(m, text)), None)
+            if lost is None:
+                return text
+            what = "tool_calls" if lost.get("tool_calls") else "content"
+            reason = (
+                "must render what each message says; its chat template leaves out the "
+                f"{what} of the {lost['role']}"
+            )
+        reasons.append(ValueError(f"`tokenizer` {reason}"))
+    raise reasons[0]  # against the conversation as it was given
 
 
 def render_prompts(tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
@@ -130,8 +132,27 @@ def _user(prompt: str) -> dict[str, str]:
     return {"role": "user", "content": prompt}
 
 
+def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return the messages with each call's arguments as JSON, which some templates want."""
+    if not any(message.get("tool_calls") for message in messages):
+        return None
+    made = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(arguments)}}
+            if isinstance(arguments := call.get("function", {}).get("arguments"), dict)
+            else call
+            for call in message.get("tool_calls") or ()
+        ]
+        made.append({**message, "tool_calls": calls} if calls else message)
+    return made
+
+
 def _is_in(message: Mapping[str, Any], text: str) -> bool:
     """Tell whether a text has what a message says; templates may trim it, and cut thoughts off."""
+    for call in message.get("tool_calls") or ():
+        if str(call.get("function", call).get("name")) not in text:
+            return False
     content = message.get("content")
     if not isinstance(content, str) or message.get("role") not in ("system", "user", "assistant"):
         return True

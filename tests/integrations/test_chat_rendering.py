@@ -88,7 +88,7 @@ def test_a_template_of_parts_gets_parts(name: str) -> None:
 
 def test_a_template_that_leaves_something_out_is_refused() -> None:
     silent = with_template("{% for m in messages %}<{{ m.role }}>{% endfor %}")
-    with pytest.raises(ValueError, match="its chat template leaves out that of the user"):
+    with pytest.raises(ValueError, match="its chat template leaves out the content of the user"):
         render_answer_starts(silent, [QUESTION])
     with pytest.raises(ValueError, match="its chat template raises: no users"):
         render_prompts(with_template("{{ raise_exception('no users') }}"), [QUESTION])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _WORDS = (
@@ -33,6 +34,24 @@ def chat_tokenizer() -> Any:
         chat_template=_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def byte_tokenizer(template: str) -> Any:
+    """Make a tokenizer of bytes and of the special tokens that a chat template writes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_ = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_,
+        bos_token="<|bos|>",
+        eos_token="<|eos|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=template,
+    )
+    special = re.findall(r"<[|\uff5c][\w\u2581]+[|\uff5c]>|<(?:start|end)_of_\w+>", template)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(special))})
+    return tokenizer
 
 
 def save_tiny_model(folder: Path, seed: int) -> Path:

@@ -1,0 +1,124 @@
+"""Rows of training data from where they are: files, saved data sets, the hub; each knows its place.
+
+JSON Lines and CSV are read line by line and not by `datasets`, whose tables give every row the keys
+of all (a call's arguments would get those of the other calls, as nulls), guess at types, and forget
+the lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TRAIN = "train"
+
+Placed = tuple[str, Any]
+"""Where a row is ("rows.jsonl, line 3"), and the row."""
+
+
+def read_rows(source: Path | str, split: str | None = None) -> Iterator[Placed]:
+    """Read rows of any form, unchecked.
+
+    Args:
+        source: a .jsonl, .json, .csv or .parquet file, the folder of `Dataset.save_to_disk`, or the
+            id of a data set on the hub, which `datasets` then downloads.
+        split: of a data set that has several; "train" when None.
+
+    Yields:
+        Where a row is, and the row.
+
+    Raises:
+        ValueError: the source cannot be read; the message names the line where there is one.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    on_hub = not (path.exists() or suffix) and _HUB_ID.fullmatch(str(source))
+    if path.is_dir() or suffix in (".parquet", ".arrow") or on_hub:
+        yield from _table(path, str(source), split)
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            "`data` must be a readable file, a saved data set or the id of one on the hub; "
+            f"got {source}: {error.strerror or error}"
+        ) from error
+    content = content.removeprefix(b"\xef\xbb\xbf")  # which a Windows editor writes in front
+    if suffix == ".csv":
+        yield from _csv(path, content)
+    elif content.lstrip()[:1] == b"[" and suffix == ".json":
+        for number, row in enumerate(_json(content, path.name), start=1):
+            yield f"{path.name}, row {number}", row
+    else:
+        for number, line in enumerate(content.splitlines(), start=1):
+            if line.strip():
+                where = f"{path.name}, line {number}"
+                yield where, _json(line, where)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a row without the keys that a table gave it for the sake of other rows."""
+    if isinstance(value, dict):
+        return {key: without_nulls(kept) for key, kept in value.items() if kept is not None}
+    if isinstance(value, list):
+        return [without_nulls(kept) for kept in value]
+    return value
+
+
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"))
+    except ValueError as error:  # a UnicodeDecodeError and a JSONDecodeError are one too
+        raise ValueError(f"`data` must hold training rows; {where}: {error}") from error
+
+
+def _csv(path: Path, content: bytes) -> Iterator[Placed]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`data` must hold training rows; {path.name}: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            # None: the key of what stands beyond the last column, the value of what is missing
+            found = {key: value for key, value in row.items() if key and value is not None}
+            yield f"{path.name}, line {reader.line_num}", found
+    except csv.Error as error:
+        raise ValueError(
+            f"`data` must hold training rows; {path.name}, line {reader.line_num + 1}: {error}"
+        ) from error
+
+
+def _table(path: Path, source: str, split: str | None) -> Iterator[Placed]:
+    import datasets
+
+    try:
+        if path.is_dir():
+            table = datasets.load_from_disk(source)
+        elif path.suffix:
+            kind = path.suffix.lower().removeprefix(".")
+            table = datasets.load_dataset(kind, data_files=source, split=_TRAIN)
+        else:
+            table = datasets.load_dataset(source)
+    except Exception as error:  # datasets raises what its readers and the network raise
+        raise ValueError(
+            "`data` must be a readable file, a saved data set or the id of one on the hub; "
+            f"got {source}: {_first_line(error)}"
+        ) from error
+    if isinstance(table, dict):
+        wanted = split or _TRAIN
+        if wanted not in table:
+            raise ValueError(f"`data_split` must be one of {', '.join(table)}; got {wanted!r}")
+        table = table[wanted]
+    for number, row in enumerate(table, start=1):
+        yield f"{path.name}, row {number}", without_nulls(row)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
