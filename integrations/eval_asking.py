@@ -10,13 +10,14 @@ from typing import Any
 from ..evals.drift import DriftStatistics
 from ..evals.judge import Judge, as_verdict
 from ..evals.refusals import wilson_interval
-from ..evals.rules import refusal_rule
+from ..evals.rules import Outcome, refusal_rule
 from ..safety_tokens import SafetyTokens
 from .chat_data import Example, encode_examples
+from .chat_rendering import render_prompts
 from .eval_inputs import NamedModel, PromptList
 from .eval_options import KEPT_TOKENS, KINDS, EvalOptions
 from .eval_stages import EvalStages
-from .generation import answer_prompts, answer_texts, first_tokens
+from .generation import Answer, answer_texts, answers_to, first_tokens
 from .measures import (
     EXACT_MATCH_RULE,
     combine_drift,
@@ -49,19 +50,19 @@ class AskedModel:
         rules = {name: refusal_rule(name) for name in self.options.rules}
 
         def make(part: Sequence[str]) -> list[dict[str, Any]]:
-            found = answer_prompts(
+            found = answers_to(
                 self.model,
                 self.tokenizer,
-                part,
+                render_prompts(self.tokenizer, part),
                 max_new_tokens=self.options.answer_tokens,
                 batch_size=len(part),
             )
             return [
                 {
-                    "answer": first_tokens(self.tokenizer, text, KEPT_TOKENS),
-                    "outcomes": {name: classify(text) for name, classify in rules.items()},
+                    "answer": first_tokens(self.tokenizer, given.text, KEPT_TOKENS),
+                    "outcomes": {name: _outcome(rule, given) for name, rule in rules.items()},
                 }
-                for text in found
+                for given in found
             ]
 
         return self._batches(f"answers-{kind}", f"{kind} prompts", prompts, make)
@@ -202,6 +203,12 @@ class AskedModel:
             made.extend(found)
             self.watch(shown, start + len(part), len(items))
         return made
+
+
+def _outcome(rule: Callable[[str], Outcome], given: Answer) -> Outcome:
+    """Apply a rule; of an answer that was cut too soon only a refusal is known."""
+    outcome = rule(given.text)
+    return "unfinished" if given.unfinished and outcome != "refusal" else outcome
 
 
 def _described_drift(found: Sequence[DriftStatistics]) -> list[dict[str, Any]]:

@@ -188,8 +188,9 @@ def _unfinished(outcomes: dict[str, dict[str, RefusalCounts]], options: EvalOpti
         f"{one.unfinished} of {one.total} {kind} answers" for kind, one in counts.items()
     )
     return [
-        f"{said} ended inside a thought (think block or channel) after {options.answer_tokens} "
-        "tokens: they are neither refusals nor other answers. Raise --answer-tokens"
+        f"{said} ended inside a thought (think block or channel), or within few words of its end, "
+        f"after {options.answer_tokens} tokens: they are neither refusals nor other answers. Raise "
+        "--answer-tokens"
     ]
 
 

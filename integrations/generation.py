@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from ..evals.thoughts import has_marks, opened_thought, without_thought
 from .chat_rendering import render_prompts
 from .hf_models import contiguous_head_input, evaluation_mode
 from .peft_adapters import base_of
+
+ENOUGH_TOKENS = 24  # of an answer, to tell a refusal that opens politely
+
+
+class Answer(NamedTuple):
+    """What a model answered.
+
+    Attributes:
+        text: without special tokens and without the thought before it; the thought, with its
+            mark, where there is no more.
+        unfinished: it was cut inside a thought, or so soon after one that no refusal shows yet
+            need not mean that none was coming.
+    """
+
+    text: str
+    unfinished: bool
 
 
 def answer_prompts(
@@ -58,8 +74,25 @@ def answer_texts(
 ) -> list[str]:
     """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return [a.text for a in answers_to(model, tokenizer, texts, progress=progress, **options)]
+
+
+def answers_to(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Continue texts as `answer_texts` does, and tell which answers say too little to judge."""
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     ids = continuations(model, tokenizer, texts, progress=progress, **options)
-    return [_readable(tokenizer, text, answer) for text, answer in zip(texts, ids, strict=True)]
+    return [
+        _read(tokenizer, text, answer, cut=len(answer) == max_new_tokens)
+        for text, answer in zip(texts, ids, strict=True)
+    ]
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
@@ -68,20 +101,22 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> str:
     return str(tokenizer.decode(ids))
 
 
-def _readable(tokenizer: Any, prompt: str, ids: list[int]) -> str:
+def _read(tokenizer: Any, prompt: str, ids: list[int], *, cut: bool) -> Answer:
     """Return an answer as text, without the thought before it, unless that is all there is.
 
     Marks of thoughts may be special tokens, so they are looked for before those are removed.
     """
     whole = opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=False))
     if not has_marks(whole):
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), unfinished=False)
     answer = without_thought(whole)
     if answer is None:
-        return whole
+        return Answer(whole, unfinished=True)
+    told = len(tokenizer.encode(answer, add_special_tokens=False))
+    unfinished = cut and told < ENOUGH_TOKENS and len(answer) < len(whole)
     for token in tokenizer.all_special_tokens:
         answer = answer.replace(token, "")
-    return answer
+    return Answer(answer, unfinished)
 
 
 def answer_ids(
@@ -113,6 +148,16 @@ def answer_ids(
     return continuations(model, tokenizer, texts, progress=progress, **options)
 
 
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: those of the model's generate(), and the tokenizer's.
+
+    A base model's config beside an instruct tokenizer does not have the end of a turn.
+    """
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {end for end in (*listed, tokenizer.eos_token_id) if end is not None}
+
+
 def continue_greedily(
     model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int
 ) -> tuple[Any, Tensor]:
@@ -142,6 +187,7 @@ def continue_greedily(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(end_ids(model, tokenizer)) or None,
         )
     return batch, generated[:, batch["input_ids"].shape[1] :]
 
@@ -158,8 +204,7 @@ def continuations(
     """Continue texts, those of like length together; an answer's end is left out."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers: list[list[int]] = [[] for _ in texts]
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = end_ids(model, tokenizer)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         _, new = continue_greedily(model, tokenizer, [texts[i] for i in part], max_new_tokens)

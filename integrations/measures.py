@@ -15,7 +15,7 @@ from ..evals.drift import DriftStatistics, drift_statistics
 from ..safety_tokens import SafetyTokens
 from .chat_data import Example
 from .chat_rendering import render, render_prompts
-from .generation import continue_greedily
+from .generation import continue_greedily, end_ids
 from .hf_models import evaluation_mode
 from .loss_paths import LossPath, make_path
 from .peft_adapters import adapters_off, check_adapters, is_peft_model, is_prompt_learning
@@ -190,7 +190,7 @@ def drift_by_position(
             reference, tokenizer, render_prompts(tokenizer, prompts), positions
         )
     asked = batch["input_ids"].shape[1]
-    given = _is_given(answer, _end_ids(reference, tokenizer))  # (B, m)
+    given = _is_given(answer, end_ids(reference, tokenizer))  # (B, m)
     mask = torch.cat([batch["attention_mask"], given[:, :-1].long()], dim=1)
     inputs: dict[str, Any] = {
         "input_ids": torch.cat([batch["input_ids"], answer[:, :-1]], dim=1),
@@ -231,7 +231,8 @@ def combine_drift(parts: Sequence[Sequence[DriftStatistics]]) -> list[DriftStati
                 rows,
                 math.sqrt(sum(one.rows * one.rms**2 for one in here) / rows),
                 sum(one.rows * one.mean_abs for one in here) / rows,
-                max(one.max_abs for one in here),
+                # max() of Python passes over a NaN that is not the first
+                torch.tensor([one.max_abs for one in here], dtype=torch.float64).max().item(),
             )
         )
     return found
@@ -241,16 +242,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).removesuffix(".").rstrip()
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids that end an answer, for this model's generate()."""
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return set(ends) if isinstance(ends, (list, tuple)) else {ends}
-
-
 def _is_given(answer: Tensor, ends: set[int]) -> Tensor:
     """Mark the ids of each answer up to its first end, which is a token of it; padding is not."""
-    ended = torch.isin(answer, torch.tensor(sorted(x for x in ends if x is not None)).to(answer))
+    ended = torch.isin(answer, torch.tensor(sorted(ends)).to(answer))
     return ended.long().cumsum(dim=1) - ended.long() == 0
 
 

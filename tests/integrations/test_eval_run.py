@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
     calls: list[int] = []
     original = eval_asking.drift_by_position
     asked: list[int] = []
-    answer = eval_asking.answer_prompts
+    answer = eval_asking.answers_to
 
     def killed(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
         return answer(*args, **kwargs)
 
     monkeypatch.setattr(eval_asking, "drift_by_position", killed)
-    monkeypatch.setattr(eval_asking, "answer_prompts", counted)
+    monkeypatch.setattr(eval_asking, "answers_to", counted)
     with pytest.raises(KeyboardInterrupt):
         eval_run.run_eval(folder / "killed", options(folder))
     assert not (folder / "killed").exists()

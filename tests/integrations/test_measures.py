@@ -121,7 +121,7 @@ def by_hand(
                 before = reference(input_ids=given).logits[0, -1]
             found[place] += (now - before)[tokens.ids].abs().tolist()
             ids.append(int(before.argmax()))
-            if ids[-1] == end:
+            if ids[-1] in (end, tokenizer.eos_token_id):
                 break
     return found
 
@@ -177,3 +177,11 @@ def test_drift_of_a_model_with_adapters_is_against_them_off(tmp_path: Path) -> N
     for model, message in ((reference, "`ref_model` must be given"),):
         with pytest.raises(ValueError, match=message):
             drift_by_position(model, chat_tokenizer(), tokens, PROMPTS, 3)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_nan_of_any_batch_is_in_what_is_combined(place: int) -> None:
+    parts = [[DriftStatistics(2, 1.0, 1.0, 1.0)] for _ in range(3)]
+    parts[place] = [DriftStatistics(1, math.nan, math.nan, math.nan)]
+    (found,) = combine_drift(parts)
+    assert math.isnan(found.max_abs) and math.isnan(found.rms) and math.isnan(found.mean_abs)
