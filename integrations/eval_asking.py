@@ -18,6 +18,7 @@ from .eval_inputs import NamedModel, PromptList
 from .eval_options import KEPT_TOKENS, KINDS, EvalOptions
 from .eval_stages import EvalStages
 from .generation import Answer, answer_texts, answers_to, first_tokens
+from .loading import longest_row
 from .measures import (
     EXACT_MATCH_RULE,
     combine_drift,
@@ -40,9 +41,10 @@ class AskedModel:
         self.options = options
         self.model = found.model
         self.tokenizer = found.tokenizer
+        self.adapter = found.adapter
         self.stages = stages
         self.watch = watch
-        reads = getattr(found.model.config, "max_position_embeddings", None)
+        reads = longest_row(found.model)
         self.max_length = min(options.max_length, reads or options.max_length)
 
     def answers(self, kind: str, prompts: Sequence[str]) -> list[dict[str, Any]]:
@@ -150,7 +152,7 @@ class AskedModel:
         reference: NamedModel | None,
     ) -> tuple[dict[str, Any] | None, list[str]]:
         """Measure drift at each position of an answer; None and the reason where it cannot be."""
-        if reference is None and self.options.adapter is None:
+        if reference is None and self.adapter is None:
             return None, [
                 "Drift is not measured: a model without an adapter needs a reference to have "
                 "moved from."

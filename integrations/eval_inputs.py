@@ -13,12 +13,11 @@ import torch
 from ..evals.prompt_sets import read_prompt_rows
 from ..safety_tokens import SafetyTokens
 from ..tokenizer import tokenizer_hash
-from .builtin_model import builtin_model_folder
+from .adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_files, put_adapter
+from .builtin_model import BUILTIN, builtin_model_folder
 from .eval_stages import files_hash, json_hash
-from .loading import BUILTIN, load_model
+from .loading import load_parts
 from .peft_adapters import is_peft_model
-
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,22 @@ class NamedModel:
         dtype: str,
         progress: Callable[[str], None] | None = None,
     ) -> NamedModel:
-        """Load "builtin", a folder or a hub id, and an adapter folder on it, from safetensors."""
+        """Load "builtin", a folder or a hub id, and an adapter folder on it, from safetensors.
+
+        A name of an adapter is the model it is for, with that adapter on it.
+        """
         if adapter is not None:
-            _check_adapter_files(adapter)
-        model, tokenizer = load_model(name, dtype=dtype, progress=progress)
+            check_adapter_files("adapter", adapter)
+        parts = load_parts(name, dtype=dtype, progress=progress)
+        if parts.adapter is not None and adapter is not None:
+            raise ValueError(
+                f"`model` must be a full model beside `adapter`; got {name!r}, an adapter"
+            )
+        model, tokenizer = parts.model, parts.tokenizer
+        folder = Path(parts.name)
         described = {
-            "name": name if not Path(name).is_dir() else Path(name).resolve().name,
-            "sha256": _model_hash(name, model),
+            "name": folder.resolve().name if folder.is_dir() else parts.name,
+            "sha256": _model_hash(parts.name, model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -85,9 +93,11 @@ class NamedModel:
                 f"`model` must have a chat template, which prompts are asked in; got {name!r} "
                 "without one"
             )
+        argument = "model" if adapter is None else "adapter"
+        adapter = adapter or parts.adapter
         if adapter is None:
             return cls(model, tokenizer, described, None)
-        peft_model = _with_adapter(model, adapter)
+        peft_model = put_adapter(argument, model, adapter)
         return cls(peft_model, tokenizer, described, _describe_adapter(peft_model, adapter))
 
 
@@ -121,38 +131,12 @@ def _model_hash(name: str, model: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_adapter_files(adapter: Path) -> None:
-    missing = [name for name in _ADAPTER_FILES if not (adapter / name).is_file()]
-    if missing:
-        pickled = (adapter / "adapter_model.bin").is_file()
-        why = "; adapter_model.bin is a pickle and is not read" if pickled else ""
-        raise ValueError(
-            f"`adapter` must be a folder with {' and '.join(_ADAPTER_FILES)}; {adapter} has no "
-            f"{' and no '.join(missing)}{why}"
-        )
-
-
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    from peft import PeftConfig, PeftModel
-
-    try:
-        kind = PeftConfig.from_pretrained(str(adapter)).peft_type
-        if getattr(kind, "value", kind) == "XLORA":
-            raise ValueError("XLORA loads further adapters, from wherever its config says")
-        # of two files peft reads the safetensors, which is there
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"`adapter` must be one of this model; {adapter} cannot be put on it: {error}"
-        ) from error
-
-
 def _describe_adapter(model: Any, adapter: Path) -> dict[str, Any]:
     if not is_peft_model(model):
         raise TypeError(f"`model` must be a PeftModel; got {type(model).__name__}")
     kind = model.active_peft_config.peft_type
     return {
         "name": adapter.resolve().name,
-        "sha256": files_hash(adapter / name for name in _ADAPTER_FILES),
+        "sha256": files_hash(adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)),
         "type": str(getattr(kind, "value", kind)),
     }

@@ -107,7 +107,7 @@ def show(
     with readable_errors():
         loaded = SafetyTokens.load(file)
         if model is not None:
-            integration = import_integration("build_tokens")
+            integration = import_integration("loading")
             with progress(quiet=as_json) as watch:
                 tokenizer = integration.load_tokenizer(
                     model, progress=lambda text: watch(text, 0, 1)
