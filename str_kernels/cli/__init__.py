@@ -1,4 +1,4 @@
-"""The command line, one file per command: finetune, tokens, cache, eval, demo, study, doctor."""
+"""The command line, one file per command: finetune, plan, tokens, cache, eval and the others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluation
 from .finetune import finetune
+from .plan import plan
 from .study import study
 from .tokens import tokens
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (finetune, demo, study, doctor):
+for command in (finetune, plan, demo, study, doctor):
     app.command()(command)
 app.add_typer(cache)
 app.add_typer(tokens, name="tokens")

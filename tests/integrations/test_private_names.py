@@ -49,6 +49,7 @@ NOT_SAID = "PEFT computes with it and has no way to ask for it"
 SILENT = "public, but asked for with a default: a rename would go unnoticed"
 HEAD, COPY = "the linear path with an adapter on the head", "a trained copy of the head"
 OFF, MIXTURE = "refusing a model whose adapters are off", "training a mixture of experts"
+FAKE = "planning memory without weights"
 PROMPT, LIGER = "prompt learning as its own reference", "refusing Liger's own loss"
 
 INTERNALS = [
@@ -113,6 +114,12 @@ INTERNALS = [
              "it is what forward multiplies with, wherever a config has it", MIXTURE, a(float)),
     Internal("FusedCausalLMOutput", "trl.trainer.utils", "trl_sft.py",
              "SFTTrainer reads its fields, and no public name makes one", "TRL's own metrics"),
+    Internal("FakeTensorMode", "torch._subclasses", "memory_ledger.py",
+             "the guide to torch.compile has it under this name", FAKE),
+    Internal("TorchDispatchMode", "torch.utils._python_dispatch", "memory_ledger.py",
+             "nothing public sees each op that runs", FAKE),
+    Internal("find_packed_sequence_indices", "transformers.masking_utils", "memory_ledger.py",
+             SILENT, "planning without the mask of packed rows"),
     Internal("GGUF_CONFIG_MAPPING", "transformers.integrations.ggml", "builtin_model.py",
              "the reader leaves the file's name in the config", "the built-in model's config",
              lambda read: "_model_name_or_path" in read["general"].values()),

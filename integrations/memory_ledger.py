@@ -1,0 +1,111 @@
+"""Counts the memory of code that runs on fake tensors: real shapes and lifetimes, no numbers.
+
+A model on the meta device is given fake weights, and a forward and backward of it run op by op as
+on a CPU, without computing anything. What each op returns is added up by storage, and taken off
+when the last reference to it goes, as an allocator would see it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
+from typing_extensions import override
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Adds up the storages that are alive, bytes, and keeps the largest sum.
+
+    What an op allocates and frees inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's has no types
+        self.live = 0
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once."""
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def restart(self) -> int:
+        """Return the peak since the last call, and let it count from what is alive now."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self.live -= size
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:  # nine calls of ten, and no tensor
+            for leaf in out if isinstance(out, (tuple, list)) else (out,):
+                for tensor in leaf if isinstance(leaf, list) else (leaf,):
+                    if isinstance(tensor, Tensor):
+                        self.add(tensor)
+        return out
+
+
+@contextlib.contextmanager
+def counting(*modules: nn.Module) -> Iterator[MemoryLedger]:
+    """Make fake tensors of all that is made inside, and count it; modules' tensors first."""
+    with FakeTensorMode(), _rows_are_not_packed():
+        for module in modules:
+            _make_fake(module)
+        with MemoryLedger() as ledger:
+            for module in modules:
+                for tensor in (*module.parameters(), *module.buffers()):
+                    ledger.add(tensor)
+            yield ledger
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Put fake tensors of the CPU in the place of meta ones; tied ones stay one."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        for name, tensor in itertools.chain.from_iterable(map(list, own)):
+            if id(tensor) not in made:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                made[id(tensor)] = fake
+            setattr(module, name, made[id(tensor)])
+
+
+@contextlib.contextmanager
+def _rows_are_not_packed() -> Iterator[None]:
+    """Let transformers make no mask for packed rows, which it does where it cannot read them.
+
+    Of rows that begin at 0 it makes none; of positions that have no values it has to assume them
+    packed, and their mask, (B, 1, T, T), would be the largest tensor of all.
+    """
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    if before is None:  # a release without it does not look for packed rows, or elsewhere
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)

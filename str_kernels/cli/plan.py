@@ -1,0 +1,164 @@
+"""str-kernels plan."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .finetune import finetune
+
+_GIB = 1 << 30
+_WAYS = {
+    "own": "the model's own loss, no STR",
+    "by_hand": "STR by hand, all logits twice",
+    "chunked": "STR in a PyTorch loop",
+    "ours": "str-kernels",
+}
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="'builtin', a folder with config.json, such a file, or a hub id.")
+    ],
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+    batch_size: Annotated[
+        int, typer.Option("--batch", "--batch-size", min=1, help="Rows of one forward.")
+    ] = 8,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight, no adapters.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Layers keep their input alone.")
+    ] = False,
+    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="none: the penalty at anchors alone, as `finetune` does; live: one more forward "
+            "of each batch; cached: logits from `cache build`."
+        ),
+    ] = "none",
+    padding: Annotated[
+        bool | None,
+        typer.Option(
+            help="Rows differ in length, for which attention holds a mask. Unset: in batches of "
+            "more than one row."
+        ),
+    ] = None,
+    ids: Annotated[int, typer.Option(min=1, help="Safety tokens K.")] = 96,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB that there are: shows the longest rows that fit.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda, which the chunks of the loss depend on.")
+    ] = "cuda",
+    as_json: JSON_OPTION = False,
+) -> None:
+    """Plan the memory of fine-tuning MODEL, from its config alone.
+
+    No weights are read: a training step runs on tensors without values, and what it would hold is
+    counted.
+    """
+    with readable_errors():
+        planner = import_integration("planner")
+        options = planner.PlanOptions(
+            tokens=tokens,
+            batch_size=batch_size,
+            lora_rank=None if full else lora_rank,
+            dtype=dtype,
+            checkpointing=gradient_checkpointing,
+            attention=attention,
+            reference=reference,
+            padding=padding,
+            ids=ids,
+            device=device,
+        )
+        if memory is not None and not memory > 0:
+            raise ValueError(f"`--memory` must be > 0, in GiB; got {memory:g}")
+        room = None if memory is None else int(memory * _GIB)
+        with progress(quiet=as_json) as watch:
+            config = planner.read_config(model)
+            found = planner.plan_of(
+                config, options, memory=room, progress=lambda *done: watch("plan", *done)
+            )
+    line = _command(model, found)
+    if as_json:
+        print_json({"model": model, **found.as_dict(), "command": line})
+    else:
+        _show(model, found, line)
+
+
+def _command(model: str, found: Any) -> str | None:
+    """Return the line that fine-tunes like this; None where no such command is."""
+    options, longest = found.options, found.ways["ours"].longest
+    tokens = options.tokens if longest is None else min(options.tokens, longest)
+    known = inspect.signature(finetune).parameters
+    checkpoints = "gradient_checkpointing" in known
+    if options.lora_rank is None or tokens < 2 or (options.checkpointing and not checkpoints):
+        return None
+    words = ["str-kernels", "finetune", model, "DATA", "--output", "run"]
+    words += ["--max-length", str(tokens), "--batch-size", str(options.batch_size)]
+    if options.lora_rank != known["lora_rank"].default:
+        words += ["--lora-rank", str(options.lora_rank)]
+    if options.dtype != "auto":
+        words += ["--dtype", options.dtype]
+    if options.checkpointing:
+        words.append("--gradient-checkpointing")
+    if options.reference != "none":
+        words += ["--positions", "response"]
+    if options.reference == "cached":
+        words += ["--cache", "CACHE"]
+    return shlex.join(words)
+
+
+def _show(model: str, found: Any, line: str | None) -> None:
+    options = found.options
+    trained = "all weights" if options.lora_rank is None else f"LoRA r = {options.lora_rank}"
+    between = Table("held", "GiB", title=f"{escape(model)}, {found.dtype}, {trained}")
+    parts = {
+        "weights": found.weights,
+        "weights of the reference": found.reference_weights,
+        "optimizer's state": found.optimizer,
+        "gradients": found.gradients,
+        "activations": found.activations,
+    }
+    for name, size in parts.items():
+        if size:
+            between.add_row(name, _gib(size))
+    title = f"{options.batch_size} x {options.tokens:,} tokens, reference {options.reference}"
+    table = Table("loss", title=title)
+    for heading in ("of the\nloss", "reference's\nlogits", "a step", "peak"):
+        table.add_column(heading, justify="right")
+    if found.memory is not None:
+        table.add_column(f"longest in\n{found.memory / _GIB:g} GiB", justify="right")
+    for way, takes in found.ways.items():
+        cells = [_gib(x) for x in (takes.loss, takes.reference, takes.step, takes.peak)]
+        if takes.longest is not None:
+            end = " (all)" if takes.longest == found.positions else ""
+            cells.append(f"{takes.longest:,}{end}")
+        table.add_row(_WAYS[way], *cells)
+    console = Console()
+    console.print(between)
+    console.print(table)
+    console.print(
+        "GiB of tensors, by a step without values; a CUDA context and what an allocator keeps are "
+        "not counted (docs/plan.md).",
+        soft_wrap=True,
+    )
+    if line is not None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    elif options.lora_rank is None:
+        console.print("`finetune` trains adapters: for all weights use attach() with a ref_model.")
+    elif options.checkpointing:
+        console.print("`finetune` keeps all activations: use attach() in a Trainer of your own.")
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:,.2f}"
