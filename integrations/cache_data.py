@@ -9,6 +9,7 @@ from typing import Any
 from ..reference_cache import CachedReference, verify_cache
 from ..reference_cache_writer import BuildReport
 from ..safety_tokens import SafetyTokens
+from .adapter_files import adapter_folder
 from .anchors import read_prompts
 from .cached_reference import cache_model
 from .chat_data import encode_examples, read_examples
@@ -81,7 +82,7 @@ def build_cache(
     else:
         examples = read_examples(data)  # before anything slow
     prompts = [] if anchors is None else read_prompts(anchors)
-    model, tokenizer = load_model(model_name, dtype=model_dtype, progress=progress)
+    model, tokenizer = _load_full(model_name, dtype=model_dtype, progress=progress)
     if prompts and not tokenizer.chat_template:
         raise ValueError("`anchors` must be None for a tokenizer without chat template")
     if safety_tokens is not None:
@@ -113,9 +114,19 @@ def verify_cache_of(
     broken = verify_cache(folder, on_shard)
     if model_name is None or broken:
         return broken
-    model, _ = load_model(model_name, dtype=model_dtype, progress=progress)
+    model, _ = _load_full(model_name, dtype=model_dtype, progress=progress)
     try:
         CachedReference(folder).check_fingerprint(model_fingerprint(model))
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None) -> tuple[Any, Any]:
+    """Load a model that is no adapter: a cache is of base weights, and checked against them."""
+    if adapter_folder(name) is not None:
+        raise ValueError(
+            f"`model` must be a full model to be cached; got {name!r}, an adapter. Make one of it "
+            "by str-kernels export, and train that"
+        )
+    return load_model(name, dtype=dtype, progress=progress)

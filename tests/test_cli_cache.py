@@ -175,6 +175,18 @@ def test_finetune_from_the_cache_equals_the_reference_s_own_passes(made, tmp_pat
     assert missing.exit_code == 2 and "max_length" in missing.output
 
 
+def test_an_adapter_is_not_taken_for_its_base(made):
+    folder, _ = made
+    (folder / "adapter").mkdir(exist_ok=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    for result in (
+        build(folder, output="of-adapter", model="adapter"),
+        run("cache", "verify", folder / "cache", "--model", folder / "adapter"),
+    ):
+        assert result.exit_code == 2
+        assert "must be a full model to be cached" in result.output.replace("\n", " ")
+
+
 def test_by_default_the_anchors_alone_are_stored(made):
     """And they are what a run with the cache asks for, whose rows it has not."""
     folder, _ = made
