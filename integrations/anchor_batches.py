@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from .anchors import AnchorPrompts, AnchorRow
 from .hf_models import shift
 from .positions import ROW_WEIGHT
 
+_SLOTS = 1024  # of workers' counts
 HELD = "anchor_held"  # in a row: it is an anchor, held at so many last positions
 _COLUMNS = {"input_ids", "attention_mask", "labels", HELD}
 
@@ -44,7 +46,8 @@ class AnchorCollator:
             has no label and is no anchor.
 
     Notes:
-        For training batches only. With workers each draws every n-th turn of the anchors.
+        For training batches only. Each worker of a DataLoader goes through all anchors, a part of
+        the round ahead of the one before it, and the next epoch's goes on where it stopped.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class AnchorCollator:
         self.collate = collate
         self.anchors = anchors
         self.label_weight = check_number("label_weight", label_weight)
-        self._batches = 0
+        # Shared: an epoch's workers are new processes, each with a copy of all that is not.
+        self._drawn = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
         """Collate the rows and the anchors of this batch's turn."""
@@ -85,8 +89,9 @@ class AnchorCollator:
             return []
         worker = get_worker_info()
         worker_id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        turn = self._batches * workers + worker_id
-        self._batches += 1
+        slot = worker_id % _SLOTS
+        turn = int(self._drawn[slot]) + worker_id * _round(self.anchors) // workers
+        self._drawn[slot] += 1  # no other process writes there
         return [anchor_row(self.anchors.rows[place]) for place in self.anchors.draw(turn)]
 
     def _check(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -102,6 +107,13 @@ class AnchorCollator:
                     f"`rows` must have a label each or be anchors ({HELD!r}); got a row without. "
                     "Trainer drops that column unless remove_unused_columns=False"
                 )
+
+
+def _round(anchors: AnchorPrompts) -> int:
+    """Return after how many turns every anchor has had its own."""
+    there = Counter(row.kind for row in anchors.rows)
+    asked = {"harmful": anchors.per_step, "harmless": anchors.harmless_per_step}
+    return max(-(-there[kind] // count) for kind, count in asked.items() if count)
 
 
 class WithAnchors(Dataset[dict[str, Any]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from str_kernels import attach, project, safety_linear_cross_entropy
 from str_kernels.integrations.anchor_batches import AnchorCollator, WithAnchors
+from str_kernels.integrations.anchors import AnchorPrompts, AnchorRow
 
 
 def rows_of(seed: int, count: int = 3) -> list[dict[str, list[int]]]:
@@ -128,6 +130,49 @@ def test_a_data_set_with_anchors_under_any_sampler_and_workers(seed: int) -> Non
         if bool((at_anchors > 0).any()):
             assert float(at_anchors.sum()) == pytest.approx(int(at_labels.sum()))
         assert bool((batch["safety_row_weight"][at_labels] == 0).all())
+
+
+def drawn(loader: Any, epochs: int) -> list[int]:
+    """Return the anchors that the batches of some epochs have, by the token that tells them."""
+    found = []
+    for _ in range(epochs):
+        for batch in loader:
+            held = (batch["labels"] == -100).all(dim=1)
+            found += batch["input_ids"][held, 0].tolist()
+    return found
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("batches", "epochs"), [(4, 3), (3, 5)])  # 3: one worker has twice as many
+def test_every_anchor_has_its_turn_with_any_workers(
+    workers: int, persistent: bool, batches: int, epochs: int, seed: int
+) -> None:
+    rows = [AnchorRow((10 + i, 3), kind="harmful" if i < 20 else "harmless") for i in range(30)]
+    anchors = AnchorPrompts(rows, per_step=2, harmless_per_step=1, seed=seed)  # rounds of 10 turns
+
+    def loader() -> Any:
+        return DataLoader(
+            rows_of(seed, 2 * batches),  # type: ignore[arg-type]
+            batch_size=2,
+            collate_fn=AnchorCollator(padding("right"), anchors),
+            num_workers=workers,
+            persistent_workers=persistent,
+        )
+
+    loaded = loader()
+    first = drawn(loaded, epochs)
+    assert len(set(first)) == 30, sorted(set(range(10, 40)) - set(first))
+    counts = Counter(first + drawn(loaded, 5))  # in the long run as often as any other
+    # a worker that started within a round may have it twice in two rounds, or not yet
+    assert max(counts.values()) - min(counts.values()) <= max(2 * workers - 1, 1)
+    assert drawn(loader(), epochs) == first  # and the same in another run
+
+
+def test_every_anchor_has_its_turn_where_some_workers_have_none(seed: int) -> None:
+    anchors = AnchorPrompts([AnchorRow((10 + i, 3)) for i in range(6)], per_step=1, seed=seed)
+    collate = AnchorCollator(padding("right"), anchors)
+    loader: Any = DataLoader(rows_of(seed, 2), batch_size=2, collate_fn=collate, num_workers=2)
+    assert sorted(drawn(loader, 6)) == list(range(10, 16))  # one batch an epoch: worker 0 alone
 
 
 def test_what_cannot_be_joined_is_named(seed: int) -> None:
