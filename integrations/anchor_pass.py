@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -108,7 +107,7 @@ class AnchorPass(OptimizerHook):
         if weight is None:
             return penalty
         if self._penalty is None or self._penalty[0] is not penalty:
-            self._penalty = penalty, dataclasses.replace(penalty, weight=weight)
+            self._penalty = penalty, penalty.with_weight(weight)
         return self._penalty[1]
 
     @runs_the_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from types import TracebackType
 from typing import Any, Literal
@@ -247,7 +246,7 @@ class SafetyHandle:
 
     @weight.setter
     def weight(self, weight: float | Tensor) -> None:
-        self._forward.penalty = dataclasses.replace(self._forward.penalty, weight=weight)
+        self._forward.penalty = self._forward.penalty.with_weight(weight)
 
     @property
     def last_anchors(self) -> SafetyLoss | None:

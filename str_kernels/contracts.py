@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -81,6 +82,14 @@ class SafetyPenalty:
             check_number(name, getattr(self, name), positive=True)
         if self.id_weights is not None:
             check_id_weights(self.id_weights)
+
+    def with_weight(self, weight: float | Tensor) -> SafetyPenalty:
+        """Return the penalty with another weight and all else, copies of the id weights too."""
+        _check_weight(weight)
+        self.__dict__.setdefault("_copies", {})  # before the copy: the two then have one
+        changed = copy.copy(self)
+        object.__setattr__(changed, "weight", weight)
+        return changed
 
     def id_weights_on(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """Return `id_weights` there: copied once, for a copy in each step waits for the device."""

@@ -18,6 +18,7 @@ from str_kernels import (
     SafetyPenalty,
     SafetyTokens,
     attach,
+    contracts,
     safety_linear_cross_entropy,
     safety_log_probs,
 )
@@ -73,6 +74,41 @@ def test_the_penalty_s_weight_is_the_anchors_where_they_have_none(seed: int) -> 
         assert float(loss) == pytest.approx(
             float(plain + 0.7 * handle.last_anchors.penalty), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("own", [None, 0.7])
+def test_a_new_weight_leaves_the_id_weights_where_they_are(
+    own: float | None, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each look at them and each copy would wait for the device."""
+    model = with_lora(tiny_model("llama", seed), seed).train()
+    id_weights = torch.rand(len(TOKENS), dtype=torch.float64) + 0.1  # copied, to the loss's dtype
+    penalty = SafetyPenalty(0.5, "huber", delta=2.0, id_weights=id_weights)
+    with attach(
+        model,
+        TOKENS,
+        penalty=penalty,
+        positions="response",
+        anchors=anchors_of(seed, penalty_weight=own),
+    ) as handle:
+        model(**batch_of(seed))
+        before = handle._forward.penalty.id_weights_on(torch.device("cpu"), torch.float32)
+
+        def looked(_: Any) -> None:
+            raise AssertionError("the id weights were looked at again")
+
+        monkeypatch.setattr(contracts, "check_id_weights", looked)
+        for weight in (1.5, torch.tensor(2.5)):
+            handle.weight = weight
+            model(**batch_of(seed))
+            now = handle._forward.penalty
+            assert now.id_weights_on(torch.device("cpu"), torch.float32) is before
+            assert (now.weight, now.kind, now.delta) == (weight, "huber", 2.0)
+            assert now.id_weights is id_weights and penalty.weight == 0.5
+        for wrong in (-1.0, float("nan"), "1", torch.ones(2)):
+            with pytest.raises((TypeError, ValueError), match="`weight` must"):
+                handle.weight = wrong
+        assert float(handle.weight) == 2.5
 
 
 def test_accumulation_equals_one_batch(seed: int) -> None:
