@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 
 import pytest
@@ -125,6 +126,18 @@ def test_absent_for_a_reason():
         assert missing(EAGER, inputs) is None
     verdict = check.check([EAGER], small, free_bytes=10)["eager"]
     assert verdict.status == "absent" and "GB" in verdict.why
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_nan_in_any_gradient_is_wrong(place):
+    def broken(inputs):
+        leaf = inputs.leaves()[place]
+        nothing = (leaf - leaf.detach()).sqrt().sum()  # whose gradient is 0 times infinity
+        return by_hand(inputs) + 0 * nothing
+
+    inputs = draw_inputs(SMALL, 4, 3, torch.float32, train_head=True)
+    verdict = check.check([Provider("broken", broken)], inputs)["broken"]
+    assert verdict.status == "wrong" and math.isnan(verdict.gradient_error)
 
 
 @pytest.mark.parametrize("name", ["two full logits", "TRL", "ours (torch)", "ours (torch), all"])

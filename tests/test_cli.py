@@ -182,6 +182,22 @@ def test_doctor_reports_and_fails_on_a_wrong_backend(monkeypatch):
     assert run("doctor").exit_code == 1
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_doctor_sees_a_nan_in_any_of_what_it_compares(place, monkeypatch):
+    original = doctor._loss_and_gradient
+
+    def broken(inputs, backend):
+        found = original(inputs, backend)
+        if backend == "torch":
+            found[place] = found[place] * float("nan")
+        return found
+
+    monkeypatch.setattr(doctor, "_loss_and_gradient", broken)
+    found = {one.backend: one for one in doctor.check_backends("cpu")}
+    assert found["torch"].status == "wrong" and "nan" in found["torch"].detail
+    assert found["triton"].status == "ok"
+
+
 @pytest.mark.parametrize("command", ["finetune", "demo", "study", "doctor"])
 def test_every_command_has_help_and_json(command):
     result = run(command, "--help")
