@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from ..checks import read_json_object
-from ..contracts import Backend, PenaltyKind
+from ..checks import check_backend, read_json_object
+from ..contracts import Backend, PenaltyKind, SafetyPenalty
 from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
 from .anchors import AnchorPrompts
-from .positions import check_anchor_options, chosen_penalty, read_positions
+from .positions import Positions, check_anchor_options, chosen_penalty, read_positions
 
 
 def _option(default: Any, text: str) -> Any:
@@ -70,8 +70,12 @@ class SafetySettings:
         None, "Not taken any more: see safety_anchor_penalty_weight."
     )
 
-    def attach_options(self, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
-        """Return the keywords of `attach` that the fields stand for."""
+    def check(self) -> Positions:
+        """Check what needs no tokenizer and no file, and return the positions.
+
+        Raises:
+            ValueError: a field is wrong, or is of no use beside the others.
+        """
         if self.safety_anchor_weight is not None:
             raise ValueError(
                 "`safety_anchor_weight` must be left out: it was relative to safety_weight. Set "
@@ -80,24 +84,37 @@ class SafetySettings:
             )
         positions = read_positions(self.safety_positions)
         alone = positions == "none"
-        has_anchors = alone or self.safety_anchors is not None
         check_anchor_options(
             alone,
-            has_anchors,
+            alone or self.safety_anchors is not None,
             safety_weight=self.safety_weight,
             safety_anchor_penalty_weight=self.safety_anchor_penalty_weight,
             safety_harmless_anchors_per_step=self.safety_harmless_anchors_per_step,
             safety_chat_template_kwargs=self.safety_chat_template_kwargs,
             safety_answer_start=self.safety_answer_start,
         )
+        if self.safety_tokens is not None and self.safety_templates is not None:
+            raise ValueError(
+                "`safety_templates` must not be given together with `safety_tokens`; got both"
+            )
+        check_backend(self.safety_backend)
+        self._penalty(positions)
+        return positions
+
+    def _penalty(self, positions: Positions) -> SafetyPenalty:
+        return chosen_penalty(
+            positions,
+            self.safety_weight,
+            self.safety_kind,
+            self.safety_temperature,
+            self.safety_delta,
+        )
+
+    def attach_options(self, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
+        """Return the keywords of `attach` that the fields stand for."""
+        positions = self.check()
         options: dict[str, Any] = {
-            "penalty": chosen_penalty(
-                positions,
-                self.safety_weight,
-                self.safety_kind,
-                self.safety_temperature,
-                self.safety_delta,
-            ),
+            "penalty": self._penalty(positions),
             "positions": positions,
             "ref_every": self.safety_ref_every,
             "ref_tokens": self.safety_ref_tokens,
@@ -107,7 +124,7 @@ class SafetySettings:
         }
         if self.safety_cache is not None:
             options["reference"] = CachedReference(self.safety_cache)
-        if has_anchors:
+        if positions == "none" or self.safety_anchors is not None:
             options["anchors"] = AnchorPrompts.from_prompts(
                 tokenizer,
                 self.safety_anchors or "default",

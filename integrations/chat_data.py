@@ -73,15 +73,34 @@ class EncodedRows(NamedTuple):
 
     Attributes:
         rows: input_ids and labels of each row that has a label.
+        where: where each of them was.
         cut: how many of them lost their end.
         dropped: where the rows were that have no label, or none within `max_length`.
         forms: how many rows there were of each form.
     """
 
     rows: list[dict[str, list[int]]]
+    where: tuple[str, ...]
     cut: int
     dropped: tuple[str, ...]
     forms: dict[str, int]
+
+    def notes(self) -> list[str]:
+        """Say what became of the rows that were not taken as they are, a line each."""
+        made = [
+            f"{count} rows are {form}'s and were made conversations"
+            for form, count in self.forms.items()
+            if form in ("ShareGPT", "Alpaca")
+        ]
+        if self.cut:
+            made.append(f"{self.cut} rows lost their end, see `max_length`")
+        if self.dropped:
+            more = f" and {len(self.dropped) - 3} others" if len(self.dropped) > 3 else ""
+            made.append(
+                f"{len(self.dropped)} rows have no label and were left out: "
+                f"{'; '.join(self.dropped[:3])}{more}"
+            )
+        return made
 
 
 def read_examples(source: Path | str, split: str | None = None) -> list[Example]:
@@ -139,7 +158,7 @@ def encode_rows(tokenizer: Any, examples: Iterable[Example], max_length: int | N
         ValueError: the chat template is missing or cannot render a row, or no row has a label; the
             message names the row.
     """
-    rows, cut, dropped = [], 0, []
+    rows, where, cut, dropped = [], [], 0, []
     forms: Counter[str] = Counter()
     for example in examples:
         forms[example.form] += 1
@@ -149,13 +168,14 @@ def encode_rows(tokenizer: Any, examples: Iterable[Example], max_length: int | N
             continue
         cut += max_length is not None and len(ids) > max_length
         rows.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+        where.append(example.where)
     if not rows:
-        where = dropped[0] if dropped else "no row"
+        first = dropped[0] if dropped else "no row"
         raise ValueError(
             "`data` must have a label in at least one row, and `max_length` must leave it; got "
-            f"{max_length} for {where}" + (f" and {len(dropped) - 1} others" if dropped[1:] else "")
+            f"{max_length} for {first}" + (f" and {len(dropped) - 1} others" if dropped[1:] else "")
         )
-    return EncodedRows(rows, cut, tuple(dropped), dict(forms))
+    return EncodedRows(rows, tuple(where), cut, tuple(dropped), dict(forms))
 
 
 def encode_examples(

@@ -1,47 +1,41 @@
-"""`str-kernels finetune`: a model, a data file, LoRA with the safety loss, and what came of it."""
+"""`str-kernels finetune`: TRL's SFTTrainer with the safety loss, and a folder of what it made."""
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import datasets
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
+from trl import get_peft_config, get_quantization_config
+from typing_extensions import override
 
-from ..atomic import replacing_folder, write_json
-from ..contracts import SafetyPenalty
+from ..atomic import write_json, write_text
 from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
-from .anchors import AnchorPrompts
-from .chat_data import encode_examples, read_examples
+from .chat_data import EncodedRows, encode_rows, read_examples
 from .figures import draw_curves
-from .loading import load_model
-from .positions import check_positions
-from .training import TrainingOptions, train_lora
+from .finetune_options import FinetuneOptions
+from .finetune_report import (
+    REPORT,
+    describe,
+    model_card,
+    plan_of_run,
+    probe_refusals,
+    steps_of,
+)
+from .loading import load_model, longest_row
+from .peft_adapters import is_peft_model
+from .run_folder import RunFolder
+from .run_guard import NotFinite, RunGuard, Stopped
+from .trl_sft import SafetySFTTrainer
 
-REPORT = "report.json"
-
-
-@dataclass(frozen=True)
-class AnchorOptions:
-    """Which anchors to hold, as in AnchorPrompts.from_prompts.
-
-    Args:
-        prompts: a JSON Lines file or the name of a set that comes with the package.
-        per_step: harmful ones in each step.
-        harmless_per_step: harmless ones; 2 when None, or as many as there are.
-        penalty_weight: of the penalty at the anchors, by itself; the penalty's own when None.
-        chat_template_kwargs: of the chat template.
-        answer_start: the text between a prompt and its answer.
-    """
-
-    prompts: str = "default"
-    per_step: int = 2
-    harmless_per_step: int | None = None
-    penalty_weight: float | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    answer_start: str | None = None
+__all__ = ["FinetuneResult", "NotFinite", "Stopped", "dry_run", "finetune", "is_main", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -52,44 +46,86 @@ class FinetuneResult:
     report: dict[str, Any]
 
 
-def finetune(
-    model_name: str,
-    data: Path,
-    output: Path,
-    *,
-    options: TrainingOptions,
-    penalty: SafetyPenalty,
-    safety_tokens: Path | None = None,
-    templates: Path | None = None,
-    anchors: AnchorOptions | None = None,
-    cache: Path | None = None,
-    max_length: int = 1024,
-    dtype: str = "auto",
-    overwrite: bool = False,
-    on_step: Callable[[int], None] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> FinetuneResult:
-    """Fine-tune a model with LoRA and the safety loss, and write everything into one folder.
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its first step.
 
-    The folder holds the adapter (safetensors), safety_tokens.json, report.json and curves.png. It
-    is made under a temporary name and renamed when complete, so it is whole or absent.
+    Attributes:
+        model: loaded, without adapters unless it is an adapter's folder.
+        tokenizer: of the model.
+        tokens: what is held.
+        train: rows to train on.
+        evaluate: rows for evaluation, if any.
+        where: where each training row is in its file.
+        notes: what became of rows or options, a line each.
+    """
+
+    model: Any
+    tokenizer: Any
+    tokens: SafetyTokens
+    train: EncodedRows
+    evaluate: EncodedRows | None
+    notes: tuple[str, ...]
+
+
+def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = None) -> Prepared:
+    """Read the rows, load the model, and encode; nothing is written.
 
     Args:
-        model_name: "builtin", a folder or a hub id.
-        data: JSONL file of chat messages or prompt/completion rows.
-        output: the folder to make.
-        options: length, rate and size.
-        penalty: kind and weight.
-        safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
-        templates: a text file of refusal templates, one per line, instead of the built-in ones.
-        anchors: prompts at which the model is held in each step; the package's when None and
-            the penalty has no other place.
-        cache: a reference cache of the same model, data, tokens and anchors, instead of the
-            reference's passes.
-        max_length: longer rows lose their end, tokens.
-        dtype: of the frozen weights.
-        overwrite: replace `output` if it exists.
-        on_step: called with the number of optimizer steps done.
+        options: of the run.
+        progress: called with a line of text when something takes seconds.
+
+    Returns:
+        What `finetune` trains with.
+
+    Raises:
+        ValueError: an option, the rows or the model is bad; says why.
+    """
+    run, training = options.run, options.training
+    examples = read_examples(str(run.data), run.data_split)  # before anything slow
+    held_out = read_examples(run.eval_data, run.data_split) if run.eval_data else []
+    if training.safety_cache is not None:
+        CachedReference(training.safety_cache)  # that it can be read
+    model, tokenizer = _load(options, progress)
+    notes = []
+    longest = longest_row(model)
+    if longest is not None and (training.max_length is None or training.max_length > longest):
+        training.max_length = longest
+        notes.append(f"rows are cut to the {longest} positions of the model")
+    if run.eval_fraction:
+        count = max(1, round(run.eval_fraction * len(examples)))
+        if count >= len(examples):
+            raise ValueError(
+                f"`eval_fraction` must leave rows to train on; got {run.eval_fraction} of "
+                f"{len(examples)} rows"
+            )
+        chosen = set(random.Random(training.seed).sample(range(len(examples)), count))
+        held_out = [one for place, one in enumerate(examples) if place in chosen]
+        examples = [one for place, one in enumerate(examples) if place not in chosen]
+    train = encode_rows(tokenizer, examples, training.max_length)
+    evaluate = encode_rows(tokenizer, held_out, training.max_length) if held_out else None
+    for rows in filter(None, (train, evaluate)):
+        notes += rows.notes()
+    return Prepared(
+        model, tokenizer, training.tokens(tokenizer), train, evaluate, tuple(dict.fromkeys(notes))
+    )
+
+
+def finetune(
+    options: FinetuneOptions,
+    *,
+    on_step: Callable[[int, int], None] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> FinetuneResult:
+    """Fine-tune a model with the safety loss, and write everything into one folder.
+
+    The folder holds the adapter or the model (safetensors), the tokenizer, safety_tokens.json,
+    report.json, curves.png and a model card. While the run trains it is `OUTPUT.unfinished`, with
+    checkpoints; it is renamed when it is complete, so that OUTPUT is whole or absent.
+
+    Args:
+        options: see `read_options`.
+        on_step: called with the optimizer steps done and their number.
         progress: called with a line of text when something takes seconds.
 
     Returns:
@@ -97,59 +133,150 @@ def finetune(
 
     Raises:
         ValueError: the input is bad; nothing has been written.
+        NotFinite: a loss, a term or a gradient is; the last checkpoint is as it was.
+        Stopped: a signal came; there is a checkpoint of the last step.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
-    if safety_tokens is not None and templates is not None:
-        raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
-    if max_length < 2:
-        raise ValueError(f"`max_length` must be >= 2; got {max_length}")
-    check_positions(options.positions)
-    examples = read_examples(data)  # before anything slow
-    cached = None if cache is None else CachedReference(cache)
-    model, tokenizer = load_model(model_name, dtype=dtype, progress=progress)
-    if safety_tokens is not None:
-        tokens = SafetyTokens.load(safety_tokens, tokenizer)
-    else:
-        tokens = SafetyTokens.from_templates(tokenizer, templates)
-    rows = encode_examples(tokenizer, examples, max_length)
-    held = None
-    if anchors is None and options.positions == "none":
-        anchors = AnchorOptions()
-    if anchors is not None:
-        held = AnchorPrompts.from_prompts(tokenizer, **vars(anchors), seed=options.seed)
-    peft_model, log = train_lora(
-        model,
-        tokenizer,
-        rows,
-        tokens,
-        penalty,
-        options,
-        anchors=held,
-        reference=cached,
-        on_step=on_step,
+    run, training = options.run, options.training
+    folder = RunFolder(Path(run.output))
+    main = is_main(options)
+    inputs = [Path(name) for name in (run.data, run.eval_data) if name and Path(name).exists()]
+    if main:
+        folder.check(overwrite=run.overwrite, resume=run.resume, inputs=inputs)
+    ready = prepare(options, progress)
+    checkpoint = folder.last_checkpoint() if run.resume else None
+    refusals = {}
+    if run.eval_refusals and main:
+        refusals["before"] = probe_refusals(ready.model, ready.tokenizer, run.eval_refusals)
+    training.output_dir = str(folder.path)
+    guard = RunGuard(_where(ready), None)
+    trainer = _trainer(options, ready, guard)
+    total = steps_of(training, len(trainer.get_train_dataloader()))
+    guard.on_step = None if on_step is None else lambda step: on_step(step, total)
+    if main and not run.resume:
+        folder.begin()
+    with guard.signals():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if guard.signal is not None and trainer.state.global_step < total:
+        raise Stopped(guard.signal, trainer.state.global_step)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    report: dict[str, Any] = {}
+    if main:
+        if run.eval_refusals:
+            refusals["after"] = probe_refusals(model, ready.tokenizer, run.eval_refusals)
+        report = describe(options, ready, trainer, refusals)
+        _write(folder.path, model, ready, report)
+        folder.finish(run.keep_checkpoints)
+    trainer.accelerator.wait_for_everyone()
+    return FinetuneResult(folder.output, report)
+
+
+def is_main(options: FinetuneOptions) -> bool:
+    """Tell whether this process is the one that prints and writes."""
+    return int(options.training.process_index) == 0
+
+
+def dry_run(
+    options: FinetuneOptions, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Return what `finetune` would do; nothing is trained or written.
+
+    Args:
+        options: see `read_options`.
+        progress: called with a line of text when something takes seconds.
+
+    Returns:
+        Rows, tokens, labels, steps, memory, the first row with its labels marked, and notes.
+
+    Raises:
+        ValueError: as `finetune`.
+    """
+    run = options.run
+    RunFolder(Path(run.output)).check(overwrite=run.overwrite, resume=run.resume, inputs=[])
+    return plan_of_run(options, prepare(options, progress))
+
+
+class _RunTrainer(SafetySFTTrainer):
+    """SafetySFTTrainer whose steps the guard sees."""
+
+    def __init__(self, *args: Any, guard: RunGuard, **kwargs: Any) -> None:
+        self.guard = guard
+        super().__init__(*args, callbacks=[guard], **kwargs)
+
+    @override
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training and self.safety is not None and self.safety.last is not None:
+            terms = {"safety/ce": self.safety.last.ce, "safety/penalty": self.safety.last.penalty}
+            if self.safety.last_anchors is not None:
+                terms["safety/anchor_penalty"] = self.safety.last_anchors.penalty
+            loss = found[0] if isinstance(found, tuple) else found
+            self.guard.note({**terms, "loss": loss}, inputs["input_ids"])
+        return found
+
+
+def _load(options: FinetuneOptions, progress: Callable[[str], None] | None) -> tuple[Any, Any]:
+    wanted = options.model
+    more: dict[str, Any] = {}
+    if wanted.attn_implementation is not None:
+        more["attn_implementation"] = wanted.attn_implementation
+    if wanted.model_revision != "main":
+        more["revision"] = wanted.model_revision
+    quantization = get_quantization_config(wanted)
+    if quantization is not None:
+        more["quantization_config"] = quantization
+    return load_model(wanted.model_name_or_path, dtype=wanted.dtype, progress=progress, **more)
+
+
+def _trainer(options: FinetuneOptions, ready: Prepared, guard: RunGuard) -> _RunTrainer:
+    run, training = options.run, options.training
+    attaching: dict[str, Any] = {}
+    peft = None
+    if is_peft_model(ready.model):
+        if run.full:
+            raise ValueError("`full` must be off for an adapter's folder, which is gone on with")
+        attaching["reference"] = "start"
+    elif options.model.use_peft:
+        peft = get_peft_config(options.model)
+    elif training.safety_cache is None:
+        attaching["ref_model"] = copy.deepcopy(ready.model).requires_grad_(False).eval()
+    set_seed(training.seed)
+    datasets.disable_progress_bars()  # the command has its own
+    trainer = _RunTrainer(
+        model=ready.model,
+        args=training,
+        train_dataset=datasets.Dataset.from_list(ready.train.rows),
+        eval_dataset=ready.evaluate and datasets.Dataset.from_list(ready.evaluate.rows),
+        processing_class=ready.tokenizer,
+        peft_config=peft,
+        safety_tokens=ready.tokens,
+        guard=guard,
+        **attaching,
     )
-    report = {
-        "schema_version": 1,
-        "model": model_name,
-        "data": {"file": data.name, "rows": len(rows)},
-        "options": asdict(options),
-        "penalty": {
-            "kind": penalty.kind,
-            "weight": float(penalty.weight),
-            "temperature": penalty.temperature,
-            "delta": penalty.delta,
-        },
-        "anchors": held
-        and {**vars(anchors), "harmless_per_step": held.harmless_per_step, "rows": len(held)},
-        "cache": None if cache is None else cache.name,
-        "safety_tokens": {"count": len(tokens), "source": tokens.source},
-        "torch": torch.__version__,
-        "log": log,
-    }
-    with replacing_folder(output) as folder:
-        peft_model.save_pretrained(folder)
-        tokens.save(folder / "safety_tokens.json")
-        draw_curves(log, folder / "curves.png")
-        write_json(folder / REPORT, report)
-    return FinetuneResult(output, report)
+    trainer.remove_callback(PrinterCallback)  # prints every log entry; the command shows progress
+    if run.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(run.early_stopping))
+    return trainer
+
+
+def _where(ready: Prepared) -> Callable[[Tensor], str]:
+    """Return what says which rows of the file a batch has; of packed ones it is not known."""
+
+    def where(input_ids: Tensor) -> str:
+        found = []
+        for ids in input_ids.tolist():
+            rows = zip(ready.train.rows, ready.train.where, strict=True)
+            found += [
+                place for row, place in rows if ids[: len(row["input_ids"])] == row["input_ids"]
+            ][:1]
+        return ", ".join(found) or "not known"
+
+    return where
+
+
+def _write(folder: Path, model: Any, ready: Prepared, report: dict[str, Any]) -> None:
+    model.save_pretrained(folder)
+    ready.tokenizer.save_pretrained(folder)
+    ready.tokens.save(folder / "safety_tokens.json")
+    draw_curves(report["log"], folder / "curves.png")
+    write_text(folder / "README.md", model_card(report))
+    write_json(folder / REPORT, report)

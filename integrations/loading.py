@@ -6,6 +6,7 @@ is not in the file would be random, and the model that it makes the reference of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,11 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_targ
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", progress: Callable[[str], None] | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Load a causal LM and its tokenizer from safetensors, without remote code.
 
@@ -42,6 +47,7 @@ def load_model(
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         progress: called with a line of text when something takes seconds or is not as it should
             be.
+        options: of `from_pretrained`: attn_implementation, quantization_config, revision.
 
     Returns:
         Model and tokenizer, on the GPU if there is one. An adapter gives a PeftModel whose adapter
@@ -50,7 +56,7 @@ def load_model(
     Raises:
         ValueError: the name or dtype is wrong, or the model cannot be loaded whole; says why.
     """
-    parts = load_parts(name, dtype=dtype, progress=progress)
+    parts = load_parts(name, dtype=dtype, progress=progress, **options)
     if parts.adapter is None:
         return parts.model, parts.tokenizer
     return put_adapter("model", parts.model, parts.adapter, trainable=True), parts.tokenizer
@@ -74,7 +80,11 @@ class ModelParts:
 
 
 def load_parts(
-    name: str, *, dtype: str = "auto", progress: Callable[[str], None] | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> ModelParts:
     """Load what `load_model` does, with the adapter still beside the model.
 
@@ -82,6 +92,7 @@ def load_parts(
         name: as in `load_model`, and so is the rest.
         dtype: of the model's weights.
         progress: called with a line of text.
+        options: of `from_pretrained`.
 
     Returns:
         The model without its adapter, and where that is.
@@ -96,7 +107,7 @@ def load_parts(
     if adapter is None:
         # first: without one a folder is no model's, whatever else is wrong with it
         tokenizer = _load_tokenizer(name, source)
-        base, model = name, _load_weights(name, source, dtype)
+        base, model = name, _load_weights(name, source, dtype, options)
     else:
         check_adapter_files("model", adapter)
         base = base_name(adapter)
@@ -108,7 +119,7 @@ def load_parts(
             )
         try:
             tokenizer = load_tokenizer(name, progress=progress)
-            model = _load_weights(base, base_source, dtype)
+            model = _load_weights(base, base_source, dtype, options)
         except ValueError as error:
             raise ValueError(
                 f"`model` must be an adapter whose base can be loaded; {name!r} names {base!r} in "
@@ -173,7 +184,7 @@ def _source_of(name: str, progress: Callable[[str], None] | None) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _load_weights(name: str, source: str, dtype: str) -> Any:
+def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -> Any:
     must = "`model` must be 'builtin', a folder or a hub id of a causal LM"
     check_texts(name, Path(source))
     try:
@@ -185,6 +196,7 @@ def _load_weights(name: str, source: str, dtype: str) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to be told below by their names
+            **options,
         )
     except Exception as error:  # tokenizers and safetensors have classes of their own
         raise ValueError(f"{must}; got {name!r}: {reason_of(error, Path(source))}") from error
@@ -205,8 +217,11 @@ def _load_weights(name: str, source: str, dtype: str) -> Any:
             f"`model` must have all its weights; {name!r} lacks {len(missing)}, which would be "
             f"random: {first_names(missing)}"
         )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return model if device is None else model.to(device)
+    if "quantization_config" in options or not torch.accelerator.is_available():
+        return model  # bitsandbytes has put it where it stays
+    device = torch.accelerator.current_accelerator()
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    return model.to(torch.device(device.type, rank) if device is not None else "cpu")
 
 
 def _load_tokenizer(name: str, source: str) -> Any:

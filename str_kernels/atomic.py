@@ -140,17 +140,33 @@ def replacing_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]
         new.mkdir()
         yield new
         if marker is not None:
-            write_json(new / MARKER, {"kind": marker, "version": _version()})
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+            mark_folder(new, marker)
+        _exchange(new, path, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def mark_folder(folder: Path, marker: str) -> None:
+    """Say in a folder what kind it is, for `check_output`."""
+    write_json(folder / MARKER, {"kind": marker, "version": _version()})
+
+
+def move_folder(folder: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, on the same disk; what was there is removed then."""
+    path = path.resolve()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as temporary:
+        _exchange(folder, path, Path(temporary) / "old")
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def _version() -> str | None:

@@ -107,9 +107,9 @@ def test_json_and_given_tokens(model, data, tmp_path):
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["safety_tokens"]["count"] == len(chosen)
-    assert printed["options"]["positions"] == 2
+    assert printed["positions"] == 2
     again = run("finetune", model, data, "--output", output, *SMALL)
-    assert again.exit_code == 2 and "`output`" in again.output
+    assert again.exit_code == 2 and "`--output`" in again.output
     result = run("finetune", model, data, "--output", output, "--overwrite", "--json", *SMALL)
     assert result.exit_code == 0
 
@@ -117,13 +117,13 @@ def test_json_and_given_tokens(model, data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--weight", "-1"), "`weight` must be finite and >= 0; got -1"),
-        (("--kind", "l1"), "`kind` must be one of mse, huber"),
-        (("--kind", "huber", "--delta", "0"), "`delta` must be finite and > 0; got 0"),
-        (("--lr", "0"), "`learning_rate` must be > 0"),
-        (("--positions", "some"), "`positions` must be"),
-        (("--dtype", "int8"), "`dtype` must be one of"),
-        (("--backend", "cuda"), "`backend` must be one of"),
+        (("--weight", "-1"), "`--weight` must be finite and >= 0; got -1"),
+        (("--kind", "l1"), "`--kind` must be one of mse, huber"),
+        (("--kind", "huber", "--delta", "0"), "`--delta` must be finite and > 0; got 0"),
+        (("--lr", "0"), "`--lr` must be > 0"),
+        (("--positions", "some"), "`--positions` must be"),
+        (("--dtype", "int8"), "`--dtype` must be one of"),
+        (("--backend", "cuda"), "`--backend` must be one of"),
         (("--safety-tokens", "absent.json"), "absent.json"),
     ],
 )

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..checks import read_json_object
 from ..contracts import Backend, PenaltyKind
 from .console import (
     JSON_OPTION,
@@ -22,173 +21,229 @@ from .console import (
     readable_errors,
 )
 
-_KINDS, _BACKENDS = get_args(PenaltyKind), get_args(Backend)
+_KINDS, _BACKENDS = ", ".join(get_args(PenaltyKind)), ", ".join(get_args(Backend))
+_TRAINING, _DATA = "How to train", "What to train on"
+_SAFETY, _ANCHORS, _RUN = "What is held", "Anchors: prompts where it is held", "The run"
+_NOT_OPTIONS = ("ctx", "config", "as_json")
+
+
+def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
+    ctx: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="'builtin', a folder of a model or an adapter, or a hub id."),
+    ] = None,
     data: Annotated[
-        Path, typer.Argument(help="JSONL: chat messages, or prompt and completion, per row.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to make.")] = Path("str-kernels-run"),
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one forward.")] = 8,
-    accumulation: Annotated[int, typer.Option(min=1, help="Forwards of one step.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 2e-4,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps until the peak.")] = 0,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
-    lora_alpha: Annotated[int | None, typer.Option(help="Scale; twice the rank if unset.")] = None,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout inside the adapters.")] = 0.0,
+        str | None,
+        typer.Argument(
+            help="Rows of messages, prompt and completion, text, ShareGPT or Alpaca: a .jsonl, "
+            ".json, .csv or .parquet file, a saved data set, or a hub id."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, _option(_RUN, "Folder to make; str-kernels-run if unset.")
+    ] = None,
+    config: Annotated[
+        Path | None, _option(_RUN, "A YAML file of these options and all of TRL's.")
+    ] = None,
+    steps: Annotated[
+        int | None, _option(_TRAINING, "Optimizer steps, 100 if unset.", min=1)
+    ] = None,
+    epochs: Annotated[float | None, _option(_TRAINING, "Times through DATA, instead.")] = None,
+    batch_size: Annotated[
+        int | None, _option(_TRAINING, "Rows of one forward, 8 if unset.", min=1)
+    ] = None,
+    accumulation: Annotated[
+        int | None, _option(_TRAINING, "Forwards of one step, 1 if unset.", min=1)
+    ] = None,
+    lr: Annotated[float | None, _option(_TRAINING, "Peak learning rate, 2e-4 if unset.")] = None,
+    warmup: Annotated[int | None, _option(_TRAINING, "Steps until the peak.", min=0)] = None,
+    lora_rank: Annotated[
+        int | None, _option(_TRAINING, "Rank of the adapters, 8 if unset.", min=1)
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, _option(_TRAINING, "Their scale, twice the rank if unset.")
+    ] = None,
+    lora_dropout: Annotated[float | None, _option(_TRAINING, "Dropout inside them.")] = None,
+    full: Annotated[
+        bool, _option(_TRAINING, "Train every weight. A frozen copy is the reference.")
+    ] = False,
+    load_in_4bit: Annotated[bool, _option(_TRAINING, "QLoRA, with bitsandbytes.")] = False,
+    checkpointing: Annotated[
+        bool, _option(_TRAINING, "Gradient checkpointing: less memory, more time.")
+    ] = False,
+    packing: Annotated[bool, _option(_TRAINING, "Pack rows to the full length.")] = False,
+    dtype: Annotated[
+        str | None,
+        _option(_TRAINING, "Of the weights: auto (as stored), float32, bfloat16 or float16."),
+    ] = None,
+    seed: Annotated[int | None, _option(_TRAINING, "Of adapters, order and dropout.")] = None,
+    max_length: Annotated[
+        int | None, _option(_DATA, "Tokens of a row, 1024 if unset; longer ones are cut.", min=2)
+    ] = None,
+    data_split: Annotated[
+        str | None, _option(_DATA, "Of a data set with several; 'train' if unset.")
+    ] = None,
+    eval_data: Annotated[str | None, _option(_DATA, "Rows for evaluation, as DATA.")] = None,
+    eval_fraction: Annotated[
+        float | None, _option(_DATA, "Of DATA, drawn for evaluation instead.")
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        _option(_DATA, "Stop after so many evaluations without a better loss.", min=1),
+    ] = None,
     weight: Annotated[
-        float | None,
-        typer.Option(help="Of the penalty, 0.1 if unset; 0 is plain fine-tuning."),
+        float | None, _option(_SAFETY, "Of the penalty, 0.1 if unset; 0 is plain fine-tuning.")
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(
-            help=f"Of penalty: {', '.join(_KINDS)}. Unset: coarse_kl at anchors, mse on rows."
+        _option(_SAFETY, f"Of penalty: {_KINDS}. Unset: coarse_kl at anchors, mse on rows."),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        _option(
+            _SAFETY,
+            "Of the penalty on the rows: 'none' (the default: anchors alone), 'response' (the "
+            "paper's form), 'all', or the first so many labels of each response.",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="T of kind subset_kl.")] = 1.0,
-    delta: Annotated[float, typer.Option(help="Of kind huber, logits.")] = 1.0,
-    positions: Annotated[
-        str,
-        typer.Option(
-            help="Of the penalty on the rows: 'none' (anchors alone), 'response' (the paper's "
-            "form), 'all', or the first m labels of each response."
-        ),
-    ] = "none",
+    temperature: Annotated[float | None, _option(_SAFETY, "T of kind subset_kl.")] = None,
+    delta: Annotated[float | None, _option(_SAFETY, "Of kind huber, logits.")] = None,
     safety_tokens: SAFETY_TOKENS_OPTION = None,
     templates: TEMPLATES_OPTION = None,
-    anchors: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompts without answers at which the model is held in each step: a JSONL file, "
-            "or 'default' for those that come with the package."
-        ),
+    cache: Annotated[
+        Path | None, _option(_SAFETY, "A folder of `cache build`, instead of live passes.")
     ] = None,
-    anchors_per_step: Annotated[int, typer.Option(min=0, help="Harmful ones in a step.")] = 2,
+    ref_every: Annotated[
+        int | None, _option(_SAFETY, "Ask the reference in every n-th forward only.", min=1)
+    ] = None,
+    ref_tokens: Annotated[
+        int | None, _option(_SAFETY, "It reads so many first tokens of a row only.", min=1)
+    ] = None,
+    backend: Annotated[str | None, _option(_SAFETY, f"One of {_BACKENDS}.")] = None,
+    anchors: Annotated[
+        str | None, _option(_ANCHORS, "A JSONL file, or 'default' for the package's.")
+    ] = None,
+    anchors_per_step: Annotated[
+        int | None, _option(_ANCHORS, "Harmful ones in a step, 2 if unset.", min=0)
+    ] = None,
     harmless_anchors_per_step: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            help="Harmless ones in a step, which hold over-refusal down; 2 if unset, or as many as "
-            "there are.",
-        ),
+        _option(_ANCHORS, "Harmless ones, which hold over-refusal down; 2 if unset.", min=0),
     ] = None,
     anchor_penalty_weight: Annotated[
-        float | None,
-        typer.Option(help="Of the penalty at the anchors, by itself; --weight if unset."),
+        float | None, _option(_ANCHORS, "By itself; --weight if unset.")
     ] = None,
     chat_template_kwargs: Annotated[
         str | None,
-        typer.Option(
-            help='Of the chat template, for the anchors: JSON, as {"enable_thinking": false}.'
-        ),
+        _option(_ANCHORS, 'Of the chat template: JSON, as {"enable_thinking": false}.'),
     ] = None,
     answer_start: Annotated[
-        str | None, typer.Option(help="Text between an anchor's prompt and its answer.")
+        str | None, _option(_ANCHORS, "Text between a prompt and its answer.")
     ] = None,
     anchor_weight: Annotated[float | None, typer.Option(hidden=True)] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="A folder made by `cache build`, instead of the reference's passes."),
+    eval_refusals: Annotated[
+        int | None,
+        _option(_RUN, "Ask so many harmful and harmless probes before and after.", min=1),
     ] = None,
-    ref_every: Annotated[
-        int, typer.Option(min=1, help="Ask the reference in every n-th forward only.")
-    ] = 1,
-    ref_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The reference reads so many first tokens only.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(_BACKENDS)}.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    dry_run: Annotated[bool, _option(_RUN, "Print the plan, train nothing.")] = False,
+    resume: Annotated[bool, _option(_RUN, "Go on with an unfinished run.")] = False,
+    overwrite: Annotated[bool, _option(_RUN, "Replace a run's folder.")] = False,
+    keep_checkpoints: Annotated[
+        bool, _option(_RUN, "Keep the checkpoints of a finished run.")
+    ] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Fine-tune MODEL on DATA with LoRA and the safety loss.
+    """Fine-tune MODEL on DATA with the safety loss, by TRL's SFTTrainer.
 
-    Writes the adapter, safety_tokens.json, report.json and curves.png into the output folder.
+    Writes the adapter, the tokenizer, safety_tokens.json, report.json, curves.png and a model card
+    into the output folder. Every other option of TRL's SFTConfig and ModelConfig is taken too,
+    after MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
     """
+    given = {name: ctx.params[name] for name in ctx.params if name not in _NOT_OPTIONS}
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v}
+    given |= {name: 0 for name, v in ctx.params.items() if v == 0 and v is not False}
+    stopped: int | None = None
     with readable_errors():
-        integration = import_integration("finetune")
-        training = import_integration("training")
-        positions_module = import_integration("positions")
-        if anchor_weight is not None:
-            raise ValueError(
-                "`--anchor-weight` must be left out: it was relative to --weight. Give "
-                "--anchor-penalty-weight, the anchors' weight by itself"
-            )
-        where = positions_module.read_positions(positions)
-        positions_module.check_anchor_options(
-            where == "none",
-            where == "none" or anchors is not None,
-            weight=weight,
-            anchor_penalty_weight=anchor_penalty_weight,
-            harmless_anchors_per_step=harmless_anchors_per_step,
-            chat_template_kwargs=chat_template_kwargs,
-            answer_start=answer_start,
-        )
-
-        options = training.TrainingOptions(
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            learning_rate=learning_rate,
-            warmup=warmup,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            seed=seed,
-            positions=where,
-            ref_every=ref_every,
-            ref_tokens=ref_tokens,
-            backend=backend,
-        )
-        held = None
-        if anchors is not None or where == "none":
-            held = integration.AnchorOptions(
-                anchors or "default",
-                anchors_per_step,
-                harmless_anchors_per_step,
-                anchor_penalty_weight,
-                read_json_object("chat_template_kwargs", chat_template_kwargs),
-                answer_start,
-            )
-        with progress(quiet=as_json) as watch:
-            result = integration.finetune(
-                model,
-                data,
-                output,
-                options=options,
-                penalty=positions_module.chosen_penalty(where, weight, kind, temperature, delta),
-                safety_tokens=safety_tokens,
-                templates=templates,
-                anchors=held,
-                cache=cache,
-                max_length=max_length,
-                dtype=dtype,
-                overwrite=overwrite,
-                on_step=lambda step: watch("fine-tune", step, steps),
-                progress=lambda text: watch(text, 0, 1),
-            )
-    if as_json:
+        _check_places(model, data)
+        options_module = import_integration("finetune_options")
+        with options_module.short_names():
+            options = options_module.read_options(given, ctx.args, config)
+            integration = import_integration("finetune")
+            silent = as_json or not integration.is_main(options)
+            with progress(quiet=silent) as watch:
+                say = lambda text: watch(text, 0, 1)  # noqa: E731
+                if dry_run:
+                    plan = integration.dry_run(options, progress=say)
+                else:
+                    try:
+                        result = integration.finetune(
+                            options,
+                            on_step=lambda step, total: watch("fine-tune", step, total),
+                            progress=say,
+                        )
+                    except integration.Stopped as error:
+                        stopped, reason = error.number, str(error)
+    if stopped is not None:
+        _say_stopped(reason, silent)
+        raise typer.Exit(128 + stopped)
+    if dry_run:
+        print_json(plan) if as_json else _show_plan(plan)
+    elif as_json and integration.is_main(options):
         print_json({"folder": str(result.folder), **result.report})
-    else:
+    elif not silent:
         _show_finetune(result)
 
 
+def _check_places(*places: str | None) -> None:
+    """Refuse an option of TRL's in front of MODEL and DATA, whose place its value would take."""
+    for place in places:
+        if place is not None and place.startswith("--"):
+            raise ValueError(f"MODEL and DATA must come before other options; got {place} first")
+
+
+def _say_stopped(reason: str, silent: bool) -> None:
+    if not silent:
+        text = f"stopped by {reason}; the same command with --resume goes on"
+        Console(stderr=True).print(text, soft_wrap=True)
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("", "", title="Plan, nothing was trained", show_header=False)
+    for name, value in plan.items():
+        if name not in ("first_row", "notes"):
+            table.add_row(name.replace("_", " "), escape(str(value)))
+    console.print(table)
+    for note in plan["notes"]:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    console.print("the first row, what is learnt between >>> and <<<:", soft_wrap=True)
+    console.print(escape(plan["first_row"]), soft_wrap=True, highlight=False)
+
+
 def _show_finetune(result: Any) -> None:
-    first, last = result.report["log"][0], result.report["log"][-1]
-    table = Table("", "first step", "last step", title=f"{result.report['options']['steps']} steps")
+    report = result.report
+    first, last = report["log"][0], report["log"][-1]
+    table = Table("", "first step", "last step", title=f"{report['steps']} steps")
     names = ("loss", "safety/ce", "safety/penalty", "safety/anchor_penalty", "safety/max_drift")
-    for name in (name for name in names if name in first):
+    for name in (name for name in names if first.get(name) is not None):
         table.add_row(name, f"{first[name]:.4f}", f"{last[name]:.4f}")
     console = Console()
     console.print(table)
+    if report["refusals"]:
+        refused = Table("refused", "harmful", "harmless")
+        for when, counts in report["refusals"].items():
+            refused.add_row(when, *(counts[kind]["text"] for kind in ("harmful", "harmless")))
+        console.print(refused)
+    for note in report["notes"]:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    what = "adapter" if report["adapter"] else "model"
     console.print(
-        f"Written to {escape(str(result.folder))}: adapter, safety_tokens.json, "
-        "report.json, curves.png",
+        f"Written to {escape(str(result.folder))}: {what}, tokenizer, safety_tokens.json, "
+        "report.json, curves.png, README.md",
         soft_wrap=True,
     )

@@ -1,0 +1,264 @@
+"""The options of `str-kernels finetune`: TRL's and ours, from flags and a YAML file.
+
+Every field of SafetySFTConfig (which has all of SFTConfig's), of TRL's ModelConfig and of
+RunOptions is a flag and a key of the file. The flags that most runs need have short names, ALIASES,
+which the file may use as well; a flag wins over the file, and the file over the DEFAULTS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from trl import ModelConfig, TrlParser
+
+from .trl_sft import SafetySFTConfig
+
+_NAMES = {one.name for one in fields(SafetySFTConfig)}
+# transformers 5.24 has a new name for it and warns of the old
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES
+)
+
+ALIASES = {
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "checkpointing": _CHECKPOINTING,
+    "gradient_checkpointing": _CHECKPOINTING,  # either name is taken
+    "attention": "attn_implementation",
+    "lora_rank": "lora_r",
+    "model": "model_name_or_path",
+    **{
+        name: f"safety_{name}"
+        for name in (
+            "weight", "kind", "temperature", "delta", "positions", "templates", "anchors",
+            "anchors_per_step", "harmless_anchors_per_step", "anchor_penalty_weight",
+            "anchor_weight", "chat_template_kwargs", "answer_start", "cache", "ref_every",
+            "ref_tokens", "backend",
+        )
+    },
+}  # fmt: skip
+"""Short names of fields; the others have their own."""
+
+DEFAULTS: dict[str, Any] = {
+    "max_steps": 100,  # unless the epochs are given
+    "per_device_train_batch_size": 8,
+    "learning_rate": 2e-4,
+    "use_peft": True,
+    "lora_r": 8,
+    "lora_alpha": None,  # twice the rank
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["all-linear"],
+    "dtype": "auto",
+    "bf16": False,  # no autocast: the weights' dtype is the model's
+    _CHECKPOINTING: False,
+    "logging_steps": 1,
+    "save_steps": 0.1,  # of all steps
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Where ours are not TRL's."""
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunOptions:
+    """What to read, what to write, and what else to do.
+
+    Raises:
+        ValueError: two of them exclude each other, or a number is out of its range.
+    """
+
+    data: str | None = _option(None, "Training rows: a file, a saved data set or a hub id.")
+    data_split: str | None = _option(None, "Of a data set that has several; 'train' if unset.")
+    output: str = _option("str-kernels-run", "Folder to make.")
+    eval_data: str | None = _option(None, "Rows for evaluation, as DATA.")
+    eval_fraction: float = _option(0.0, "Of DATA, drawn for evaluation and not trained on.")
+    early_stopping: int | None = _option(
+        None, "Stop after so many evaluations without a better loss, and keep the best."
+    )
+    full: bool = _option(False, "Train every weight, not adapters.")
+    eval_refusals: int = _option(
+        0, "Ask so many harmful and harmless probes before and after, and report the refusals."
+    )
+    resume: bool = _option(False, "Go on from the last whole checkpoint of an unfinished run.")
+    overwrite: bool = _option(False, "Replace a run's folder.")
+    keep_checkpoints: bool = _option(False, "Keep the checkpoints of a finished run.")
+    dry_run: bool = _option(False, "Print the plan and the first row, and train nothing.")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("`data` must be given: a file, a saved data set or a hub id")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"`eval_fraction` must be in [0, 1); got {self.eval_fraction}")
+        if self.eval_data and self.eval_fraction:
+            raise ValueError("`eval_fraction` must be 0 with `eval_data`; got both")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"`early_stopping` must be >= 1; got {self.early_stopping}")
+        if self.early_stopping is not None and not self.evaluates:
+            raise ValueError("`early_stopping` must have `eval_data` or `eval_fraction`")
+        if self.eval_refusals < 0:
+            raise ValueError(f"`eval_refusals` must be >= 0; got {self.eval_refusals}")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are rows for evaluation."""
+        return bool(self.eval_data or self.eval_fraction)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """All options of a run; see `read_options`."""
+
+    run: RunOptions
+    training: SafetySFTConfig
+    model: ModelConfig
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise, where argparse prints a usage of all flags and ends the program."""
+        raise ValueError(message)
+
+
+def read_options(
+    given: Mapping[str, Any], more: Sequence[str] = (), config: Path | str | None = None
+) -> FinetuneOptions:
+    """Make a run's options of names and values, further flags and a YAML file.
+
+    Args:
+        given: fields or ALIASES and their values; None where the caller left one out.
+        more: flags as typed, such as ["--packing", "--lora_target_modules", "q_proj", "v_proj"].
+        config: a YAML file of the same names.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: there is no such name (the message has the nearest), or a value is wrong.
+
+    Examples:
+        >>> given = {"model": "builtin", "data": "rows.jsonl", "lr": 1e-3}
+        >>> options = read_options(given, ["--lora_r", "4", "--use_cpu"])
+        >>> options.training.learning_rate, options.model.lora_r, options.model.lora_alpha
+        (0.001, 4, 8)
+        >>> read_options(given, ["--learnig-rate", "1"])
+        Traceback (most recent call last):
+            ...
+        ValueError: there is no option `--learnig-rate`; the nearest is `--learning-rate`
+    """
+    parser = _Parser([RunOptions, SafetySFTConfig, ModelConfig], allow_abbrev=False)
+    chosen = {**_read_config(config), **_by_field(given)}
+    flags = [_canonical(flag) for flag in more]
+    defaults = dict(DEFAULTS)
+    if "max_steps" not in chosen and ("num_train_epochs" in chosen or _has(flags, "epochs")):
+        defaults["max_steps"] = -1
+    parser.set_defaults_with_config(**defaults)
+    unknown = parser.set_defaults_with_config(**chosen)
+    parsed = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
+    run, training, model, rest = parsed
+    unknown = [*unknown[::2], *(flag for flag in rest if flag.startswith("-"))]
+    if unknown:
+        raise ValueError(f"there is no option `{unknown[0]}`{_nearest(parser, unknown[0])}")
+    if rest:
+        raise ValueError(f"there must be an option before {rest[0]!r}; MODEL and DATA come first")
+    _complete(run, training, model, chosen, flags)
+    return FinetuneOptions(run, training, model)
+
+
+def _complete(
+    run: RunOptions,
+    training: SafetySFTConfig,
+    model: ModelConfig,
+    chosen: Mapping[str, Any],
+    flags: Sequence[str],
+) -> None:
+    """Fill in what depends on other options, and check what TRL does not."""
+    if not model.model_name_or_path:
+        raise ValueError("`model` must be given: 'builtin', a folder or a hub id")
+    if not 0 < training.learning_rate < math.inf:
+        raise ValueError(f"`learning_rate` must be > 0; got {training.learning_rate}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"`{name}` must be >= 1; got {getattr(training, name)}")
+    if model.lora_r < 1:
+        raise ValueError(f"`lora_r` must be >= 1; got {model.lora_r}")
+    if training.max_length is not None and training.max_length < 2:
+        raise ValueError(f"`max_length` must be >= 2; got {training.max_length}")
+    training.check()
+    if model.lora_alpha is None:
+        model.lora_alpha = 2 * model.lora_r
+    if run.full:
+        model.use_peft = False
+    training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
+    if run.evaluates and "eval_strategy" not in chosen and not _has(flags, "eval_strategy"):
+        training.eval_strategy = training.save_strategy
+        if "eval_steps" not in chosen and not _has(flags, "eval_steps"):
+            training.eval_steps = training.save_steps
+    if run.early_stopping is not None:
+        training.load_best_model_at_end = True
+        training.metric_for_best_model, training.greater_is_better = "eval_loss", False
+
+
+def _read_config(config: Path | str | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        found = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`config` must be a YAML file; got {config}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`config` must be a YAML file of names and values; got {config}")
+    return _by_field({str(name).replace("-", "_"): value for name, value in found.items()})
+
+
+def _by_field(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {ALIASES.get(name, name): v for name, v in given.items() if v is not None}
+
+
+def _canonical(flag: str) -> str:
+    """Return a flag under its field's name; values stay as they are."""
+    if not flag.startswith("--"):
+        return flag
+    name, equals, value = flag[2:].partition("=")
+    known = ALIASES.get(name.replace("-", "_"))
+    return flag if known is None else f"--{known}{equals}{value}"
+
+
+def _has(flags: Iterable[str], name: str) -> bool:
+    names = {name, ALIASES.get(name, name)}
+    return any(flag[2:].partition("=")[0].replace("-", "_") in names for flag in flags)
+
+
+def _nearest(parser: TrlParser, flag: str) -> str:
+    known = [*(f"--{name}" for name in ALIASES), *parser._option_string_actions]
+    known += [name.replace("_", "-") for name in known]
+    close = difflib.get_close_matches(flag, known, n=1)
+    return f"; the nearest is `{close[0]}`" if close else ""
+
+
+@contextlib.contextmanager
+def short_names() -> Iterator[None]:
+    """Let errors name options as they are typed, by their short names."""
+    short = {name: alias for alias, name in ALIASES.items() if alias != name}
+    try:
+        yield
+    except ValueError as error:
+        said = re.sub(r"`(\w+)`", lambda found: f"`{short.get(found[1], found[1])}`", str(error))
+        raise ValueError(said) from error

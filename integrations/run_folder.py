@@ -1,0 +1,127 @@
+"""Where a run is while it trains, and how a killed one goes on.
+
+A run that trains is in `NAME.unfinished` beside its place, and is renamed to NAME when everything
+is written. A checkpoint counts once its manifest is there, with a SHA-256 of each of its files: one
+that a kill or a full disk cut short is passed over, and one that somebody changed is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from ..atomic import check_output, mark_folder, move_folder, write_json
+
+RUN = "run"
+"""The marker of a finished run's folder, see `atomic`."""
+
+_UNFINISHED = "unfinished run"
+_MANIFEST = "manifest.json"
+_PREFIX = "checkpoint-"
+_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that nothing reads
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        output: its place when it is finished.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(f"{output.name}.unfinished")
+
+    def check(self, *, overwrite: bool, resume: bool, inputs: list[Path]) -> None:
+        """Refuse, before any work, a place that could not be written or must not be replaced.
+
+        Args:
+            overwrite: a finished run at the place, or an unfinished one, may be replaced.
+            resume: an unfinished one is gone on with.
+            inputs: what is read.
+
+        Raises:
+            ValueError: the message names `output` and says why.
+        """
+        check_output(self.output, overwrite, marker=RUN, inputs=inputs)
+        if resume and not self.path.is_dir():
+            raise ValueError(
+                f"`resume` must have an unfinished run to go on with; there is no {self.path}"
+            )
+        if resume:
+            return
+        if self.path.exists() and not overwrite:
+            raise ValueError(
+                f"`output` must not have an unfinished run; got {self.path}. `--resume` goes on "
+                "with it, `--overwrite` starts over"
+            )
+        check_output(self.path, overwrite, marker=_UNFINISHED, inputs=inputs)
+
+    def begin(self) -> None:
+        """Make the folder of an unfinished run, without what another left there."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        mark_folder(self.path, _UNFINISHED)
+
+    def finish(self, keep_checkpoints: bool) -> None:
+        """Rename the folder to its place; what was there goes only then."""
+        for checkpoint in [] if keep_checkpoints else self.checkpoints():
+            shutil.rmtree(checkpoint)
+        mark_folder(self.path, RUN)
+        move_folder(self.path, self.output)
+
+    def checkpoints(self) -> list[Path]:
+        """Return all folders of checkpoints, whole or not, the oldest first."""
+        found = [path for path in self.path.glob(f"{_PREFIX}*") if path.is_dir()]
+        return sorted(found, key=_step)
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest whole checkpoint, None without any.
+
+        Raises:
+            ValueError: a file of it is not what was written; the message names it.
+        """
+        for checkpoint in reversed(self.checkpoints()):
+            if (checkpoint / _MANIFEST).is_file():
+                _check_manifest(checkpoint)
+                return checkpoint
+        return None
+
+
+def seal(checkpoint: Path) -> None:
+    """Write a checkpoint's manifest, which makes it one that can be gone on with."""
+    (checkpoint / _TRAINER_ARGUMENTS).unlink(missing_ok=True)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    sums = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
+    write_json(checkpoint / _MANIFEST, {"sha256": sums})
+
+
+def _check_manifest(checkpoint: Path) -> None:
+    rule = "`resume` must find the checkpoint as it was written"
+    try:
+        sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{rule}; {checkpoint / _MANIFEST}: {error}") from error
+    there = {
+        path.relative_to(checkpoint).as_posix()
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name != _MANIFEST
+    }
+    for name in sorted(there | set(sums)):
+        if name not in sums:
+            raise ValueError(f"{rule}; {checkpoint / name} was added")
+        if name not in there or _digest(checkpoint / name) != sums[name]:
+            raise ValueError(f"{rule}; {checkpoint / name} is missing or was changed")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix(_PREFIX)
+    return int(number) if number.isdigit() else -1

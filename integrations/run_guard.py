@@ -1,0 +1,110 @@
+"""What watches a run: numbers that are not finite, signals, checkpoints, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .run_folder import seal
+
+
+class NotFinite(ValueError):
+    """A loss, a term or a gradient of a step is NaN or infinite; nothing was updated by it."""
+
+
+class Stopped(Exception):
+    """A signal ended a run, which has a checkpoint of its last step.
+
+    Attributes:
+        number: of the signal.
+        step: optimizer steps done.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.step = number, step
+        super().__init__(f"{signal.Signals(number).name} after step {step}")
+
+
+class RunGuard(TrainerCallback):
+    """Stops a run before a number that is not finite reaches its weights, and at a signal.
+
+    Args:
+        where: says which rows of DATA a batch has, for the message.
+        on_step: called with the number of steps done.
+    """
+
+    def __init__(
+        self,
+        where: Callable[[Tensor], str] | None = None,
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.where = where
+        self.on_step = on_step
+        self.signal: int | None = None
+        self._seen: dict[str, Tensor] = {}  # what the step's micro-steps have summed
+        self._rows: list[Tensor] = []
+
+    def note(self, terms: dict[str, Tensor], input_ids: Tensor) -> None:
+        """Keep a micro-step's terms and rows until the step ends."""
+        for name, value in terms.items():
+            value = value.detach().float()
+            self._seen[name] = self._seen[name] + value if name in self._seen else value
+        self._rows.append(input_ids)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise before the step where a term or a gradient is not finite."""
+        seen, rows = self._seen, self._rows
+        self._seen, self._rows = {}, []
+        model, step = kwargs["model"], state.global_step + 1
+        broken = [name for name, value in seen.items() if not math.isfinite(value.item())]
+        grads = (parameter.grad for parameter in model.parameters())
+        if not broken and any(g is not None and not torch.isfinite(g).all() for g in grads):
+            broken = ["a gradient"]  # all of them, once clipped by their norm
+        if broken:
+            of = "" if self.where is None else f", rows {', '.join(map(self.where, rows))}"
+            raise NotFinite(
+                f"{broken[0]} is not finite at step {step}{of}; that step was not made. A lower "
+                "`learning_rate` may help, and `--resume` goes on from the last checkpoint"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how far the run is, and end it with a checkpoint where a signal came."""
+        if self.on_step is not None:
+            self.on_step(state.global_step)
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the checkpoint's manifest."""
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as the wish to end after this step; the second ends at once."""
+        if threading.current_thread() is not threading.main_thread():  # which alone gets them
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: Any) -> None:
+            self.signal = number
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
