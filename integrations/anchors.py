@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..contracts import check_number
-from ..evals.refusals import classify_answer, load_prompts
+from ..evals.prompt_sets import read_prompt_rows
+from ..evals.refusals import classify_answer
 from .chat_rendering import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
@@ -166,7 +167,9 @@ class AnchorPrompts:
                 f"`positions` must be 1, or more with `model`, whose answers are held; "
                 f"got {positions}, model {type(model).__name__}"
             )
-        asked = _read(prompts, "harmful") + (_read(harmless, "harmless") if harmless else [])
+        asked = _read("prompts", prompts, "harmful")
+        if harmless is not None:
+            asked += _read("harmless", harmless, "harmless")
         texts = render_answer_starts(
             tokenizer,
             [prompt for prompt, _ in asked],
@@ -247,18 +250,16 @@ class AnchorPrompts:
 
 def read_prompts(source: str | Path) -> list[str]:
     """Return the prompts of a file, of a set by its name, or of the package ("default")."""
-    return [prompt for prompt, _ in _read(source, "harmful")]
+    return [prompt for prompt, _ in _read("anchors", source, "harmful")]
 
 
-def _read(source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kind]]:
+def _read(argument: str, source: str | Path | Sequence[str], kind: Kind) -> list[tuple[str, Kind]]:
     if not isinstance(source, (str, Path)):
         if not source:
-            raise ValueError("`prompts` must hold at least one prompt; got an empty list")
+            raise ValueError(f"`{argument}` must hold at least one prompt; got an empty list")
         return [(prompt, kind) for prompt in source]
-    source = BUILTIN if source == "default" else source
-    return [
-        (row.prompt, "harmless" if row.kind == "harmless" else kind) for row in load_prompts(source)
-    ]
+    rows = read_prompt_rows(argument, BUILTIN if source == "default" else source)
+    return [(row.prompt, "harmless" if row.kind == "harmless" else kind) for row in rows]
 
 
 def _own_answers(

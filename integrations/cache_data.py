@@ -76,7 +76,7 @@ def build_cache(
                 f"stored (pass --positions response to store them); got {data}"
             )
         examples = []
-        anchors = anchors or "default"
+        anchors = "default" if anchors is None else anchors
     elif data is None:
         raise ValueError("`data` must be given unless `positions` is 'none'; got None")
     else:
@@ -129,4 +129,7 @@ def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None)
             f"`model` must be a full model to be cached; got {name!r}, an adapter. Make one of it "
             "by str-kernels export, and train that"
         )
-    return load_model(name, dtype=dtype, progress=progress)
+    try:
+        return load_model(name, dtype=dtype, progress=progress)
+    except ValueError as error:  # `dtype` is what is stored here
+        raise ValueError(str(error).replace("`dtype`", "`model_dtype`")) from error

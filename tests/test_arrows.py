@@ -56,6 +56,7 @@ ARROWS: dict[str, set[str]] = {
     "doctor": {"loss_memory", "backends"},
     "integrations": {"__init__", "modules", "loss_memory", "reference_cache_writer", "evals"},
     "cli": {"integrations", "doctor", "token_comparison"},
+    "__main__": {"cli"},
     "__init__": {"modules", "reference_cache", "evals"},  # and integrations, inside __getattr__
 }
 

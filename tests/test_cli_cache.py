@@ -110,11 +110,11 @@ def test_info_says_what_is_saved(made):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--kind", "l1"), "`kind` must be one of mse"),
-        (("--dtype", "int8"), "`dtype` must be one of float32"),
-        (("--model-dtype", "int8"), "`dtype` must be one of auto"),
-        (("--backend", "cuda"), "`backend` must be one of"),
-        (("--path", "x"), "`path` must be one of"),
+        (("--kind", "l1"), "`--kind` must be one of mse"),
+        (("--dtype", "int8"), "`--dtype` must be one of float32"),
+        (("--model-dtype", "int8"), "`--model-dtype` must be one of auto"),
+        (("--backend", "cuda"), "`--backend` must be one of"),
+        (("--path", "x"), "`--path` must be one of"),
         (("--anchors", "nothing"), "harmful_probes"),
         (("--safety-tokens", "absent.json"), "absent.json"),
     ],
@@ -172,7 +172,7 @@ def test_finetune_from_the_cache_equals_the_reference_s_own_passes(made, tmp_pat
         "--templates", folder / "templates.txt", "--max-length", 4, "--steps", 1,
         "--cache", folder / "cache", "--positions", "response",
     )  # fmt: skip
-    assert missing.exit_code == 2 and "max_length" in missing.output
+    assert missing.exit_code == 2 and "--max-length" in missing.output
 
 
 def test_an_adapter_is_not_taken_for_its_base(made):

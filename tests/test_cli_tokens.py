@@ -76,7 +76,7 @@ def test_templates_need_no_model_and_nothing_is_overwritten_unasked(
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["16", "'help'", "0.5", "-"]
     before = output.read_bytes()
     again = run(*given, "--positions", 1)
-    assert again.exit_code == 2 and "`output` must not exist unless overwrite" in again.output
+    assert again.exit_code == 2 and "`--output` must not exist unless --overwrite" in again.output
     assert output.read_bytes() == before
     assert run(*given, "--positions", 1, "--overwrite").exit_code == 0
     assert list(SafetyTokens.load(output).pieces) == ["sorry", "I"]
@@ -148,14 +148,14 @@ def test_random_like_a_file_and_a_corpus(tokenizer_only, templates, tmp_path):
     ("options", "message"),
     [
         (("--from", "thin air"), "`--from` must be one of templates, refusals, contrast, random"),
-        (("--count", "3"), "`count` must come with --from refusals or contrast or random"),
-        (("--from", "random", "--harmful", "x"), "`harmful` must come with --from refusals or"),
-        (("--from", "random"), "`count` must say how many tokens to draw"),
-        (("--from", "random", "--count", "0"), "`count` must be in [1, "),
+        (("--count", "3"), "`--count` must come with --from refusals or contrast or random"),
+        (("--from", "random", "--harmful", "x"), "`--harmful` must come with --from refusals or"),
+        (("--from", "random"), "`--count` must say how many tokens to draw"),
+        (("--from", "random", "--count", "0"), "`--count` must be in [1, "),
         (("--from", "random", "--count", "3", "--corpus", "no.jsonl"), "no.jsonl"),
         (("--from", "random", "--like", "no.json"), "no.json"),
         (("--from", "contrast", "--harmful", "nowhere"), "got 'nowhere'"),
-        (("--from", "refusals", "--positions", "0"), "`positions` must be in [1, 24]"),
+        (("--from", "refusals", "--positions", "0"), "`--positions` must be in [1, 24]"),
         (("--templates", "no.txt"), "no.txt"),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_missing_model_and_rows_of_the_wrong_kind(prompts, tmp_path):
     prompts.write_text(json.dumps({"kind": "harmless", "prompt": "hello"}))
     given = ("--from", "refusals", "--harmful", prompts, "--output", tmp_path / "tokens.json")
     result = run("build", "never loaded", *given)
-    assert result.exit_code == 2 and "`harmful` must hold harmful prompts" in result.output
+    assert result.exit_code == 2 and "`--harmful` must hold harmful prompts" in result.output
 
 
 def test_pieces_and_names_are_shown_as_they_are(tmp_path):

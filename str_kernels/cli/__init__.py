@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from .cache import app as cache
+from .console import Command
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluation
@@ -17,17 +21,43 @@ app = typer.Typer(
     name="str-kernels",
     help="Fine-tune an aligned language model without losing its refusals.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 for command in (finetune, plan, demo, study, doctor):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(cache)
 app.add_typer(tokens, name="tokens")
 app.add_typer(evaluation)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"str-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            envvar="STR_KERNELS_DEBUG",
+            help="Show where in the code an error comes from. Before the command's name.",
+        ),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune an aligned language model without losing its refusals."""
+
+
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="str-kernels")

@@ -19,6 +19,7 @@ from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
     TEMPLATES_OPTION,
+    Command,
     import_integration,
     print_json,
     progress,
@@ -37,7 +38,7 @@ _MODEL_DTYPE = Annotated[
 _TIMED_TOKENS = 20_000  # are looked up to see how long it takes
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
@@ -131,7 +132,7 @@ def build(
     console.print(f"Written to {escape(str(output))}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     folder: _FOLDER,
     model: Annotated[
@@ -169,7 +170,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
     """Show what FOLDER holds, and what it saves.
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
+from typing_extensions import override
 
 from ..evals.printable import printable
 
@@ -26,6 +32,44 @@ TEMPLATES_OPTION = Annotated[
     Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
 ]
 _PACKAGE = __package__.partition(".")[0]
+_MAY_BE_EMPTY = {"--answer-start"}  # a text; all else is a name, a number or a file
+# Arguments of functions that options of another name are given to.
+_GIVEN_AS = {
+    "allow_remote": "allow_remote_judge",
+    "key_env": "judge_key_env",
+    "portions": "portion",
+    "prompts": "anchors",
+    "rules": "rule",
+    "tokens_per_template": "positions",
+    "url": "judge_url",
+}
+_OF_AN_ARGUMENT = re.compile(r"`\w+` must ")
+_running: ContextVar[typer.Context | None] = ContextVar("running", default=None)
+
+
+class Command(TyperCommand):
+    """A command whose errors name the options as they are typed."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty value, which a shell makes of a variable that is not set."""
+        with readable_errors():
+            for before, value in itertools.pairwise(["", *args]):
+                option = before if value == "" else value.removesuffix("=")
+                empty = value == "" or (value.startswith("--") and value.endswith("="))
+                if empty and option not in _MAY_BE_EMPTY:
+                    named = f"`{option}`" if option.startswith("-") else "an argument"
+                    raise ValueError(f"{named} must not be empty; got ''")
+        return super().parse_args(ctx, args)
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and let `readable_errors` know which one it is."""
+        token = _running.set(ctx)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _running.reset(token)
 
 
 def import_integration(name: str) -> Any:
@@ -44,14 +88,42 @@ def import_integration(name: str) -> Any:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn bad input into one line and exit code 2."""
+    """Turn bad input into one line and exit code 2; a mistake of our own keeps its traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
+        if isinstance(error, TypeError) and not _OF_AN_ARGUMENT.match(str(error)):
+            raise
+        context = _running.get()
+        if context is not None and context.find_root().params.get("debug"):
+            traceback.print_exc()
         # line by line: a message may quote a file that holds escape sequences
-        said = "\n".join(printable(line) for line in str(error).splitlines())
+        said = "\n".join(printable(line) for line in _as_typed(error, context).splitlines())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def _as_typed(error: Exception, context: typer.Context | None) -> str:
+    """Return what an error says, with the command's options for the arguments they are given to."""
+    said = str(error)
+    if context is None:
+        return said
+    options = {
+        parameter.name: max(parameter.opts, key=len)
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+    }
+    if isinstance(error, OSError) and error.filename is not None:
+        of = [name for name, value in context.params.items() if str(value) == str(error.filename)]
+        named = [f"`{options.get(name, name)}`: " for name in of[:1]]
+        return "".join(named) + said
+
+    def option(match: re.Match[str]) -> str:
+        before, name, after = match.groups()
+        name = name if name in options else _GIVEN_AS.get(name)
+        return f"{before}{options[name]}{after}" if name in options else match[0]
+
+    return re.sub(r"(`|unless )(\w+)(`| is set)", option, said)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from ..evals.rules import RULES
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
+    Command,
     import_integration,
     print_json,
     progress,
@@ -31,7 +32,7 @@ evaluation = typer.Typer(
 )
 
 
-@evaluation.command("run")
+@evaluation.command("run", cls=Command)
 def run(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
@@ -138,7 +139,7 @@ def run(
         _show_run(report, output)
 
 
-@evaluation.command("report")
+@evaluation.command("report", cls=Command)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of eval run, two or more.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],

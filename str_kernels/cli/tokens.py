@@ -15,13 +15,13 @@ from rich.text import Text
 
 from ..safety_tokens import SafetyTokens
 from ..token_comparison import compare_tokens
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import JSON_OPTION, Command, import_integration, print_json, progress, readable_errors
 
 tokens = typer.Typer(help="Choose safety tokens, look at them, compare them.", no_args_is_help=True)
 _MODEL_HELP = "'builtin', a folder, or a hub id."
 
 
-@tokens.command()
+@tokens.command(cls=Command)
 def build(
     model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
     way: Annotated[
@@ -95,7 +95,7 @@ def build(
         Console().print(f"Written to {escape(str(output))}", soft_wrap=True, highlight=False)
 
 
-@tokens.command()
+@tokens.command(cls=Command)
 def show(
     file: Annotated[Path, typer.Argument(help="A safety_tokens.json.")],
     model: Annotated[
@@ -128,7 +128,7 @@ def show(
         console.print(Text(line), soft_wrap=True)
 
 
-@tokens.command()
+@tokens.command(cls=Command)
 def compare(
     first: Annotated[Path, typer.Argument(help="A safety_tokens.json.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same tokenizer.")],

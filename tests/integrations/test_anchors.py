@@ -361,3 +361,13 @@ def test_the_trainer_logs_them_and_resumes_at_their_turn(seed: int, tmp_path: An
     again = [entry for entry in resumed.state.log_history if "loss" in entry]
     for name in ("loss", "safety/anchor_penalty", "safety/max_drift"):
         assert again[-1][name] == pytest.approx(log[-1][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("source", ["", "no such file"])
+def test_a_source_that_is_none_is_named(source: str) -> None:
+    for given in ({"prompts": source}, {"prompts": ["hello"], "harmless": source}):
+        argument = list(given)[-1]
+        with pytest.raises(ValueError, match=rf"^`{argument}` must be one of .*; got '{source}'"):
+            AnchorPrompts.from_prompts(chat_tokenizer(), **given)
+    with pytest.raises(ValueError, match="^`harmless` must hold at least one prompt"):
+        AnchorPrompts.from_prompts(chat_tokenizer(), ["hello"], [])

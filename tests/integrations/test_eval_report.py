@@ -328,7 +328,7 @@ def test_hostile_text_reaches_no_terminal(hostile: list[Path], tmp_path: Path) -
         assert "[red]" in result.output, "markup was taken for markup"
     assert json.loads(result.stdout)["runs"][1]["model"]["name"] == HOSTILE
     again = CliRunner().invoke(app, given)
-    assert again.exit_code == 2 and "must not exist unless overwrite" in again.output
+    assert again.exit_code == 2 and "must not exist unless --overwrite" in again.output
 
 
 def test_text_is_made_safe() -> None:

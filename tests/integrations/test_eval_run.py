@@ -218,8 +218,8 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
     for arguments, message in (
         (("--adapter", folder / "pickled"), "adapter_model.bin is a pickle and is not read"),
         (("--adapter", folder / "none"), "has no adapter_config.json and no adapter_model"),
-        (("--rule", "mine"), "`rule` must be one of opening, gcg"),
-        (("--rule", "gcg", "--rule", "gcg"), "`rules` must be distinct"),
+        (("--rule", "mine"), "`--rule` must be one of opening, gcg"),
+        (("--rule", "gcg", "--rule", "gcg"), "`--rule` must be distinct"),
         (("--answer-tokens", "9000"), "Invalid value for '--answer-tokens'"),
         (("--harmful", "none-such"), "none-such"),
         (("--judge-url", "http://example.com/v1"), "must be on this machine unless"),
@@ -238,7 +238,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder: Path) -> None:
         EvalOptions("builtin", answer_tokens=9000)
     output.mkdir()
     result = run(model, "--output", output)
-    assert result.exit_code == 2 and "must not exist unless overwrite" in result.output
+    assert result.exit_code == 2 and "must not exist unless --overwrite" in result.output
 
 
 class _Endpoint(BaseHTTPRequestHandler):
