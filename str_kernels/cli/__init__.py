@@ -12,6 +12,7 @@ from .console import Command
 from .demo import demo
 from .doctor import doctor
 from .evaluate import evaluation
+from .export import export
 from .finetune import finetune
 from .plan import plan
 from .study import study
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (finetune, plan, demo, study, doctor):
+for command in (finetune, export, plan, demo, study, doctor):
     app.command(cls=Command)(command)
 app.add_typer(cache)
 app.add_typer(tokens, name="tokens")
