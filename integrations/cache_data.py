@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..reference_cache import CachedReference, verify_cache
+from ..reference_cache import DATED, CachedReference, verify_cache
 from ..reference_cache_writer import BuildReport
 from ..safety_tokens import SafetyTokens
 from .adapter_files import adapter_folder
 from .anchors import read_prompts
 from .cached_reference import cache_model
 from .chat_data import encode_examples, read_examples
-from .chat_rendering import render_answer_starts
+from .chat_rendering import render, render_answer_starts
 from .fingerprint import model_fingerprint
 from .loading import load_model
 from .positions import Positions, check_positions, chosen_penalty
@@ -89,13 +90,17 @@ def build_cache(
         tokens = SafetyTokens.load(safety_tokens, tokenizer)
     else:
         tokens = SafetyTokens.from_templates(tokenizer, templates)
-    rows = [row["input_ids"] for row in encode_examples(tokenizer, examples, max_length)]
+    encoded = encode_examples(tokenizer, examples, max_length) if examples else []
+    rows = [list(row["input_ids"]) for row in encoded]
+    dated = bool(prompts) and _has_date(tokenizer, chat_template_kwargs)
+    dated = dated or (any(one.messages for one in examples) and _has_date(tokenizer, None))
     starts = render_answer_starts(
         tokenizer, prompts, chat_template_kwargs=chat_template_kwargs, answer_start=answer_start
     )
     for text in starts:
         rows.append(list(tokenizer.encode(text, add_special_tokens=False)))
-    return cache_model(model, rows, tokens, output, kind=kind, **options)
+    made_on = {DATED: date.today().isoformat()} if dated else {}
+    return cache_model(model, rows, tokens, output, kind=kind, made_with=made_on, **options)
 
 
 def verify_cache_of(
@@ -120,6 +125,18 @@ def verify_cache_of(
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _has_date(tokenizer: Any, options: dict[str, Any] | None) -> bool:
+    """Tell whether the chat template writes what day it is, as Llama 3.2's does."""
+    asked, template = [{"role": "user", "content": "Hello"}], tokenizer.get_chat_template()
+    found = set()
+    for day in ("one day", "another"):  # a macro stands before what transformers gives
+        clock = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}"
+        found.add(
+            render(tokenizer, asked, **{**(options or {}), "chat_template": clock + template})
+        )
+    return len(found) > 1
 
 
 def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def cache_model(
     backend: str = "auto",
     chunk_bytes: int | None = None,
     on_tokens: Callable[[int, int], None] | None = None,
+    made_with: Mapping[str, str] | None = None,
     **options: Any,
 ) -> BuildReport:
     """Compute a frozen model's safety logits of every distinct row once, and store them.
@@ -204,6 +205,7 @@ def cache_model(
         backend: as in `attach`.
         chunk_bytes: as in `attach`.
         on_tokens: called with the number of tokens done and their number.
+        made_with: what else to write down of how it was made.
         options: dtype, rows_per_shard, batch_tokens, overwrite of `build_reference_cache`.
 
     Returns:
@@ -264,6 +266,7 @@ def cache_model(
                 "dtype": str(next(inner.parameters()).dtype).removeprefix("torch."),
                 "path": path,
                 **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+                **(made_with or {}),
             },
             on_tokens=on_tokens,
             **options,

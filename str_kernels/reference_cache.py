@@ -40,6 +40,11 @@ _HARMLESS = (
     "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep",
     "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
+DATED = "rows with the day"  # in `made_with`: the chat template writes what day it is
+OF_A_DAY = (
+    "a cache is good for that day, unless the same `chat_template_kwargs` name one, as "
+    '{"date_string": ...} of Llama 3\'s template does for anchors'
+)
 _SHOWN = 8  # ids of a row that is missing
 
 
@@ -200,11 +205,13 @@ class CachedReference:
         found = self._where.get(row_hash(ids))
         if found is None:
             shown = ", ".join(map(str, ids[:_SHOWN].tolist()))
+            day = self.plan.made_with.get(DATED)
+            dated = f". The chat template wrote the day into them, {day}: {OF_A_DAY}" if day else ""
             raise ValueError(
                 f"`batch` must hold rows of the cache in {self.folder}, whole and not joined; row "
                 f"{row} of the batch is not there: {len(ids)} tokens, {shown}"
                 f"{', ...' if len(ids) > _SHOWN else ''}. Build the cache from the same file with "
-                "the same max_length"
+                f"the same max_length{dated}"
             )
         shard, number = found
         return shard.row(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import run
+from transformers.utils import chat_template_utils
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent / "integrations"))
@@ -19,7 +21,7 @@ from str_kernels.cli import app
 from str_kernels.integrations.chat_data import encode_examples, read_examples
 from str_kernels.integrations.chat_rendering import render_answer_starts
 from str_kernels.integrations.loading import load_model
-from str_kernels.reference_cache import CachedReference
+from str_kernels.reference_cache import DATED, CachedReference
 
 QUESTIONS = ["what is 1 + 2", "what is 4 - 3", "hello", "what is 5 + 4"]
 
@@ -207,3 +209,43 @@ def test_by_default_the_anchors_alone_are_stored(made):
     assert abs(log[0]["safety/anchor_penalty"]) < 1e-5 and log[0]["safety/penalty"] == 0.0
     missing = run("cache", "build", folder / "model", "--positions", "response", *arguments)
     assert missing.exit_code == 2 and "`data` must be given unless" in missing.output
+
+
+def test_a_template_with_the_date_is_told_of(made, tmp_path, monkeypatch):
+    folder, _ = made
+    save_tiny_model(tmp_path / "model", 3)
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%u') %}{% endif %}"
+        "{{ date_string }} " + tokenizer.chat_template
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def of(output, *more):
+        arguments = ["--templates", folder / "templates.txt", "--anchors", folder / "anchors.jsonl"]
+        result = run("cache", "build", tmp_path / "model", *arguments, "--output", output, *more)
+        assert result.exit_code == 0, result.output
+        return CachedReference(output), result.output
+
+    cached, said = of(tmp_path / "cache")
+    assert "Note: the chat template writes the day into" in said
+    fixed, said = of(tmp_path / "fixed", "--chat-template-kwargs", '{"date_string": "3"}')
+    assert "Note:" not in said
+    plain = CachedReference(folder / "cache")
+    assert DATED not in plain.plan.made_with and DATED not in fixed.plan.made_with
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime.now(tz) + datetime.timedelta(days=1)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    (text,) = render_answer_starts(tokenizer, ["help me"])
+    row = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    with pytest.raises(ValueError, match=r"is not there.* The chat template wrote the day into"):
+        cached.look_up({"input_ids": row})
+    (text,) = render_answer_starts(
+        tokenizer, ["help me"], chat_template_kwargs={"date_string": "3"}
+    )
+    row = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    assert fixed.look_up({"input_ids": row}).values.isfinite().all()

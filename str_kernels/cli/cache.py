@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cache_format import DTYPES
+from ..cache_format import DTYPES, read_plan
 from ..checks import read_json_object
 from ..contracts import Backend, PenaltyKind
-from ..reference_cache import CachedReference, read_timings, verify_cache
+from ..reference_cache import DATED, OF_A_DAY, CachedReference, read_timings, verify_cache
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
@@ -129,6 +129,10 @@ def build(
         f"{report.computed_tokens:,} tokens computed in {report.seconds:.1f} s",
         soft_wrap=True,
     )
+    day = read_plan(report.folder).made_with.get(DATED)
+    if day is not None:
+        told = f"the chat template writes the day into the rows, {day}: {OF_A_DAY}."
+        console.print(f"[yellow]Note:[/] {escape(told)}", soft_wrap=True)
     console.print(f"Written to {escape(str(output))}", soft_wrap=True)
 
 
