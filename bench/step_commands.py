@@ -10,7 +10,7 @@ import typer
 
 from . import tables
 from .results import FOLDER, append_rows
-from .tables import Column, number
+from .tables import Column, megabytes, number
 
 Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
 Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
@@ -82,4 +82,49 @@ def anchors(
             Column("/ own loss", "against_own", "{:.3f}".format),
         ],
     )
+    tables.say(measured[0]["protocol"])
+
+
+def plan(
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Of a row; may be repeated. Default: 256 to 2048.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    others: Annotated[
+        bool, typer.Option(help="By hand, with a reference pass, a mask and eager attention, too.")
+    ] = True,
+    save: Save = False,
+    results: Results = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Peaks that `str-kernels plan` predicts for the built-in model, beside measured ones."""
+    from .plan import OTHERS_AT, TOKENS, measure
+
+    with tables.progress("measuring") as (_, advanced):
+        measured = measure(
+            tokens or TOKENS,
+            batch=batch,
+            others_at=OTHERS_AT if others else None,
+            advanced=advanced,
+        )
+    if save:
+        append_rows(results / "plan.csv", measured)
+    if as_json:
+        return tables.print_json(measured)
+    for row in measured:
+        extra = [name for name in ("checkpointing", "padding") if row[name]]
+        extra += [row["attention"]] if row["attention"] != "sdpa" else []
+        extra += [f"{row['reference']} reference"] if row["reference"] != "none" else []
+        row["what"] = ", ".join([row["who"], *extra])
+    columns = [
+        Column("loss", "what"),
+        Column("tokens", "tokens", number),
+        Column("step,\npredicted MB", "predicted_step", megabytes),
+        Column("measured\nMB", "measured_step", megabytes),
+        Column("ratio", "step_ratio", "{:.3f}".format),
+        Column("peak,\npredicted MB", "predicted_peak", megabytes),
+        Column("measured\nMB", "measured_peak", megabytes),
+        Column("ratio", "peak_ratio", "{:.3f}".format),
+    ]
+    tables.show(f"SmolLM2-135M, LoRA, {batch} rows, {measured[0]['dtype']}", measured, columns)
     tables.say(measured[0]["protocol"])

@@ -31,6 +31,8 @@ class MemoryLedger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call] # torch's has no types
         self.live = 0
         self.peak = 0
+        self.apart = 0  # of `live`, by the caller: not counted in `peak_of_rest`
+        self.peak_of_rest = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -42,10 +44,11 @@ class MemoryLedger(TorchDispatchMode):
         self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.peak_of_rest = max(self.peak_of_rest, self.live - self.apart)
 
     def restart(self) -> int:
         """Return the peak since the last call, and let it count from what is alive now."""
-        peak, self.peak = self.peak, self.live
+        peak, self.peak, self.peak_of_rest = self.peak, self.live, self.live - self.apart
         return peak
 
     def _drop(self, key: int, size: int) -> None:

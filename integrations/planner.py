@@ -53,6 +53,7 @@ class PlanOptions:
             "cached", logits from files.
         padding: whether rows of a batch differ in length, so that attention has a mask; by default
             where there is more than one.
+        accumulation: forwards of one step.
         ids: safety tokens K.
         anchors: prompts of each step with `reference="none"`.
         anchor_tokens: of the longest anchor.
@@ -67,14 +68,16 @@ class PlanOptions:
     attention: str = "sdpa"
     reference: ReferenceMode = "none"
     padding: bool | None = None
+    accumulation: int = 1
     ids: int = 96
     anchors: int = 4
     anchor_tokens: int = 48
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "lora_rank", "ids", "anchors", "anchor_tokens"):
-            value, least = getattr(self, name), 2 if name == "tokens" else 1
+        numbers = ("batch_size", "lora_rank", "accumulation", "ids", "anchors", "anchor_tokens")
+        for name, least in (("tokens", 2), *((name, 1) for name in numbers)):
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be >= {least}; got {value}")
         for name, choices in (
@@ -196,8 +199,7 @@ def plan_of(
 
     Notes:
         Counted are tensors. Not counted: a CUDA context (some 0.5 GB), the buffers of libraries and
-        collectives, and what an allocator holds without need. Gradients are taken as absent in the
-        forward, as they are without accumulation.
+        collectives, and what an allocator holds without need.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("`model` must not be quantized to be planned; its config says it is")
@@ -269,19 +271,24 @@ def _take(way: Way, step: StepMemory, anchors: StepMemory, options: PlanOptions)
     mode: str = "live" if way == "by_hand" else "none" if way == "own" else options.reference
     loss: Loss = getattr(step, "ours_plain" if (way, mode) == ("ours", "none") else way)
     held = 0 if mode == "none" else loss.held
+    anchored = mode == "none" and way != "own"
+    # what an earlier forward of the same step left
+    gradients = options.accumulation > 1 and step.gradients
     phases = [
-        step.forward + held,
-        step.activations + loss.peak + held,
-        step.backward + held,
+        step.forward + held + gradients,
+        step.activations + loss.peak + held + gradients,
+        # the anchors' backward comes first
+        (step.backward_again if gradients or anchored else step.backward) + held,
     ]
     if mode == "live":
         phases.append(step.reference_by_hand if way == "by_hand" else step.reference + held)
-    if mode == "none" and way != "own":
+    if anchored:
         # another forward and backward while the rows' activations wait for theirs
         at_anchors: Loss = getattr(anchors, way)
         phases.append(
             step.activations
             + loss.left
+            + gradients
             + max(
                 anchors.forward,
                 anchors.activations + at_anchors.peak,

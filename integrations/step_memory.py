@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class StepMemory(NamedTuple):
         forward: peak of the model's forward up to its head.
         activations: what the forward keeps for the backward.
         backward: peak of the backward from the head down, gradients of the weights included.
+        backward_again: the same where those gradients are there already, and are added to.
+        gradients: of what is trained.
         reference: peak of the reference's forward, without a gradient.
         reference_by_hand: peak of the reference's forward that returns all logits, in float32.
         own: the model's own loss.
@@ -55,6 +57,8 @@ class StepMemory(NamedTuple):
     forward: int
     activations: int
     backward: int
+    backward_again: int
+    gradients: int
     reference: int
     reference_by_hand: int
     own: Loss
@@ -129,6 +133,8 @@ def measure_step(
             forward=own.forward,
             activations=own.activations,
             backward=own.backward,
+            backward_again=own.backward_again,
+            gradients=gradient_bytes(model),
             reference=reference,
             reference_by_hand=max(reference, states + losses.full_logits()),
             own=Loss(own.loss, 0, 0),
@@ -163,6 +169,7 @@ class _OwnStep(NamedTuple):
     activations: int
     loss: int
     backward: int
+    backward_again: int
     hidden: Tensor  # (N, D), as the head sees it
 
 
@@ -185,12 +192,31 @@ def _own_step(
     ledger.restart()
     with head.register_forward_pre_hook(at_head):
         loss = model(**batch, labels=batch["input_ids"]).loss
-    loss.backward()
-    backward = ledger.restart() - before
+    with _setting_gradients_apart(model, ledger):
+        loss.backward()
+        of_rest = ledger.peak_of_rest - before
+        backward = ledger.restart() - before
     model.zero_grad()
     shape, dtype = seen["like"]
     hidden = torch.empty(shape, dtype=dtype, requires_grad=True)
-    return _OwnStep(seen["forward"], seen["activations"], seen["loss"], backward, hidden)
+    again = of_rest + gradient_bytes(model)
+    return _OwnStep(seen["forward"], seen["activations"], seen["loss"], backward, again, hidden)
+
+
+@contextlib.contextmanager
+def _setting_gradients_apart(model: nn.Module, ledger: MemoryLedger) -> Iterator[None]:
+    """Let the ledger's `peak_of_rest` leave out the gradients that are complete."""
+
+    def complete(parameter: Tensor) -> None:
+        ledger.apart += _size(parameter)
+
+    with contextlib.ExitStack() as hooks:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(complete)
+                hooks.callback(hook.remove)
+        yield
+    ledger.apart = 0
 
 
 def _reference(
