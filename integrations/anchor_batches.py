@@ -111,7 +111,7 @@ class AnchorCollator:
 
 def _round(anchors: AnchorPrompts) -> int:
     """Return after how many turns every anchor has had its own."""
-    there = Counter(row.kind for row in anchors.rows)
+    there = Counter[str](row.kind for row in anchors.rows)
     asked = {"harmful": anchors.per_step, "harmless": anchors.harmless_per_step}
     return max(-(-there[kind] // count) for kind, count in asked.items() if count)
 
