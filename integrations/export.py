@@ -89,7 +89,8 @@ def export(
     Notes:
         The merge is made in float32 and rounded once. LoRA on an embedding or head that share one
         weight moves them apart, and PEFT 0.21 would add both updates to the one weight: they are
-        untied first, and the model is larger by one head.
+        untied first, and the model is larger by one head. An adapter that was trained on quantised
+        weights is merged into the base as it is stored.
     """
     say = progress or (lambda text: None)
     if dtype != "auto" and dtype not in _DTYPES:

@@ -159,6 +159,10 @@ def move_folder(folder: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, path: Path, old: Path) -> None:
+    readable = 0o666 & ~_umask()
+    for file in new.rglob("*"):  # safetensors writes files that only their owner can read
+        if file.is_file() and not file.is_symlink():
+            file.chmod(file.stat().st_mode | readable)
     if path.exists():
         path.rename(old)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,18 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
         make(tmp_path / "run")
     assert (tmp_path / "run" / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["above", "run"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_as_readable_as_others(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replacing_folder(tmp_path / "run") as folder:
+            (folder / "inner").mkdir()
+            for file in (folder / "weights", folder / "inner" / "weights", folder / "program"):
+                file.write_text("x")
+                file.chmod(0o700 if file.name == "program" else 0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("run/**/[wp]*")}
+    assert modes == {"weights": 0o666 & ~umask, "program": 0o100 | 0o666 & ~umask}
