@@ -91,8 +91,8 @@ def is_right(example: Example, answer: str) -> bool:
 
 
 def _question(example: Example) -> str:
-    return (example.messages or ())[0]["content"]
+    return str((example.messages or ())[0]["content"])
 
 
 def _answer(example: Example) -> str:
-    return (example.messages or ())[1]["content"]
+    return str((example.messages or ())[1]["content"])

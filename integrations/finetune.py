@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,7 +222,9 @@ def _load(options: FinetuneOptions, progress: Callable[[str], None] | None) -> t
         more["attn_implementation"] = wanted.attn_implementation
     if wanted.model_revision != "main":
         more["revision"] = wanted.model_revision
-    quantization = get_quantization_config(wanted)
+    # of what is computed; TRL would look for torch.auto
+    of_products = "bfloat16" if wanted.dtype == "auto" else wanted.dtype
+    quantization = get_quantization_config(dataclasses.replace(wanted, dtype=of_products))
     if quantization is not None:
         more["quantization_config"] = quantization
     return load_model(wanted.model_name_or_path, dtype=wanted.dtype, progress=progress, **more)
@@ -234,6 +237,11 @@ def _trainer(options: FinetuneOptions, ready: Prepared, guard: RunGuard) -> _Run
     if is_peft_model(ready.model):
         if run.full:
             raise ValueError("`full` must be off for an adapter's folder, which is gone on with")
+        if training.safety_cache is not None:
+            raise ValueError(
+                "`safety_cache` must be None for an adapter's folder: the reference is the adapter "
+                "at its start, and a cache is of a model without one"
+            )
         attaching["reference"] = "start"
     elif options.model.use_peft:
         peft = get_peft_config(options.model)

@@ -175,7 +175,7 @@ def read_options(
     run, training, model, rest = parsed
     unknown = [*unknown[::2], *(flag for flag in rest if flag.startswith("-"))]
     if unknown:
-        raise ValueError(f"there is no option `{unknown[0]}`{_nearest(parser, unknown[0])}")
+        raise ValueError(f"there is no option `{unknown[0]}`{_nearest(unknown[0])}")
     if rest:
         raise ValueError(f"there must be an option before {rest[0]!r}; MODEL and DATA come first")
     _complete(run, training, model, chosen, flags)
@@ -204,6 +204,10 @@ def _complete(
     training.check()
     if model.lora_alpha is None:
         model.lora_alpha = 2 * model.lora_r
+    modules = model.lora_target_modules
+    if isinstance(modules, str) and modules.isidentifier():
+        # ModelConfig takes one name out of its list, and PEFT takes a string for a pattern
+        model.lora_target_modules = [modules]
     if run.full:
         model.use_peft = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
@@ -246,8 +250,10 @@ def _has(flags: Iterable[str], name: str) -> bool:
     return any(flag[2:].partition("=")[0].replace("-", "_") in names for flag in flags)
 
 
-def _nearest(parser: TrlParser, flag: str) -> str:
-    known = [*(f"--{name}" for name in ALIASES), *parser._option_string_actions]
+def _nearest(flag: str) -> str:
+    kinds = (RunOptions, SafetySFTConfig, ModelConfig)
+    names = {*ALIASES, *(one.name for kind in kinds for one in fields(kind))}
+    known = [f"--{name}" for name in sorted(names)]
     known += [name.replace("_", "-") for name in known]
     close = difflib.get_close_matches(flag, known, n=1)
     return f"; the nearest is `{close[0]}`" if close else ""

@@ -161,7 +161,7 @@ def steps_of(training: Any, batches: int) -> int:
     """
     if training.max_steps > 0:
         return int(training.max_steps)
-    each = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    each = max(1, -(-batches // int(training.gradient_accumulation_steps)))
     return math.ceil(each * float(training.num_train_epochs))
 
 

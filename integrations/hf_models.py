@@ -100,6 +100,13 @@ def _is_4bit(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "quant_type", None) in ("nf4", "fp4")
 
 
+def keep_4bit_layers_training(model: nn.Module) -> None:
+    """Put 4-bit layers back into training mode, in which they compute the same; see above."""
+    for module in model.modules():
+        if _is_4bit(module):
+            module.training = True
+
+
 def is_packed(module: nn.Module) -> bool:
     """Tell a 4-bit layer that was evaluated on a CPU: its forward has no backward any more."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..safety_tokens import SafetyTokens
 from .attach import SafetyHandle, attach
+from .hf_models import keep_4bit_layers_training
 
+TOKENS_FILE = "safety_tokens.json"
 _OF_ATTACH = [
     name
     for name, parameter in inspect.signature(attach).parameters.items()
@@ -159,6 +162,17 @@ class SafetyTrainerMixin:
         self._has_num_items = num_items_in_batch is not None and self.model_accepts_loss_kwargs
         self._keep(handle)
         return loss
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the trainer does, without what would end the training of 4-bit layers."""
+        keep_4bit_layers_training(model)
+        return super().prediction_step(model, *args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save as the trainer does, and the safety tokens beside it."""
+        super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
+        if self.args.should_save and self.safety_tokens is not None and self.safety_tokens.pieces:
+            self.safety_tokens.save(Path(output_dir or self.args.output_dir) / TOKENS_FILE)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms to the training entries, then log as the trainer does."""

@@ -31,6 +31,7 @@ class RunFolder:
     """
 
     def __init__(self, output: Path) -> None:
+        output = output.resolve()  # "." has no name
         self.output = output
         self.path = output.with_name(f"{output.name}.unfinished")
 
@@ -52,12 +53,13 @@ class RunFolder:
             )
         if resume:
             return
-        if self.path.exists() and not overwrite:
+        if self._sealed() and not overwrite:
             raise ValueError(
                 f"`output` must not have an unfinished run; got {self.path}. `--resume` goes on "
                 "with it, `--overwrite` starts over"
             )
-        check_output(self.path, overwrite, marker=_UNFINISHED, inputs=inputs)
+        # one without a whole checkpoint has nothing to go on with
+        check_output(self.path, True, marker=_UNFINISHED, inputs=inputs)
 
     def begin(self) -> None:
         """Make the folder of an unfinished run, without what another left there."""
@@ -67,16 +69,12 @@ class RunFolder:
         mark_folder(self.path, _UNFINISHED)
 
     def finish(self, keep_checkpoints: bool) -> None:
-        """Rename the folder to its place; what was there goes only then."""
-        for checkpoint in [] if keep_checkpoints else self.checkpoints():
-            shutil.rmtree(checkpoint)
+        """Rename the folder to its place; what was there, and the checkpoints, go only then."""
         mark_folder(self.path, RUN)
         move_folder(self.path, self.output)
-
-    def checkpoints(self) -> list[Path]:
-        """Return all folders of checkpoints, whole or not, the oldest first."""
-        found = [path for path in self.path.glob(f"{_PREFIX}*") if path.is_dir()]
-        return sorted(found, key=_step)
+        if not keep_checkpoints:
+            for checkpoint in _checkpoints(self.output):
+                shutil.rmtree(checkpoint)
 
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint, None without any.
@@ -84,11 +82,14 @@ class RunFolder:
         Raises:
             ValueError: a file of it is not what was written; the message names it.
         """
-        for checkpoint in reversed(self.checkpoints()):
-            if (checkpoint / _MANIFEST).is_file():
-                _check_manifest(checkpoint)
-                return checkpoint
-        return None
+        checkpoint = self._sealed()
+        if checkpoint is not None:
+            _check_manifest(checkpoint)
+        return checkpoint
+
+    def _sealed(self) -> Path | None:
+        whole = (one for one in reversed(_checkpoints(self.path)) if (one / _MANIFEST).is_file())
+        return next(whole, None)
 
 
 def seal(checkpoint: Path) -> None:
@@ -97,6 +98,12 @@ def seal(checkpoint: Path) -> None:
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sums = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
     write_json(checkpoint / _MANIFEST, {"sha256": sums})
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return all folders of checkpoints, whole or not, the oldest first."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
+    return sorted(found, key=_step)
 
 
 def _check_manifest(checkpoint: Path) -> None:

@@ -109,11 +109,11 @@ def test_names_the_package_to_install_when_venv_is_missing(project: Path, name: 
     assert not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize("version", ["2.7", "3.6", "3.9"])
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.9", "3.10"])
 def test_refuses_an_old_python(project: Path, version: str) -> None:
     code, message = run(project, by=python(project, version=version))
     assert (code, message.count("\n")) == (1, 1)
-    assert f"is Python {version}, 3.10 or newer is needed" in message
+    assert f"is Python {version}, 3.11 or newer is needed" in message
 
 
 def test_refuses_a_python_that_is_not_there(project: Path) -> None:

@@ -26,7 +26,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in (finetune, export, plan, demo, study, doctor):
+# what finetune does not know are TRL's options
+_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(cls=Command, context_settings=_OPEN)(finetune)
+for command in (export, plan, demo, study, doctor):
     app.command(cls=Command)(command)
 app.add_typer(cache)
 app.add_typer(tokens, name="tokens")

@@ -369,5 +369,5 @@ def test_a_source_that_is_none_is_named(source: str) -> None:
         argument = list(given)[-1]
         with pytest.raises(ValueError, match=rf"^`{argument}` must be one of .*; got '{source}'"):
             AnchorPrompts.from_prompts(chat_tokenizer(), **given)
-    with pytest.raises(ValueError, match="^`harmless` must hold at least one prompt"):
+    with pytest.raises(ValueError, match=r"^`harmless` must hold at least one prompt"):
         AnchorPrompts.from_prompts(chat_tokenizer(), ["hello"], [])

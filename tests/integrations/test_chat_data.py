@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import datasets
 import pytest
 from tiny_tokenizer import chat_tokenizer
 
@@ -16,6 +15,8 @@ from str_kernels.integrations.chat_data import (
     encode_rows,
     read_examples,
 )
+
+datasets = pytest.importorskip("datasets")  # which comes with trl
 
 USER = {"role": "user", "content": "hello"}
 ASSISTANT = {"role": "assistant", "content": "good day"}

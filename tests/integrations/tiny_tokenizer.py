@@ -54,13 +54,13 @@ def byte_tokenizer(template: str) -> Any:
     return tokenizer
 
 
-def save_tiny_model(folder: Path, seed: int) -> Path:
+def save_tiny_model(folder: Path, seed: int, **sizes: int) -> Path:
     """Write a model and its tokenizer as a folder that from_pretrained reads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(_WORDS),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=sizes.get("hidden_size", 32),
+        intermediate_size=sizes.get("intermediate_size", 48),
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
