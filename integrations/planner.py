@@ -7,6 +7,8 @@ holds for the forward of any architecture is counted and not guessed; see step_m
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ ReferenceMode = Literal["none", "live", "cached"]
 Way = Literal["own", "by_hand", "chunked", "ours"]
 WAYS: tuple[Way, ...] = get_args(Way)
 _BUILTIN = "builtin"
+_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 _CONFIG = "config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FARTHER = (1, 4, 16)  # times the length asked for, where the step is run to see how it grows
@@ -48,7 +51,7 @@ class PlanOptions:
         lora_rank: of adapters on all linear layers but the head; None trains every weight.
         dtype: of the weights; "auto" as the config says.
         checkpointing: gradient checkpointing of the layers.
-        attention: "sdpa" or "eager".
+        attention: "sdpa", "eager", or "auto", what the model takes of the two by default.
         reference: "none", the penalty at anchors alone; "live", one more forward for each batch;
             "cached", logits from files.
         padding: whether rows of a batch differ in length, so that attention has a mask; by default
@@ -65,14 +68,14 @@ class PlanOptions:
     lora_rank: int | None = 8
     dtype: str = "auto"
     checkpointing: bool = False
-    attention: str = "sdpa"
+    attention: str = "auto"
     reference: ReferenceMode = "none"
     padding: bool | None = None
     accumulation: int = 1
     ids: int = 96
     anchors: int = 4
     anchor_tokens: int = 48
-    device: str = "cpu"
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         numbers = ("batch_size", "lora_rank", "accumulation", "ids", "anchors", "anchor_tokens")
@@ -82,7 +85,7 @@ class PlanOptions:
                 raise ValueError(f"`{name}` must be >= {least}; got {value}")
         for name, choices in (
             ("dtype", _DTYPES),
-            ("attention", ("sdpa", "eager")),
+            ("attention", ("auto", "sdpa", "eager")),
             ("reference", get_args(ReferenceMode)),
             ("device", ("cpu", "cuda")),
         ):
@@ -338,8 +341,12 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
     """Say in one line that a model's forward needs values, or does not exist."""
+    before = _LOGGER.level
     try:
-        yield
+        _LOGGER.setLevel(logging.CRITICAL)  # it would print a traceback
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what libraries have to say they say in the run
+            yield
     except ValueError:
         raise
     except Exception as error:  # whatever the forward of some model stumbles over
@@ -347,3 +354,5 @@ def _readable() -> Iterator[None]:
             "`model` must be a causal LM that runs without the values of its tensors; got "
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
+    finally:
+        _LOGGER.setLevel(before)

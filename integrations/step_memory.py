@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, rank: int | None
     Args:
         config: of transformers.
         dtype: of the weights.
-        attention: "eager" or "sdpa".
+        attention: "eager", "sdpa", or "auto".
         rank: of the adapters; None trains every weight.
 
     Returns:
@@ -82,7 +83,10 @@ def meta_model(config: Any, dtype: torch.dtype, attention: str, rank: int | None
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            copy.deepcopy(config),
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=False,
         )
         model.config.use_cache = False  # as Trainer sets it
         if rank is not None:
@@ -265,8 +269,8 @@ class _Losses:
             rows_per_chunk(placed, self._vocab, None, weight.requires_grad), max(1, hidden.shape[0])
         )
         self._workspace = self._chunk * row_bytes(hidden, self._vocab)
-        if device == "cpu":
-            self._workspace += _SCRATCH
+        if device == "cpu" and hidden.itemsize < 4:  # else it works on the logits themselves
+            self._workspace += min(_SCRATCH, self._chunk * self._vocab * 4)
 
     def full_logits(self) -> int:
         """Return the bytes of all logits, as the model returns them and in float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 import shlex
 from typing import Annotated, Any
 
@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
-from .finetune import finetune
 
 _GIB = 1 << 30
 _WAYS = {
@@ -31,13 +30,19 @@ def plan(
     batch_size: Annotated[
         int, typer.Option("--batch", "--batch-size", min=1, help="Rows of one forward.")
     ] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Forwards of one step.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 8,
     full: Annotated[bool, typer.Option("--full", help="Train every weight, no adapters.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Layers keep their input alone.")
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing",
+            "--gradient-checkpointing",
+            help="Gradient checkpointing: less memory, more time.",
+        ),
     ] = False,
-    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="auto, sdpa or eager.")] = "auto",
     reference: Annotated[
         str,
         typer.Option(
@@ -71,16 +76,17 @@ def plan(
         options = planner.PlanOptions(
             tokens=tokens,
             batch_size=batch_size,
+            accumulation=accumulation,
             lora_rank=None if full else lora_rank,
             dtype=dtype,
-            checkpointing=gradient_checkpointing,
+            checkpointing=checkpointing,
             attention=attention,
             reference=reference,
             padding=padding,
             ids=ids,
             device=device,
         )
-        if memory is not None and not memory > 0:
+        if memory is not None and not 0 < memory < math.inf:
             raise ValueError(f"`--memory` must be > 0, in GiB; got {memory:g}")
         room = None if memory is None else int(memory * _GIB)
         with progress(quiet=as_json) as watch:
@@ -96,21 +102,25 @@ def plan(
 
 
 def _command(model: str, found: Any) -> str | None:
-    """Return the line that fine-tunes like this; None where no such command is."""
+    """Return the line that fine-tunes like this; None where nothing fits."""
     options, longest = found.options, found.ways["ours"].longest
     tokens = options.tokens if longest is None else min(options.tokens, longest)
-    known = inspect.signature(finetune).parameters
-    checkpoints = "gradient_checkpointing" in known
-    if options.lora_rank is None or tokens < 2 or (options.checkpointing and not checkpoints):
-        return None
+    if tokens < 2:
+        return None  # nothing fits
     words = ["str-kernels", "finetune", model, "DATA", "--output", "run"]
     words += ["--max-length", str(tokens), "--batch-size", str(options.batch_size)]
-    if options.lora_rank != known["lora_rank"].default:
+    if options.accumulation > 1:
+        words += ["--accumulation", str(options.accumulation)]
+    if options.lora_rank is None:
+        words.append("--full")
+    else:
         words += ["--lora-rank", str(options.lora_rank)]
     if options.dtype != "auto":
         words += ["--dtype", options.dtype]
     if options.checkpointing:
-        words.append("--gradient-checkpointing")
+        words.append("--checkpointing")
+    if options.attention != "auto":
+        words += ["--attention", options.attention]
     if options.reference != "none":
         words += ["--positions", "response"]
     if options.reference == "cached":
@@ -154,10 +164,8 @@ def _show(model: str, found: Any, line: str | None) -> None:
     )
     if line is not None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    elif options.lora_rank is None:
-        console.print("`finetune` trains adapters: for all weights use attach() with a ref_model.")
-    elif options.checkpointing:
-        console.print("`finetune` keeps all activations: use attach() in a Trainer of your own.")
+    else:
+        console.print("Not even rows of two tokens fit.")
 
 
 def _gib(size: int) -> str:
