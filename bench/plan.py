@@ -85,9 +85,7 @@ def measure(
     for case in cases(tokens, others_at):
         same: dict[str, Any] = {name: value for name, value in case._asdict().items()}
         who = same.pop("who")
-        options = PlanOptions(
-            batch_size=batch, lora_rank=rank, dtype=dtype, device="cpu", **same
-        )
+        options = PlanOptions(batch_size=batch, lora_rank=rank, dtype=dtype, device="cpu", **same)
         if options not in plans:
             plans[options] = plan_of(config, options)
         plan = plans[options]
