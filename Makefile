@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 TYPES := .venv/types
 
-.PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed support gpu clean
+.PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed faults support gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -58,6 +58,11 @@ compat: ## the tests of integrations/ on older and newer releases, in .nox (ARGS
 deepspeed: ## the tests of ZeRO on this machine's CPU, in .nox (ARGS: options of pytest)
 	@$(READY) dev
 	$(RUN) -m nox -s deepspeed -- $(ARGS)
+
+faults: ## kill a fine-tuning at 100 places where it writes, go on, and count (STR_FAULTS: how many)
+	@$(READY) dev
+	STR_FAULTS=$(or $(STR_FAULTS),100) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -k kill_at_any_write \
+	  tests/integrations/test_finetune.py
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev
