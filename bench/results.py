@@ -32,7 +32,7 @@ def device_name(device: str) -> str:
 def origin(device: str, protocol: str) -> Row:
     """Return what every row of one run has in common: when, where, with what, and how."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": device_name(device),
         "torch": torch.__version__,

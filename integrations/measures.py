@@ -13,7 +13,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from ..evals.drift import DriftStatistics, drift_statistics
 from ..safety_tokens import SafetyTokens
-from .chat_data import Example
+from .chat_data import Example, encode_prompt
 from .chat_rendering import render, render_prompts
 from .generation import continue_greedily, end_ids
 from .hf_models import evaluation_mode
@@ -67,10 +67,11 @@ def question_and_answer(tokenizer: Any, example: Example) -> tuple[str, str]:
     """
     if example.messages is None:
         # as text, with what the tokenizer puts before a text: it is encoded without that later
-        start = tokenizer.decode(tokenizer.encode(example.prompt)) if example.prompt else ""
+        start = tokenizer.decode(encode_prompt(tokenizer, example.prompt)) if example.prompt else ""
         return start, example.completion
     last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
-    question = render(tokenizer, example.messages[:last], add_generation_prompt=True)
+    before = example.messages[:last]
+    question = render(tokenizer, before, add_generation_prompt=True, **example.options)
     return question, example.messages[last]["content"]
 
 
