@@ -31,7 +31,7 @@ def llama(**options: Any) -> LlamaConfig:
         "vocab_size": 4099,
         "hidden_size": 64,
         "intermediate_size": 176,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 8192,
@@ -161,10 +161,11 @@ def test_the_loop_over_chunks_is_the_loss_by_hand(seed: int) -> None:
 def test_the_longest_rows_fit_and_longer_ones_do_not(attention: str) -> None:
     settings: dict[str, Any] = {"batch_size": 2, "lora_rank": 4, "attention": attention}
     settings |= {"padding": False, "device": "cpu", "dtype": "bfloat16"}
-    room = 200 << 20
+    room = 100 << 20
     planned = plan_of(llama(), PlanOptions(128, **settings), memory=room)
-    for way, found in planned.ways.items():
-        assert found.longest is not None
+    for way in ("own", "ours"):
+        found = planned.ways[way]  # type: ignore[index]
+        assert found.longest is not None and found.longest < planned.positions
         for times, fits in ((1.0, True), (1.02, False)):
             at = PlanOptions(int(found.longest * times), **settings)
             assert (plan_of(llama(), at).ways[way].peak <= room * (1 + 2e-3)) is fits, (way, times)
