@@ -340,19 +340,19 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Say in one line that a model's forward needs values, or does not exist."""
+    """Say in one line why a model's step cannot be run: it needs values, or PEFT refuses it."""
     before = _LOGGER.level
     try:
         _LOGGER.setLevel(logging.CRITICAL)  # it would print a traceback
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what libraries have to say they say in the run
             yield
-    except ValueError:
-        raise
     except Exception as error:  # whatever the forward of some model stumbles over
+        if isinstance(error, ValueError) and str(error).startswith("`model`"):
+            raise  # our own
         raise ValueError(
-            "`model` must be a causal LM that runs without the values of its tensors; got "
-            f"{type(error).__name__}: {_first_line(error)}"
+            "`model` must be a causal LM that can be trained so, and without the values of its "
+            f"tensors; got {type(error).__name__}: {_first_line(error)}"
         ) from error
     finally:
         _LOGGER.setLevel(before)

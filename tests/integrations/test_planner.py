@@ -12,7 +12,7 @@ import torch
 from tiny_models import CONFIGS
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Auto
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MambaConfig
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
 from str_kernels.integrations.anchors import AnchorRow
@@ -21,6 +21,7 @@ from str_kernels.integrations.planner import PlanOptions, plan_of, read_config
 from str_kernels.integrations.step_memory import checkpoint_layers
 
 IDS = 7
+MAMBA = {"vocab_size": 31, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
 ANCHOR_TOKENS = 9
 WITHIN = 0.05
 
@@ -243,6 +244,8 @@ def test_what_cannot_be_planned_is_refused() -> None:
     # attention heads that do not divide the width
     with pytest.raises(ValueError, match="`model` must be a causal LM"):
         plan_of(llama(num_key_value_heads=3), PlanOptions(8))
+    with pytest.raises(ValueError, match="`model` must be a causal LM .* got ValueError: .*PEFT"):
+        plan_of(MambaConfig(**MAMBA), PlanOptions(8))  # PEFT adapts no linear layer of it
 
 
 @pytest.mark.parametrize(
