@@ -244,7 +244,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     # attention heads that do not divide the width
     with pytest.raises(ValueError, match="`model` must be a causal LM"):
         plan_of(llama(num_key_value_heads=3), PlanOptions(8))
-    with pytest.raises(ValueError, match="`model` must be a causal LM .* got ValueError: .*PEFT"):
+    with pytest.raises(ValueError, match=r"`model` must be a causal LM .* got ValueError: .*PEFT"):
         plan_of(MambaConfig(**MAMBA), PlanOptions(8))  # PEFT adapts no linear layer of it
 
 
