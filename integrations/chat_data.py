@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..contracts import IGNORE_INDEX
 from .answer_spans import Span, render_with_answers
+from .chat_rendering import NOT_OF_TEMPLATES
 from .data_files import read_rows
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -103,7 +104,9 @@ class EncodedRows(NamedTuple):
         return made
 
 
-def read_examples(source: Path | str, split: str | None = None) -> list[Example]:
+def read_examples(
+    source: Path | str, split: str | None = None, *, name: str = "data"
+) -> list[Example]:
     """Read training rows.
 
     A row is one of
@@ -120,6 +123,7 @@ def read_examples(source: Path | str, split: str | None = None) -> list[Example]
     Args:
         source: JSON Lines, JSON, CSV, Parquet, a saved data set or the id of one on the hub.
         split: of a data set that has several; "train" when None.
+        name: of the argument, for messages.
 
     Returns:
         The rows in order.
@@ -129,14 +133,14 @@ def read_examples(source: Path | str, split: str | None = None) -> list[Example]
             file, line and reason.
     """
     examples = []
-    for where, row in read_rows(source, split):
+    for where, row in read_rows(source, split, name):
         try:
             examples.append(_parse(row, where))
         except (ValueError, TypeError, KeyError) as error:
             reason = str(error) if not isinstance(error, KeyError) else f"{error} is missing"
-            raise ValueError(f"`data` must hold training rows; {where}: {reason}") from error
+            raise ValueError(f"`{name}` must hold training rows; {where}: {reason}") from error
     if not examples:
-        raise ValueError(f"`data` must hold at least one row; got none in {source}")
+        raise ValueError(f"`{name}` must hold at least one row; got none in {source}")
     return examples
 
 
@@ -199,7 +203,7 @@ def _encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
     if example.messages is None:
         prompt = encode_prompt(tokenizer, example.prompt)
         completion = tokenizer.encode(example.completion, add_special_tokens=False)
-        if tokenizer.eos_token_id is not None:
+        if tokenizer.eos_token_id is not None and completion[-1:] != [tokenizer.eos_token_id]:
             completion = [*completion, tokenizer.eos_token_id]
         return prompt + completion, [IGNORE_INDEX] * len(prompt) + completion
     if not tokenizer.chat_template:
@@ -241,16 +245,17 @@ def _parse(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object; got {type(row).__name__}")
     _check_text(row)
-    more = {
+    more: dict[str, Any] = {
         "where": where,
-        "tools": _list_or_json("tools", row.get("tools")),
-        "template_options": row.get("chat_template_kwargs"),
+        "tools": _list_or_json("tools", row["tools"]) if row.get("tools") else None,
+        "template_options": _template_options(row.get("chat_template_kwargs")),
     }
     if "messages" in row:
         messages, unlabelled = _messages(_list_or_json("messages", row["messages"]))
         return Example(messages, unlabelled=unlabelled, **more)
     if "conversations" in row:
-        turns = [_from_sharegpt(turn) for turn in row["conversations"]]
+        said = _list_or_json("conversations", row["conversations"])
+        turns = [_from_sharegpt(turn) for turn in said]
         if row.get("system"):
             turns.insert(0, {"role": "system", "content": row["system"]})
         messages, unlabelled = _messages(turns)
@@ -298,6 +303,7 @@ def _messages(turns: Any) -> tuple[tuple[dict[str, Any], ...], frozenset[int]]:
         if weight == 0:
             unlabelled.add(place)
         kept = {key: v for key, v in turn.items() if key != "weight" and v is not None}
+        _check_calls(kept.get("tool_calls", []))
         messages.append({**kept, "content": _content(turn)})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError('"messages" must have an assistant turn to learn from')
@@ -336,7 +342,10 @@ def _from_sharegpt(turn: Any) -> dict[str, Any]:
 
 def _from_alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
     turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    said = [*(row.get("history") or ()), ("\n\n".join(filter(None, _asked(row))), row["output"])]
+    history = _list_or_json("history", row.get("history") or [])
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError('"history" must be a list of pairs, question and answer')
+    said = [*history, ("\n\n".join(filter(None, _asked(row))), row["output"])]
     for question, answer in said:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return turns
@@ -348,12 +357,32 @@ def _asked(row: dict[str, Any]) -> tuple[str, str]:
 
 def _list_or_json(name: str, value: Any) -> Any:
     """Return a list, which tables and CSV files may hold as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f'"{name}" must be a list or its JSON: {error}') from error
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f'"{name}" must be a list or its JSON: {error}') from error
+    if not isinstance(value, list):
+        raise ValueError(f'"{name}" must be a list; got {type(value).__name__}')
+    return value
+
+
+def _template_options(value: Any) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'"chat_template_kwargs" must be an object; got {type(value).__name__}')
+    for name in value or ():
+        if name in NOT_OF_TEMPLATES:
+            raise ValueError(
+                f'"chat_template_kwargs" must be options of the template; got {name!r}'
+            )
+    return value
+
+
+def _check_calls(calls: Any) -> None:
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('"tool_calls" must be a list of {"function": {"name": ...}}')
 
 
 def _check_text(row: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 _ANSWER = "Kestrel-4127"  # stands for an answer: no template has it, and none trims it
+NOT_OF_TEMPLATES = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
+"""Options of apply_chat_template that are not its template's."""
 _NEED = (
     "pass `chat_template_kwargs`, such as {'enable_thinking': False}, or `answer_start`, the text "
     "that leads from there to the answer, such as '</think>\\n\\n'"
@@ -99,7 +101,7 @@ def render_answer_starts(
             close, or as `render`.
     """
     options = dict(chat_template_kwargs or {})
-    for name in ("tokenize", "add_generation_prompt", "continue_final_message"):
+    for name in NOT_OF_TEMPLATES:
         if name in options:
             raise ValueError(
                 f"`chat_template_kwargs` must be options of the template; got {name!r}"

@@ -22,13 +22,14 @@ Placed = tuple[str, Any]
 """Where a row is ("rows.jsonl, line 3"), and the row."""
 
 
-def read_rows(source: Path | str, split: str | None = None) -> Iterator[Placed]:
+def read_rows(source: Path | str, split: str | None = None, name: str = "data") -> Iterator[Placed]:
     """Read rows of any form, unchecked.
 
     Args:
         source: a .jsonl, .json, .csv or .parquet file, the folder of `Dataset.save_to_disk`, or the
             id of a data set on the hub, which `datasets` then downloads.
         split: of a data set that has several; "train" when None.
+        name: of the argument, for messages.
 
     Yields:
         Where a row is, and the row.
@@ -40,13 +41,15 @@ def read_rows(source: Path | str, split: str | None = None) -> Iterator[Placed]:
     suffix = path.suffix.lower()
     on_hub = not (path.exists() or suffix) and _HUB_ID.fullmatch(str(source))
     if path.is_dir() or suffix in (".parquet", ".arrow") or on_hub:
-        yield from _table(path, str(source), split)
+        yield from _table(path, str(source), split, name)
         return
+    if split is not None:
+        raise ValueError(f"`data_split` must be left out for a file without splits; got {split!r}")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(
-            "`data` must be a readable file, a saved data set or the id of one on the hub; "
+            f"`{name}` must be a readable file, a saved data set or the id of one on the hub; "
             f"got {source}: {error.strerror or error}"
         ) from error
     content = content.removeprefix(b"\xef\xbb\xbf")  # which a Windows editor writes in front
@@ -83,6 +86,7 @@ def _csv(path: Path, content: bytes) -> Iterator[Placed]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`data` must hold training rows; {path.name}: {error}") from error
+    csv.field_size_limit(len(text) + 1)  # a row may be as long as it likes
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
@@ -95,7 +99,7 @@ def _csv(path: Path, content: bytes) -> Iterator[Placed]:
         ) from error
 
 
-def _table(path: Path, source: str, split: str | None) -> Iterator[Placed]:
+def _table(path: Path, source: str, split: str | None, name: str) -> Iterator[Placed]:
     import datasets
 
     try:
@@ -108,7 +112,7 @@ def _table(path: Path, source: str, split: str | None) -> Iterator[Placed]:
             table = datasets.load_dataset(source)
     except Exception as error:  # datasets raises what its readers and the network raise
         raise ValueError(
-            "`data` must be a readable file, a saved data set or the id of one on the hub; "
+            f"`{name}` must be a readable file, a saved data set or the id of one on the hub; "
             f"got {source}: {_first_line(error)}"
         ) from error
     if isinstance(table, dict):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,13 @@ from typing_extensions import override
 from ..atomic import write_json, write_text
 from ..reference_cache import CachedReference
 from ..safety_tokens import SafetyTokens
+from .adapter_files import adapter_folder, base_name
 from .chat_data import EncodedRows, encode_rows, read_examples
 from .figures import draw_curves
 from .finetune_options import FinetuneOptions
 from .finetune_report import (
     REPORT,
+    beginning,
     describe,
     model_card,
     plan_of_run,
@@ -83,10 +87,14 @@ def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = N
         ValueError: an option, the rows or the model is bad; says why.
     """
     run, training = options.run, options.training
+    datasets.disable_progress_bars()  # the command has its own
+    say = progress or (lambda text: None)
     examples = read_examples(str(run.data), run.data_split)  # before anything slow
-    held_out = read_examples(run.eval_data, run.data_split) if run.eval_data else []
+    held_out = []
+    if run.eval_data:
+        held_out = read_examples(run.eval_data, run.data_split, name="eval_data")
     if training.safety_cache is not None:
-        CachedReference(training.safety_cache)  # that it can be read
+        _check_cache(training.safety_cache)
     model, tokenizer = _load(options, progress)
     notes = []
     longest = longest_row(model)
@@ -103,6 +111,7 @@ def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = N
         chosen = set(random.Random(training.seed).sample(range(len(examples)), count))
         held_out = [one for place, one in enumerate(examples) if place in chosen]
         examples = [one for place, one in enumerate(examples) if place not in chosen]
+    say(f"encode {len(examples)} rows")
     train = encode_rows(tokenizer, examples, training.max_length)
     evaluate = encode_rows(tokenizer, held_out, training.max_length) if held_out else None
     for rows in filter(None, (train, evaluate)):
@@ -137,24 +146,38 @@ def finetune(
         NotFinite: a loss, a term or a gradient is; the last checkpoint is as it was.
         Stopped: a signal came; there is a checkpoint of the last step.
     """
-    run, training = options.run, options.training
+    run = options.run
     folder = RunFolder(Path(run.output))
     main = is_main(options)
-    inputs = [Path(name) for name in (run.data, run.eval_data) if name and Path(name).exists()]
     if main:
-        folder.check(overwrite=run.overwrite, resume=run.resume, inputs=inputs)
+        folder.check(overwrite=run.overwrite, resume=run.resume, inputs=_inputs(options))
+    with folder.lock() if main else contextlib.nullcontext():
+        return _run(options, folder, on_step, progress)
+
+
+def _run(
+    options: FinetuneOptions,
+    folder: RunFolder,
+    on_step: Callable[[int, int], None] | None,
+    progress: Callable[[str], None] | None,
+) -> FinetuneResult:
+    run, training, main = options.run, options.training, is_main(options)
     ready = prepare(options, progress)
+    began = beginning(options, ready)
+    if run.resume:
+        folder.check_same(began)
     checkpoint = folder.last_checkpoint() if run.resume else None
     refusals = {}
     if run.eval_refusals and main:
         refusals["before"] = probe_refusals(ready.model, ready.tokenizer, run.eval_refusals)
     training.output_dir = str(folder.path)
-    guard = RunGuard(_where(ready), None)
+    guard = RunGuard(_where(ready, packed=training.packing), None)
     trainer = _trainer(options, ready, guard)
+    guard.scales_gradients = trainer.accelerator.scaler is not None
     total = steps_of(training, len(trainer.get_train_dataloader()))
     guard.on_step = None if on_step is None else lambda step: on_step(step, total)
     if main and not run.resume:
-        folder.begin()
+        folder.begin(began)
     with guard.signals():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if guard.signal is not None and trainer.state.global_step < total:
@@ -166,7 +189,7 @@ def finetune(
             refusals["after"] = probe_refusals(model, ready.tokenizer, run.eval_refusals)
         report = describe(options, ready, trainer, refusals)
         _write(folder.path, model, ready, report)
-        folder.finish(run.keep_checkpoints)
+        folder.finish(overwrite=run.overwrite, keep_checkpoints=run.keep_checkpoints)
     trainer.accelerator.wait_for_everyone()
     return FinetuneResult(folder.output, report)
 
@@ -192,8 +215,16 @@ def dry_run(
         ValueError: as `finetune`.
     """
     run = options.run
-    RunFolder(Path(run.output)).check(overwrite=run.overwrite, resume=run.resume, inputs=[])
-    return plan_of_run(options, prepare(options, progress))
+    RunFolder(Path(run.output)).check(
+        overwrite=run.overwrite, resume=run.resume, inputs=_inputs(options)
+    )
+    ready = prepare(options, progress)
+    plan = plan_of_run(options, ready)
+    with tempfile.TemporaryDirectory() as folder:  # Trainer makes one
+        options.training.output_dir = folder
+        trainer = _trainer(options, ready, RunGuard())
+        plan["steps"] = steps_of(options.training, len(trainer.get_train_dataloader()))
+    return plan
 
 
 class _RunTrainer(SafetySFTTrainer):
@@ -237,6 +268,11 @@ def _trainer(options: FinetuneOptions, ready: Prepared, guard: RunGuard) -> _Run
     if is_peft_model(ready.model):
         if run.full:
             raise ValueError("`full` must be off for an adapter's folder, which is gone on with")
+        for name in sorted(options.chosen):
+            if name.startswith("lora_") or name in ("use_dora", "use_rslora"):
+                raise ValueError(
+                    f"`{name}` must be left out for an adapter's folder: it has its own"
+                )
         if training.safety_cache is not None:
             raise ValueError(
                 "`safety_cache` must be None for an adapter's folder: the reference is the adapter "
@@ -248,28 +284,51 @@ def _trainer(options: FinetuneOptions, ready: Prepared, guard: RunGuard) -> _Run
     elif training.safety_cache is None:
         attaching["ref_model"] = copy.deepcopy(ready.model).requires_grad_(False).eval()
     set_seed(training.seed)
-    datasets.disable_progress_bars()  # the command has its own
-    trainer = _RunTrainer(
-        model=ready.model,
-        args=training,
-        train_dataset=datasets.Dataset.from_list(ready.train.rows),
-        eval_dataset=ready.evaluate and datasets.Dataset.from_list(ready.evaluate.rows),
-        processing_class=ready.tokenizer,
-        peft_config=peft,
-        safety_tokens=ready.tokens,
-        guard=guard,
-        **attaching,
-    )
+    try:
+        trainer = _RunTrainer(
+            model=ready.model,
+            args=training,
+            train_dataset=datasets.Dataset.from_list(ready.train.rows),
+            eval_dataset=ready.evaluate and datasets.Dataset.from_list(ready.evaluate.rows),
+            processing_class=ready.tokenizer,
+            peft_config=peft,
+            safety_tokens=ready.tokens,
+            guard=guard,
+            **attaching,
+        )
+    except (ImportError, RuntimeError, AssertionError, LookupError) as error:
+        raise ValueError(f"the options must be ones that TRL takes; it says: {error}") from error
     trainer.remove_callback(PrinterCallback)  # prints every log entry; the command shows progress
     if run.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(run.early_stopping))
     return trainer
 
 
-def _where(ready: Prepared) -> Callable[[Tensor], str]:
-    """Return what says which rows of the file a batch has; of packed ones it is not known."""
+def _inputs(options: FinetuneOptions) -> list[Path]:
+    """Return every file and folder that a run reads."""
+    run, training = options.run, options.training
+    named = [run.data, run.eval_data, options.model.model_name_or_path]
+    named += [training.safety_anchors, training.safety_templates, training.safety_tokens]
+    found = [Path(name) for name in (*named, training.safety_cache) if name]
+    adapter = adapter_folder(str(options.model.model_name_or_path))
+    if adapter is not None:
+        found.append(Path(base_name(adapter)))
+    return [path for path in found if path.exists()]
+
+
+def _check_cache(folder: str) -> None:
+    try:
+        CachedReference(folder)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`folder`", "`safety_cache`")) from error
+
+
+def _where(ready: Prepared, packed: bool) -> Callable[[Tensor], str]:
+    """Return what says which rows of the file a batch has."""
 
     def where(input_ids: Tensor) -> str:
+        if packed:
+            return "not known, packed"
         found = []
         for ids in input_ids.tolist():
             rows = zip(ready.train.rows, ready.train.where, strict=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +54,6 @@ ALIASES = {
 """Short names of fields; the others have their own."""
 
 DEFAULTS: dict[str, Any] = {
-    "max_steps": 100,  # unless the epochs are given
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
     "use_peft": True,
@@ -71,6 +71,24 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """Where ours are not TRL's."""
+
+_STEPS = 100  # unless the epochs are given
+_FULL_RATE = 2e-5  # of the learning, with every weight trained
+_INSTEAD = {
+    "output_dir": "--output is the folder",
+    "resume_from_checkpoint": "--resume goes on from the last whole checkpoint",
+    "trust_remote_code": "code of a model's folder is never run",
+    "model_init_kwargs": "the model is loaded by --dtype, --attention and --load-in-4bit",
+    "chat_template_path": "the tokenizer's chat template is used; put another into its folder",
+    "eos_token": "the tokenizer's is used",
+    "pad_token": "the tokenizer's is used",
+    "truncation_mode": "rows lose their end",
+    "dataset_text_field": "a whole text is the key 'text'",
+    "dataset_kwargs": "rows are read and encoded before TRL sees them",
+    "completion_only_loss": "a row of prompt and completion labels the completion alone",
+    "assistant_only_loss": "a conversation labels the assistant's turns alone",
+}
+"""Of TRL's, what would have no effect here, and what to do instead."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -124,17 +142,27 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """All options of a run; see `read_options`."""
+    """All options of a run; see `read_options`.
+
+    Attributes:
+        run: what to read and write.
+        training: TRL's and those of the safety loss.
+        model: of the model and its adapters.
+        chosen: names of the fields that the caller or the file set.
+    """
 
     run: RunOptions
     training: SafetySFTConfig
     model: ModelConfig
+    chosen: frozenset[str]
 
 
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Raise, where argparse prints a usage of all flags and ends the program."""
-        raise ValueError(message)
+        raise ValueError(
+            re.sub(r"^argument --(\w+)[^:]*: ", r"`\1` must be valid; got an ", message)
+        )
 
 
 def read_options(
@@ -164,44 +192,50 @@ def read_options(
         ValueError: there is no option `--learnig-rate`; the nearest is `--learning-rate`
     """
     parser = _Parser([RunOptions, SafetySFTConfig, ModelConfig], allow_abbrev=False)
-    chosen = {**_read_config(config), **_by_field(given)}
     flags = [_canonical(flag) for flag in more]
-    defaults = dict(DEFAULTS)
-    if "max_steps" not in chosen and ("num_train_epochs" in chosen or _has(flags, "epochs")):
-        defaults["max_steps"] = -1
-    parser.set_defaults_with_config(**defaults)
-    unknown = parser.set_defaults_with_config(**chosen)
-    parsed = parser.parse_args_into_dataclasses(args=flags, return_remaining_strings=True)
-    run, training, model, rest = parsed
-    unknown = [*unknown[::2], *(flag for flag in rest if flag.startswith("-"))]
-    if unknown:
-        raise ValueError(f"there is no option `{unknown[0]}`{_nearest(unknown[0])}")
-    if rest:
-        raise ValueError(f"there must be an option before {rest[0]!r}; MODEL and DATA come first")
-    _complete(run, training, model, chosen, flags)
-    return FinetuneOptions(run, training, model)
+    typed = {**_by_field(given), **{_name(flag): True for flag in flags if flag.startswith("--")}}
+    of_file = _read_config(config)
+    if {"max_steps", "num_train_epochs"} <= set(typed):
+        raise ValueError("`max_steps` must be left out with `num_train_epochs`; got both")
+    if "num_train_epochs" in typed:
+        of_file.pop("max_steps", None)  # what is typed wins over the file
+    chosen = frozenset({*typed, *of_file})
+    for name, instead in _INSTEAD.items():
+        if name in chosen:
+            raise ValueError(f"`{name}` must be left out: {instead}")
+    by_epochs = "max_steps" not in chosen and "num_train_epochs" in chosen
+    parser.set_defaults_with_config(**DEFAULTS, max_steps=-1 if by_epochs else _STEPS)
+    args = [*_as_flags(of_file), *_as_flags(_by_field(given)), *flags]
+    run, training, model, rest = parser.parse_args_into_dataclasses(
+        args=args, return_remaining_strings=True
+    )
+    for word in rest:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            raise ValueError(f"there is no option `{flag}`{_nearest(flag)}")
+        raise ValueError(f"there must be an option before {word!r}; MODEL and DATA come first")
+    _complete(run, training, model, chosen)
+    return FinetuneOptions(run, training, model, chosen)
 
 
 def _complete(
-    run: RunOptions,
-    training: SafetySFTConfig,
-    model: ModelConfig,
-    chosen: Mapping[str, Any],
-    flags: Sequence[str],
+    run: RunOptions, training: SafetySFTConfig, model: ModelConfig, chosen: frozenset[str]
 ) -> None:
     """Fill in what depends on other options, and check what TRL does not."""
     if not model.model_name_or_path:
         raise ValueError("`model` must be given: 'builtin', a folder or a hub id")
-    if not 0 < training.learning_rate < math.inf:
-        raise ValueError(f"`learning_rate` must be > 0; got {training.learning_rate}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise ValueError(f"`{name}` must be >= 1; got {getattr(training, name)}")
-    if model.lora_r < 1:
-        raise ValueError(f"`lora_r` must be >= 1; got {model.lora_r}")
-    if training.max_length is not None and training.max_length < 2:
-        raise ValueError(f"`max_length` must be >= 2; got {training.max_length}")
+    if run.full and "learning_rate" not in chosen:
+        training.learning_rate = _FULL_RATE
+    _check_numbers(training, model, chosen)
     training.check()
+    for name in ("safety_tokens", "safety_templates"):
+        file = getattr(training, name)
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"`{name}` must be a file; got {file}, which is not there")
+    if run.full and (model.load_in_4bit or model.load_in_8bit):
+        raise ValueError("`full` must be off for weights in 4 or 8 bits, which are not trained")
+    if model.lora_task_type != "CAUSAL_LM":
+        raise ValueError(f"`lora_task_type` must be CAUSAL_LM; got {model.lora_task_type!r}")
     if model.lora_alpha is None:
         model.lora_alpha = 2 * model.lora_r
     modules = model.lora_target_modules
@@ -211,13 +245,53 @@ def _complete(
     if run.full:
         model.use_peft = False
     training.dataloader_pin_memory = training.dataloader_pin_memory and torch.cuda.is_available()
-    if run.evaluates and "eval_strategy" not in chosen and not _has(flags, "eval_strategy"):
-        training.eval_strategy = training.save_strategy
-        if "eval_steps" not in chosen and not _has(flags, "eval_steps"):
+    _choose_evaluation(run, training, chosen)
+
+
+def _check_numbers(training: SafetySFTConfig, model: ModelConfig, chosen: frozenset[str]) -> None:
+    for of, name in (
+        (training, "learning_rate"),
+        (training, "num_train_epochs"),
+        (model, "lora_alpha"),
+    ):
+        value = getattr(of, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be finite and > 0; got {value}")
+    counts = [(training, "per_device_train_batch_size"), (training, "gradient_accumulation_steps")]
+    counts += [(model, "lora_r")] + [(training, "max_steps")] * ("max_steps" in chosen)
+    for of, name in counts:
+        if getattr(of, name) < 1:
+            raise ValueError(f"`{name}` must be >= 1; got {getattr(of, name)}")
+    if not 0 <= model.lora_dropout < 1:
+        raise ValueError(f"`lora_dropout` must be in [0, 1); got {model.lora_dropout}")
+    if training.max_length is not None and training.max_length < 2:
+        raise ValueError(f"`max_length` must be >= 2; got {training.max_length}")
+
+
+def _choose_evaluation(run: RunOptions, training: SafetySFTConfig, chosen: frozenset[str]) -> None:
+    """Evaluate where checkpoints are made, unless told otherwise."""
+    if not run.evaluates:
+        if training.eval_strategy != "no":
+            raise ValueError("`eval_strategy` must have rows: give `eval_data` or `eval_fraction`")
+        return
+    if "eval_strategy" not in chosen:
+        training.eval_strategy = "steps" if "eval_steps" in chosen else training.save_strategy
+        if training.eval_strategy == "no":
+            training.eval_strategy = "epoch"
+        if "eval_steps" not in chosen:
             training.eval_steps = training.save_steps
-    if run.early_stopping is not None:
-        training.load_best_model_at_end = True
-        training.metric_for_best_model, training.greater_is_better = "eval_loss", False
+    if run.early_stopping is None:
+        return
+    for name, other in (("save_strategy", "eval_strategy"), ("save_steps", "eval_steps")):
+        wanted = getattr(training, other)
+        if name in chosen and getattr(training, name) != wanted:
+            raise ValueError(
+                f"`{name}` must be that of `{other}`, {wanted}, with `early_stopping`: the best is "
+                f"one of the checkpoints; got {getattr(training, name)}"
+            )
+        setattr(training, name, wanted)
+    training.load_best_model_at_end = True
+    training.metric_for_best_model, training.greater_is_better = "eval_loss", False
 
 
 def _read_config(config: Path | str | None) -> dict[str, Any]:
@@ -233,7 +307,28 @@ def _read_config(config: Path | str | None) -> dict[str, Any]:
 
 
 def _by_field(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {ALIASES.get(name, name): v for name, v in given.items() if v is not None}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        known = ALIASES.get(name, name)
+        if known in found:
+            raise ValueError(f"`{name}` must be given once; it is `{known}`, which is there too")
+        found[known] = value
+    return found
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Return values as flags, so that one parser checks them wherever they come from."""
+    flags = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={json.dumps(value)}")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def _canonical(flag: str) -> str:
@@ -245,16 +340,15 @@ def _canonical(flag: str) -> str:
     return flag if known is None else f"--{known}{equals}{value}"
 
 
-def _has(flags: Iterable[str], name: str) -> bool:
-    names = {name, ALIASES.get(name, name)}
-    return any(flag[2:].partition("=")[0].replace("-", "_") in names for flag in flags)
+def _name(flag: str) -> str:
+    return flag[2:].partition("=")[0].replace("-", "_")
 
 
 def _nearest(flag: str) -> str:
     kinds = (RunOptions, SafetySFTConfig, ModelConfig)
     names = {*ALIASES, *(one.name for kind in kinds for one in fields(kind))}
     known = [f"--{name}" for name in sorted(names)]
-    known += [name.replace("_", "-") for name in known]
+    known += [f"--{name.replace('_', '-')}" for name in sorted(names)]
     close = difflib.get_close_matches(flag, known, n=1)
     return f"; the nearest is `{close[0]}`" if close else ""
 

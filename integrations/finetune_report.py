@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,21 +22,35 @@ from .planner import PlanOptions, plan_of
 
 REPORT = "report.json"
 _ANSWER_TOKENS = 32
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FREE = {"output_dir", "report_to", "run_name", "disable_tqdm", "save_total_limit", "log_level"} | {
+    "log_level_replica",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "include_for_metrics",
+    "project",
+    "trackio_space_id",
+    "torch_empty_cache_steps",
+    "skip_memory_metrics",
+    "local_rank",
+}  # what a run may go on with otherwise
 _PROBES = {"harmful": "harmful_probes", "harmless": "benign_probes"}
 _CARD = """\
 ---
+{% if on_hub -%}
 base_model: {{ report.model }}
+{% endif -%}
 library_name: {{ "peft" if report.adapter else "transformers" }}
 pipeline_tag: text-generation
-tags: [str-kernels, safety-token-regularization, sft{{ ", lora" if report.adapter }}]
+tags: [str-kernels, sft{{ ", safety-token-regularization" if holds }}{{ ", lora" if lora }}]
 ---
 
-# {{ report.model }}, fine-tuned with its refusals held
+# {{ report.model }}, fine-tuned{{ " with its refusals held" if holds }}
 
 Made by [str-kernels](https://pypi.org/project/str-kernels/) {{ report.version }} from
 {{ report.data.rows }} rows of `{{ report.data.name }}`, {{ report.steps }} steps.
 
-What was held: {{ held }}. The reference is {{ report.reference }}.
+What was held: {{ held }}.{{ " The reference is " + report.reference + "." if holds }}
 {% if report.refusals %}
 Refused, of {{ asked }} prompts each (greedy, {{ tokens }} tokens, by how an answer opens; 95 %
 Wilson intervals):
@@ -78,7 +94,7 @@ def describe(
         "model": options.model.model_name_or_path,
         "adapter": hasattr(trainer.model, "peft_config"),
         "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-        "reference": _reference(trainer.attach_options),
+        "reference": _reference(trainer.attach_options) if float(penalty.weight) else None,
         "steps": trainer.state.global_step,
         "data": {
             "name": str(options.run.data),
@@ -118,6 +134,38 @@ def describe(
     return found
 
 
+def beginning(options: Any, ready: Any) -> dict[str, Any]:
+    """Return what a run must have in common with the one that it goes on with.
+
+    Args:
+        options: of the run, FinetuneOptions.
+        ready: what it trains with, Prepared.
+
+    Returns:
+        Options by name, and digests of what is read, as JSON has them.
+    """
+    training = options.training.to_dict()
+    kept = {
+        name: value
+        for name, value in training.items()
+        if name not in _FREE and not name.startswith(("logging_", "hub_", "push_to_hub"))
+    }
+    model = vars(options.model)
+    found: dict[str, Any] = finite(
+        {
+            **kept,
+            **model,
+            "full": options.run.full,
+            "early_stopping": options.run.early_stopping,
+            "data": rows_digest(ready.train.rows),
+            "eval_data": ready.evaluate and rows_digest(ready.evaluate.rows),
+            "safety_tokens": ready.tokens.fingerprint,
+            "processes": options.training.world_size,
+        }
+    )
+    return found
+
+
 def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
     """Return what a run would do, for a dry run.
 
@@ -131,7 +179,6 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
     training, rows = options.training, ready.train.rows
     lengths = [len(row["input_ids"]) for row in rows]
     batch = training.per_device_train_batch_size
-    batches = math.ceil(len(rows) / (batch * training.world_size))
     plan: dict[str, Any] = {
         "model": options.model.model_name_or_path,
         "rows": len(rows),
@@ -141,7 +188,7 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
         "labels": sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]),
         "rows_cut": ready.train.cut,
         "rows_without_a_label": len(ready.train.dropped),
-        "steps": "see packing" if training.packing else steps_of(training, batches),
+        "steps": None,  # known with the trainer's batches
         "rows_of_a_step": batch * training.gradient_accumulation_steps * training.world_size,
         "safety_tokens": len(ready.tokens),
         "held_on_rows": training.safety_positions,
@@ -228,7 +275,16 @@ def model_card(report: dict[str, Any]) -> str:
     asked = next(iter(refusals.values()))["harmful"]["total"] if refusals else 0
     environment = Environment(autoescape=False, keep_trailing_newline=True)
     template = environment.from_string(_CARD)
-    return template.render(report=report, held=held(report), asked=asked, tokens=_ANSWER_TOKENS)
+    name, penalty = report["model"], report["penalty"]
+    return template.render(
+        report=report,
+        held=held(report),
+        holds=bool(penalty and penalty["weight"]),
+        on_hub=bool(_HUB_ID.fullmatch(name)) and not Path(name).exists(),
+        asked=asked,
+        lora=report["adapter"],
+        tokens=_ANSWER_TOKENS,
+    )
 
 
 def held(report: dict[str, Any]) -> str:

@@ -7,10 +7,14 @@ that a kill or a full disk cut short is passed over, and one that somebody chang
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..atomic import check_output, mark_folder, move_folder, write_json
 
@@ -19,6 +23,7 @@ RUN = "run"
 
 _UNFINISHED = "unfinished run"
 _MANIFEST = "manifest.json"
+_BEGAN = "options.json"
 _PREFIX = "checkpoint-"
 _TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that nothing reads
 
@@ -46,6 +51,9 @@ class RunFolder:
         Raises:
             ValueError: the message names `output` and says why.
         """
+        for given in inputs:
+            if given.resolve() == self.output:
+                raise ValueError(f"`output` must not be what is read; got {given}")
         check_output(self.output, overwrite, marker=RUN, inputs=inputs)
         if resume and not self.path.is_dir():
             raise ValueError(
@@ -61,15 +69,74 @@ class RunFolder:
         # one without a whole checkpoint has nothing to go on with
         check_output(self.path, True, marker=_UNFINISHED, inputs=inputs)
 
-    def begin(self) -> None:
-        """Make the folder of an unfinished run, without what another left there."""
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs away from this folder; a killed process lets go of it too.
+
+        Raises:
+            ValueError: another run has it.
+        """
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        path = self.output.with_name(f".{self.output.name}.lock")
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"`output` must not be written by another run; {self.output} is"
+                ) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """Make the folder of an unfinished run, without what another left there.
+
+        Args:
+            options: what a run that goes on with it must have in common, as JSON has it.
+        """
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         mark_folder(self.path, _UNFINISHED)
+        write_json(self.path / _BEGAN, options)
 
-    def finish(self, keep_checkpoints: bool) -> None:
-        """Rename the folder to its place; what was there, and the checkpoints, go only then."""
+    def check_same(self, options: dict[str, Any]) -> None:
+        """Compare a run that goes on with how it began.
+
+        Args:
+            options: as in `begin`.
+
+        Raises:
+            ValueError: one differs; the message names it.
+        """
+        file = self.path / _BEGAN
+        if not file.is_file():  # killed before it was written: nothing was trained
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name in sorted({*before, *options}):
+            if before.get(name) != options.get(name):
+                raise ValueError(
+                    f"`{name}` must be as the run began, {before.get(name)!r}, to go on with it; "
+                    f"got {options.get(name)!r}"
+                )
+
+    def finish(self, *, overwrite: bool, keep_checkpoints: bool) -> None:
+        """Rename the folder to its place; what was there, and the checkpoints, go only then.
+
+        Args:
+            overwrite: as in `check`, which is made once more: somebody may have used the place.
+            keep_checkpoints: do not remove them.
+
+        Raises:
+            ValueError: the place is taken; everything is in the unfinished folder.
+        """
+        try:
+            check_output(self.output, overwrite, marker=RUN)
+        except ValueError as error:
+            raise ValueError(f"{error}. The finished run is in {self.path}") from error
+        (self.path / _BEGAN).unlink(missing_ok=True)
         mark_folder(self.path, RUN)
         move_folder(self.path, self.output)
         if not keep_checkpoints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .run_folder import seal
@@ -50,6 +51,7 @@ class RunGuard(TrainerCallback):
         self.where = where
         self.on_step = on_step
         self.signal: int | None = None
+        self.scales_gradients = False  # as float16 does, whose first steps overflow on purpose
         self._seen: dict[str, Tensor] = {}  # what the step's micro-steps have summed
         self._rows: list[Tensor] = []
 
@@ -66,9 +68,10 @@ class RunGuard(TrainerCallback):
         self._seen, self._rows = {}, []
         model, step = kwargs["model"], state.global_step + 1
         broken = [name for name, value in seen.items() if not math.isfinite(value.item())]
-        grads = (parameter.grad for parameter in model.parameters())
-        if not broken and any(g is not None and not torch.isfinite(g).all() for g in grads):
-            broken = ["a gradient"]  # all of them, once clipped by their norm
+        if not broken and not self.scales_gradients:
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            largest = nn.utils.get_total_norm(found, math.inf) if found else torch.zeros(())
+            broken = [] if torch.isfinite(largest) else ["a gradient"]
         if broken:
             of = "" if self.where is None else f", rows {', '.join(map(self.where, rows))}"
             raise NotFinite(
@@ -98,6 +101,7 @@ class RunGuard(TrainerCallback):
 
         def stop(number: int, frame: Any) -> None:
             self.signal = number
+            os.write(2, b"\nstopping with a checkpoint after this step; once more stops at once\n")
             for one, handler in before.items():
                 signal.signal(one, handler)
 

@@ -121,7 +121,7 @@ def test_json_and_given_tokens(model, data, tmp_path):
         (("--weight", "-1"), "`--weight` must be finite and >= 0; got -1"),
         (("--kind", "l1"), "`--kind` must be one of mse, huber"),
         (("--kind", "huber", "--delta", "0"), "`--delta` must be finite and > 0; got 0"),
-        (("--lr", "0"), "`--lr` must be > 0"),
+        (("--lr", "0"), "`--lr` must be finite and > 0"),
         (("--positions", "some"), "`--positions` must be"),
         (("--dtype", "int8"), "`--dtype` must be one of"),
         (("--backend", "cuda"), "`--backend` must be one of"),

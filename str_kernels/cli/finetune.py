@@ -13,15 +13,14 @@ from rich.table import Table
 from ..contracts import Backend, PenaltyKind
 from .console import (
     JSON_OPTION,
-    SAFETY_TOKENS_OPTION,
-    TEMPLATES_OPTION,
     import_integration,
     print_json,
     progress,
     readable_errors,
 )
 
-_KINDS, _BACKENDS = ", ".join(get_args(PenaltyKind)), ", ".join(get_args(Backend))
+_KINDS, _BACKENDS = "|".join(get_args(PenaltyKind)), "|".join(get_args(Backend))
+_DTYPES = "auto|float32|bfloat16|float16"
 _TRAINING, _DATA = "How to train", "What to train on"
 _SAFETY, _ANCHORS, _RUN = "What is held", "Anchors: prompts where it is held", "The run"
 _NOT_OPTIONS = ("ctx", "config", "as_json")
@@ -60,7 +59,9 @@ def finetune(
     accumulation: Annotated[
         int | None, _option(_TRAINING, "Forwards of one step, 1 if unset.", min=1)
     ] = None,
-    lr: Annotated[float | None, _option(_TRAINING, "Peak learning rate, 2e-4 if unset.")] = None,
+    lr: Annotated[
+        float | None, _option(_TRAINING, "Peak learning rate; 2e-4, or 2e-5 with --full.")
+    ] = None,
     warmup: Annotated[int | None, _option(_TRAINING, "Steps until the peak.", min=0)] = None,
     lora_rank: Annotated[
         int | None, _option(_TRAINING, "Rank of the adapters, 8 if unset.", min=1)
@@ -70,16 +71,21 @@ def finetune(
     ] = None,
     lora_dropout: Annotated[float | None, _option(_TRAINING, "Dropout inside them.")] = None,
     full: Annotated[
-        bool, _option(_TRAINING, "Train every weight. A frozen copy is the reference.")
+        bool, _option(_TRAINING, "Train every weight. A frozen copy is the reference.", "--full")
     ] = False,
-    load_in_4bit: Annotated[bool, _option(_TRAINING, "QLoRA, with bitsandbytes.")] = False,
+    load_in_4bit: Annotated[
+        bool, _option(_TRAINING, "QLoRA, with bitsandbytes.", "--load-in-4bit")
+    ] = False,
     checkpointing: Annotated[
-        bool, _option(_TRAINING, "Gradient checkpointing: less memory, more time.")
+        bool,
+        _option(_TRAINING, "Gradient checkpointing: less memory, more time.", "--checkpointing"),
     ] = False,
-    packing: Annotated[bool, _option(_TRAINING, "Pack rows to the full length.")] = False,
+    packing: Annotated[
+        bool, _option(_TRAINING, "Pack rows to the full length.", "--packing")
+    ] = False,
     dtype: Annotated[
         str | None,
-        _option(_TRAINING, "Of the weights: auto (as stored), float32, bfloat16 or float16."),
+        _option(_TRAINING, "Of the weights; as stored if unset.", metavar=_DTYPES),
     ] = None,
     seed: Annotated[int | None, _option(_TRAINING, "Of adapters, order and dropout.")] = None,
     max_length: Annotated[
@@ -101,20 +107,25 @@ def finetune(
     ] = None,
     kind: Annotated[
         str | None,
-        _option(_SAFETY, f"Of penalty: {_KINDS}. Unset: coarse_kl at anchors, mse on rows."),
+        _option(_SAFETY, "Of penalty; coarse_kl at anchors, mse on rows if unset.", metavar=_KINDS),
     ] = None,
     positions: Annotated[
         str | None,
         _option(
             _SAFETY,
-            "Of the penalty on the rows: 'none' (the default: anchors alone), 'response' (the "
-            "paper's form), 'all', or the first so many labels of each response.",
+            "Of the penalty on the rows. none, the default: anchors alone; response: the paper's "
+            "form; N: the first N labels of each response.",
+            metavar="none|response|all|N",
         ),
     ] = None,
     temperature: Annotated[float | None, _option(_SAFETY, "T of kind subset_kl.")] = None,
     delta: Annotated[float | None, _option(_SAFETY, "Of kind huber, logits.")] = None,
-    safety_tokens: SAFETY_TOKENS_OPTION = None,
-    templates: TEMPLATES_OPTION = None,
+    safety_tokens: Annotated[
+        Path | None, _option(_SAFETY, "A safety_tokens.json, instead of the templates.")
+    ] = None,
+    templates: Annotated[
+        Path | None, _option(_SAFETY, "Refusal templates, one a line, instead of the built-in.")
+    ] = None,
     cache: Annotated[
         Path | None, _option(_SAFETY, "A folder of `cache build`, instead of live passes.")
     ] = None,
@@ -124,7 +135,9 @@ def finetune(
     ref_tokens: Annotated[
         int | None, _option(_SAFETY, "It reads so many first tokens of a row only.", min=1)
     ] = None,
-    backend: Annotated[str | None, _option(_SAFETY, f"One of {_BACKENDS}.")] = None,
+    backend: Annotated[
+        str | None, _option(_SAFETY, "What makes the loss; see doctor.", metavar=_BACKENDS)
+    ] = None,
     anchors: Annotated[
         str | None, _option(_ANCHORS, "A JSONL file, or 'default' for the package's.")
     ] = None,
@@ -150,11 +163,11 @@ def finetune(
         int | None,
         _option(_RUN, "Ask so many harmful and harmless probes before and after.", min=1),
     ] = None,
-    dry_run: Annotated[bool, _option(_RUN, "Print the plan, train nothing.")] = False,
-    resume: Annotated[bool, _option(_RUN, "Go on with an unfinished run.")] = False,
-    overwrite: Annotated[bool, _option(_RUN, "Replace a run's folder.")] = False,
+    dry_run: Annotated[bool, _option(_RUN, "Print the plan, train nothing.", "--dry-run")] = False,
+    resume: Annotated[bool, _option(_RUN, "Go on with an unfinished run.", "--resume")] = False,
+    overwrite: Annotated[bool, _option(_RUN, "Replace a run's folder.", "--overwrite")] = False,
     keep_checkpoints: Annotated[
-        bool, _option(_RUN, "Keep the checkpoints of a finished run.")
+        bool, _option(_RUN, "Keep the checkpoints of a finished run.", "--keep-checkpoints")
     ] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
@@ -169,15 +182,15 @@ def finetune(
     given |= {name: 0 for name, v in ctx.params.items() if v == 0 and v is not False}
     stopped: int | None = None
     with readable_errors():
-        _check_places(model, data)
         options_module = import_integration("finetune_options")
+        more = _places(given, config is not None) + ctx.args
         with options_module.short_names():
-            options = options_module.read_options(given, ctx.args, config)
+            options = options_module.read_options(given, more, config)
             integration = import_integration("finetune")
             silent = as_json or not integration.is_main(options)
             with progress(quiet=silent) as watch:
                 say = lambda text: watch(text, 0, 1)  # noqa: E731
-                if dry_run:
+                if options.run.dry_run:
                     plan = integration.dry_run(options, progress=say)
                 else:
                     try:
@@ -189,9 +202,9 @@ def finetune(
                     except integration.Stopped as error:
                         stopped, reason = error.number, str(error)
     if stopped is not None:
-        _say_stopped(reason, silent)
+        _say_stopped(reason, stopped, as_json and integration.is_main(options), silent)
         raise typer.Exit(128 + stopped)
-    if dry_run:
+    if options.run.dry_run:
         print_json(plan) if as_json else _show_plan(plan)
     elif as_json and integration.is_main(options):
         print_json({"folder": str(result.folder), **result.report})
@@ -199,15 +212,22 @@ def finetune(
         _show_finetune(result)
 
 
-def _check_places(*places: str | None) -> None:
-    """Refuse an option of TRL's in front of MODEL and DATA, whose place its value would take."""
-    for place in places:
-        if place is not None and place.startswith("--"):
-            raise ValueError(f"MODEL and DATA must come before other options; got {place} first")
+def _places(given: dict[str, Any], in_config: bool) -> list[str]:
+    """Return options of TRL's that stand where MODEL and DATA would, and take them out."""
+    places = [str(given[name]) for name in ("model", "data") if name in given]
+    if not any(place.startswith("--") for place in places):
+        return []
+    if not in_config or not places[0].startswith("--"):
+        raise ValueError("MODEL and DATA must come before other options")
+    for name in ("model", "data"):
+        given.pop(name, None)
+    return places
 
 
-def _say_stopped(reason: str, silent: bool) -> None:
-    if not silent:
+def _say_stopped(reason: str, number: int, as_json: bool, silent: bool) -> None:
+    if as_json:
+        print_json({"stopped_by": number, "reason": reason})
+    elif not silent:
         text = f"stopped by {reason}; the same command with --resume goes on"
         Console(stderr=True).print(text, soft_wrap=True)
 
@@ -227,7 +247,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
 def _show_finetune(result: Any) -> None:
     report = result.report
-    first, last = report["log"][0], report["log"][-1]
+    first, last = (report["log"][place] if report["log"] else {} for place in (0, -1))
     table = Table("", "first step", "last step", title=f"{report['steps']} steps")
     names = ("loss", "safety/ce", "safety/penalty", "safety/anchor_penalty", "safety/max_drift")
     for name in (name for name in names if first.get(name) is not None):

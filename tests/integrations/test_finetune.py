@@ -26,7 +26,7 @@ from str_kernels.integrations import run_guard
 from str_kernels.integrations.run_folder import RunFolder
 
 pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
-from str_kernels.integrations.finetune import NotFinite, finetune
+from str_kernels.integrations.finetune import NotFinite, finetune, prepare
 from str_kernels.integrations.finetune_options import read_options
 
 WORDS = ("what is 1", "what is 2", "good day", "thanks", "bye", "hello", "3 + 4", "5 - 1")
@@ -99,8 +99,98 @@ def test_what_trl_has_goes_through(given: dict[str, Any], flags: tuple[str, ...]
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth")]
 
 
+@pytest.mark.parametrize(
+    ("more", "flags", "message"),
+    [
+        ({"steps": 2, "epochs": 2}, (), "`max_steps` must be left out with `num_train_epochs`"),
+        ({"steps": 0}, (), "`max_steps` must be >= 1; got 0"),
+        ({"steps": 2.5}, (), "`max_steps` must be valid; got an invalid int value: '2.5'"),
+        ({"batch_size": [1, 2]}, (), "`per_device_train_batch_size` must be|an option before"),
+        ({"steps": None, "epochs": 0}, (), "`num_train_epochs` must be finite and > 0"),
+        ({"lora_alpha": 0}, (), "`lora_alpha` must be finite and > 0; got 0"),
+        ({"full": True}, ("--load_in_4bit",), "`full` must be off for weights in 4 or 8 bits"),
+        ({}, ("--output_dir", "x"), "`output_dir` must be left out: --output is the folder"),
+        ({}, ("--assistant_only_loss",), "`assistant_only_loss` must be left out"),
+        ({}, ("--eval_strategy", "epoch"), "`eval_strategy` must have rows"),
+        ({"early_stopping": 1}, (), "`early_stopping` must have `eval_data`"),
+        (
+            {"early_stopping": 1, "eval_fraction": 0.5},
+            ("--save_steps", "2", "--eval_steps", "1"),
+            "`save_steps` must be that of `eval_steps`",
+        ),
+        ({"templates": "absent.txt"}, (), "`safety_templates` must be a file; got absent.txt"),
+        ({}, ("--lora_target_modules", "nonsense"), "Target modules .*nonsense"),
+        ({"eval_data": "absent.jsonl"}, (), "`eval_data` must be a readable file"),
+        ({"data_split": "train"}, (), "`data_split` must be left out for a file"),
+        ({"cache": "absent"}, (), "`safety_cache` must"),
+    ],
+)
+def test_what_is_wrong_is_said_by_name_and_writes_nothing(
+    given: dict[str, Any], more: dict[str, Any], flags: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(given, *flags, **more)
+    assert not Path(given["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"lr": 1e-3}, "`learning_rate` must be as the run began, 0.01, to go on with it"),
+        ({"weight": 5.0}, "`safety_weight` must be as the run began, None"),
+        ({"lora_rank": 4}, "`lora_alpha` must be as the run began, 4"),
+        ({"steps": 20}, "`max_steps` must be as the run began, 4"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_it_began_with(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], message: str
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(run_guard.Stopped):
+        stop_at(patch, 2)
+        run(given)
+    with pytest.raises(ValueError, match=message):
+        run(given, resume=True, **more)
+    other = Path(given["data"]).with_name("other.jsonl")
+    other.write_text(Path(given["data"]).read_text().replace("bye", "hello"))
+    with pytest.raises(ValueError, match="`data` must be as the run began"):
+        run(given, resume=True, data=str(other))
+    assert len(run(given, "--logging_first_step", resume=True)["log"]) == 4
+
+
+def test_nothing_of_others_is_replaced(given: dict[str, Any]) -> None:
+    output = Path(given["output"])
+    run(given, "--full")
+    again = {**given, "model": str(output)}
+    with pytest.raises(ValueError, match=r"`output` must not be what is read"):
+        run(again, overwrite=True)
+    theirs = {**given, "output": str(output) + "-2"}
+    real = RunFolder.finish
+
+    def meanwhile(self: Any, **options: Any) -> None:
+        self.output.mkdir()
+        (self.output / "thesis.txt").write_text("x")
+        real(self, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "finish", meanwhile)
+        with pytest.raises(ValueError, match=r"The finished run is in .*run-2.unfinished"):
+            run(theirs)
+    assert (Path(theirs["output"]) / "thesis.txt").read_text() == "x"
+    third = {**given, "output": str(output) + "-3"}
+    with RunFolder(Path(third["output"])).lock(), pytest.raises(ValueError, match="another run"):
+        run(third)
+    assert not list(output.parent.glob(".*.lock"))
+
+
+def test_an_end_that_is_there_is_not_written_twice(given: dict[str, Any]) -> None:
+    Path(given["data"]).write_text('{"prompt": "hello", "completion": "good day <end>"}\n')
+    options = read_options({**given, "batch_size": 1}, FLAGS)
+    (row,) = prepare(options).train.rows
+    assert row["input_ids"].count(1) == 1 and row["labels"][-1] == 1
+
+
 def test_evaluation_early_stopping_and_the_best_is_kept(given: dict[str, Any]) -> None:
-    flags = ("--eval_steps", "1", "--save_steps", "1", "--keep_checkpoints")
+    flags = ("--eval_steps", "1", "--keep_checkpoints")
     report = run(given, *flags, eval_fraction=0.25, early_stopping=1, lr=3.0, steps=12)
     evaluated = [entry["eval_loss"] for entry in report["evaluations"]]
     assert report["data"]["rows"] == 6 and report["steps"] < 12
@@ -122,6 +212,10 @@ def test_a_yaml_file_and_flags_over_it(given: dict[str, Any], tmp_path: Path) ->
     report = json.loads(result.stdout)
     assert report["steps"] == 1 and report["options"]["model"]["lora_r"] == 4
     assert report["options"]["training"]["learning_rate"] == 1e-3
+    config.write_text(config.read_text() + "dry_run: yes\noverwrite: yes\nepochs: 2\n")
+    config.write_text(config.read_text().replace("max_steps: 2\n", ""))
+    result = CliRunner().invoke(app, ["finetune", "--use_cpu", "--config", str(config), "--json"])
+    assert json.loads(result.stdout)["steps"] == 2 and "first_row" in result.stdout  # a plan
     config.write_text("lora_rnak: 3\n")
     result = CliRunner().invoke(app, ["finetune", "m", "d", "--config", str(config)])
     assert result.exit_code == 2 and "there is no option `--lora_rnak`" in result.output
@@ -151,6 +245,9 @@ def test_what_the_folder_says(given: dict[str, Any], monkeypatch: pytest.MonkeyP
 def test_going_on_from_an_adapter_holds_it_at_its_start(given: dict[str, Any]) -> None:
     first = run(given, steps=8)
     again = {**given, "model": given["output"], "output": given["output"] + "-2"}
+    with pytest.raises(ValueError, match="`lora_r` must be left out for an adapter"):
+        run(again)
+    del again["lora_rank"]
     second = run(again)
     assert second["log"][0]["loss"] < losses(first)[0]
     assert second["log"][0]["safety/max_drift"] == pytest.approx(0, abs=1e-5)
@@ -184,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(given: dict[str, Any]) 
 def test_a_full_disk_leaves_the_last_checkpoint(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = losses(run(given))
+    whole = losses(run(given, "--save_steps", "1"))
     shutil.rmtree(given["output"])
     real, calls = torch.save, []
 
@@ -200,7 +297,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch.setattr(torch, "save", real)
     last = RunFolder(Path(given["output"])).last_checkpoint()
     assert last is not None
-    assert losses(run(given, resume=True)) == whole
+    assert losses(run(given, "--save_steps", "1", resume=True)) == whole
 
 
 def test_a_changed_checkpoint_is_not_gone_on_with(
