@@ -62,7 +62,7 @@ deepspeed: ## the tests of ZeRO on this machine's CPU, in .nox (ARGS: options of
 faults: ## kill a fine-tuning at 100 places where it writes, go on, and count (STR_FAULTS: how many)
 	@$(READY) dev
 	STR_FAULTS=$(or $(STR_FAULTS),100) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -k kill_at_any_write \
-	  tests/integrations/test_finetune.py
+	  tests/integrations/test_finetune_faults.py
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev

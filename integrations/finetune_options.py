@@ -160,9 +160,12 @@ class FinetuneOptions:
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Raise, where argparse prints a usage of all flags and ends the program."""
-        raise ValueError(
-            re.sub(r"^argument --(\w+)[^:]*: ", r"`\1` must be valid; got an ", message)
+        said = re.sub(
+            r"^argument --(\w+)[^:]*: invalid choice: (.*) \(choose from (.*)\)$",
+            r"`\1` must be one of \3; got \2",
+            message,
         )
+        raise ValueError(re.sub(r"^argument --(\w+)[^:]*: ", r"`\1` must be valid; got an ", said))
 
 
 def read_options(
