@@ -12,6 +12,7 @@ from ..loss_memory import cpu_dtype
 from ..safety_tokens import SafetyTokens
 from .chat_data import encode_examples, read_examples
 from .loading import load_model, load_tokenizer
+from .opening_tokens import from_openings
 from .token_builders import Watch, from_contrast, from_refusals
 
 ANCHORS = "anchors"
@@ -21,6 +22,7 @@ _OPTIONS: dict[str, set[str]] = {
     "templates": {"templates", "positions"},
     "refusals": {"harmful", "count", "positions", "batch_size"},
     "contrast": {"harmful", "harmless", "count", "positions", "batch_size"},
+    "openings": {"harmful", "harmless", "templates", "count", "batch_size"},
     "random": {"count", "seed", "like", "corpus"},
 }
 
@@ -40,7 +42,7 @@ def build_tokens(
     Args:
         model_name: "builtin", a folder or a hub id; for "templates" and "random" only its
             tokenizer is loaded.
-        way: "templates", "refusals", "contrast" or "random".
+        way: "templates", "refusals", "contrast", "openings" or "random".
         output: the JSON file to make; its folder is made too.
         overwrite: replace `output` if it exists.
         dtype: of the model; "auto" is as stored, or float32 on a CPU that is slow in bfloat16.
@@ -88,7 +90,11 @@ def build_tokens(
         if dtype == "auto" and on_cpu and cpu_dtype() == torch.float32:
             dtype = "float32"  # bfloat16 would take minutes here
         model, tokenizer = load_model(model_name, dtype=dtype, progress=say)
-        if way == "refusals":
+        if way == "openings":
+            beside = SafetyTokens.from_templates(tokenizer, given.pop("templates", None))
+            both = prompts["harmful"] + prompts["harmless"]
+            tokens = from_openings(model, tokenizer, both, beside=beside, **given)
+        elif way == "refusals":
             tokens = from_refusals(model, tokenizer, prompts["harmful"], **given, watch=watch)
         else:
             tokens = from_contrast(

@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from ..atomic import replacing_folder
@@ -221,6 +220,7 @@ class _Study:
 
     def tokens(self, arm: Arm, taught: Path, run: Run) -> SafetyTokens:
         """Return an arm's safety tokens; none for cross-entropy alone."""
+        from .opening_tokens import from_openings
         from .token_builders import from_contrast
 
         safety = SafetyTokens.from_templates(self.tokenizer)
@@ -228,27 +228,18 @@ class _Study:
             return SafetyTokens(ids=[])
         if arm.tokens == "random":
             return SafetyTokens.random(self.tokenizer, len(safety), seed=run.seed, exclude=safety)
-        if arm.tokens == "likely":
-            return self.likely(load(taught), safety)
+        if arm.tokens in ("likely", "both"):
+            asked = [row.prompt for row in load_prompts("anchors")]
+            both = from_openings(load(taught), self.tokenizer, asked, beside=safety)
+            if arm.tokens == "both":
+                return both
+            ids = both.ids[len(safety) :].tolist()
+            return SafetyTokens.from_ids(self.tokenizer, ids, source="likeliest at the anchors")
         if arm.tokens == "contrast":
             prompts = load_prompts("anchors")
             kinds = ([row.prompt for row in prompts if row.kind == kind] for kind in _KINDS)
             return from_contrast(load(taught), self.tokenizer, *kinds)
         return safety
-
-    def likely(self, model: Any, exclude: SafetyTokens) -> SafetyTokens:
-        """Return the likeliest first tokens of answers to the anchors, without those excluded."""
-        anchors = AnchorPrompts.default(self.tokenizer)
-        total: Any = 0.0
-        with torch.no_grad():
-            for start in range(0, len(anchors), 22):
-                batch = anchors.batch(range(start, min(start + 22, len(anchors))))
-                inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-                hidden = model.model(**inputs).last_hidden_state.flatten(0, 1)[batch.held]
-                total = total + model.lm_head(hidden).float().softmax(-1).sum(0)
-        total[exclude.ids] = 0.0
-        ids = total.topk(len(exclude)).indices.tolist()
-        return SafetyTokens.from_ids(self.tokenizer, ids, source="likeliest at the anchors")
 
     def ask(self, model: Any, run: Run, trained: list[Any], name: str) -> dict[str, Any]:
         """Ask what every run is asked."""

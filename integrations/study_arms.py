@@ -11,7 +11,7 @@ from ..contracts import PenaltyKind
 from .study_ceilings import Ceiling
 from .study_results import BASE
 
-TokensName = Literal["safety", "random", "likely", "contrast", "none"]
+TokensName = Literal["safety", "random", "likely", "both", "contrast", "none"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Arm:
         weight: of the penalty on the rows; 0 takes none there.
         anchor_weight: of the penalty at the anchors; 0 has no anchors.
         tokens: safety tokens; as many random ones; as many as are likeliest where the anchors'
-            answers begin and are none; what sets the taught model's own refusals apart, with
-            weights; or none.
+            answers begin and are none; both of these; what sets the taught model's own refusals
+            apart, with weights; or none.
         per_step: harmful and harmless anchors of a step.
         held: positions held of each anchor: its last, and held - 1 of the model's own refusal.
         steps: optimizer steps.
@@ -70,6 +70,7 @@ def _sweep() -> dict[str, Arm]:
         "plain, 120 steps": dataclasses.replace(PLAIN, steps=120),
         "anchors (default), 120 steps": dataclasses.replace(DEFAULT, steps=120),
         "likely": dataclasses.replace(DEFAULT, tokens="likely"),
+        "both": dataclasses.replace(DEFAULT, tokens="both"),
         "contrast": dataclasses.replace(DEFAULT, tokens="contrast"),
         "1 + 1 a step": dataclasses.replace(DEFAULT, per_step=(1, 1)),
         "4 + 4 a step": dataclasses.replace(DEFAULT, per_step=(4, 4)),

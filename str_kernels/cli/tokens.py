@@ -29,8 +29,8 @@ def build(
         typer.Option(
             "--from",
             help="templates: of refusal sentences. refusals: of what the model says when it "
-            "refuses. contrast: what sets its refusals apart from its other answers. random: the "
-            "control.",
+            "refuses. contrast: what sets its refusals apart from its other answers. openings: the "
+            "templates', and the likeliest beginnings of its other answers. random: the control.",
         ),
     ] = "templates",
     output: Annotated[Path, typer.Option(help="JSON file to make.")] = Path("safety_tokens.json"),
@@ -41,7 +41,10 @@ def build(
         str | None, typer.Option(help="Prompts of contrast's other side; anchors if unset.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Tokens, at most: 32 if unset. Random: exactly.")
+        int | None,
+        typer.Option(
+            help="Tokens, at most: 32 if unset; openings: as many as templates'. Random: exactly."
+        ),
     ] = None,
     positions: Annotated[
         int | None,

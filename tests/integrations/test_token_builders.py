@@ -8,8 +8,10 @@ import pytest
 import torch
 from taught_model import ANSWERS, HARMFUL, HARMLESS, SHORT, ids_of, taught_model
 
+from str_kernels import SafetyTokens
 from str_kernels.evals import classify_answer
 from str_kernels.integrations import generation
+from str_kernels.integrations.opening_tokens import from_openings
 from str_kernels.integrations.token_builders import from_contrast, from_refusals
 
 
@@ -172,3 +174,26 @@ def test_a_model_that_does_not_refuse_and_bad_numbers(taught):
     for floor in (0.0, float("nan")):
         with pytest.raises(ValueError, match="`floor` must be > 0; got"):
             from_contrast(model, tokenizer, HARMFUL, HARMLESS, floor=floor)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 99])
+def test_openings_against_a_plain_loop(taught, batch_size):
+    model, tokenizer = taught
+    model.train()
+    shares = [answer_plainly(model, tokenizer, prompt, length=1)[1][0] for prompt in ANSWERS]
+    score = torch.stack(shares).mean(0)
+    beside = SafetyTokens.from_ids(tokenizer, [9, 4, 12], source="three")
+    found = from_openings(
+        model, tokenizer, list(ANSWERS), beside=beside, count=5, batch_size=batch_size
+    )
+    others = [i for i in score.argsort(descending=True).tolist() if i not in (9, 4, 12)][:5]
+    assert found.ids.tolist() == [9, 4, 12, *others] and model.training
+    assert found.scores == pytest.approx(score[found.ids].tolist())
+    assert found.source.startswith("three; and the 5 likeliest") and found.id_weights is None
+    assert len(from_openings(model, tokenizer, HARMFUL, beside=beside)) == 6  # as many as beside
+    with pytest.raises(ValueError, match="`count` must be >= 1, and given where `beside` is None"):
+        from_openings(model, tokenizer, HARMFUL)
+    with pytest.raises(ValueError, match="`prompts` must hold at least one prompt"):
+        from_openings(model, tokenizer, [], count=3)
+    with pytest.raises(TypeError, match="`prompts` must be a sequence of strings"):
+        from_openings(model, tokenizer, "hello", count=3)
