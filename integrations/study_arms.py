@@ -80,7 +80,7 @@ def _sweep() -> dict[str, Arm]:
         "hidden state": Arm(anchor_weight=3.0, tokens="none", ceiling="hidden"),
         "constrained": Arm(tokens="none", ceiling="constrained"),
     }
-    for weight in (0.03, 0.2, 0.3, 1.0, 3.0):
+    for weight in (0.03, 0.05, 0.2, 0.3, 1.0, 3.0):
         arms[f"anchors, {weight:g}"] = dataclasses.replace(DEFAULT, anchor_weight=weight)
     for weight in (0.03, 0.3, 1.0):
         arms[f"random, {weight:g}"] = dataclasses.replace(RANDOM, anchor_weight=weight)

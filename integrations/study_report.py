@@ -13,7 +13,9 @@ from .figures import COLOURS, save
 from .study_results import BASE, Found, Interval, Row, Summary
 
 _DEFAULT = "anchors (default)"
-_PAIRS = ((_DEFAULT, "plain"), (_DEFAULT, "random"), (_DEFAULT, "rows (paper)"))
+_PAIRS = tuple(
+    (_DEFAULT, other) for other in ("plain", "random", "likely", "rows (paper)", "refusal rows")
+)
 _MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "harmful refused": ("points", lambda row: row.refused("harmful")),
     "harmless refused": ("points", lambda row: row.refused("harmless")),
