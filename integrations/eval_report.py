@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing_folder, write_text
+from ..atomic import check_output, replacing_folder, write_text
 from .eval_compare import JUDGE, compare_runs, read_runs
 from .eval_document import Block, Heading, Paragraph, Picture, Table, to_markdown
 from .eval_figures import draw_drift, draw_refusals
 from .eval_html import to_html
 from .eval_options import KINDS
 
+_MARKER = "eval report"
 SIGNIFICANT = 0.05  # two-sided; the tables give each p-value
 
 _COUNT_LIMITS = (
@@ -61,12 +62,11 @@ def run_report(folders: Sequence[Path], output: Path, *, overwrite: bool = False
     Raises:
         ValueError: a folder is no evaluation, they asked different prompts, or `output` exists.
     """
-    if output.exists() and not overwrite:
-        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
+    check_output(output, overwrite, marker=_MARKER, inputs=folders)
     comparison = compare_runs(read_runs(folders))
     comparison["summary"] = summary(comparison)
     runs = comparison["runs"]
-    with replacing_folder(output) as folder:
+    with replacing_folder(output, marker=_MARKER) as folder:
         counts = {rule: [run["counts"][rule] for run in runs] for rule in comparison["rules"]}
         draw_refusals(counts, [run["name"] for run in runs], folder / "refusals.png")
         drifted = {

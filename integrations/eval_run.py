@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..atomic import replacing_folder, write_json
+from ..atomic import check_output, replacing_folder, write_json
 from ..evals.judge import UNJUDGED, Judge, judged_counts
 from ..evals.refusals import RefusalCounts, counts_of
 from ..safety_tokens import SafetyTokens
@@ -25,6 +25,7 @@ from .eval_stages import EvalStages, files_hash, json_hash
 
 SCHEMA_VERSION = 1
 EVAL_FILE = "eval.json"
+_MARKER = "eval run"
 
 
 def run_eval(
@@ -58,8 +59,7 @@ def run_eval(
     """
     watch = watch or (lambda stage, done, total: None)
     say = say or (lambda text: None)
-    if output.exists() and not overwrite:
-        raise ValueError(f"`output` must not exist unless overwrite is set; got {output}")
+    check_output(output, overwrite, marker=_MARKER)
     asked = {
         kind: PromptList.load(kind, getattr(options, kind), options.limit, options.column)
         for kind in KINDS
@@ -123,7 +123,7 @@ def run_eval(
             "its counts."
         )
     report["notes"] = notes
-    with replacing_folder(output) as folder:
+    with replacing_folder(output, marker=_MARKER) as folder:
         write_json(folder / EVAL_FILE, report)
         if drift is not None:
             draw_drift({f"{kind} prompts": drift[kind] for kind in KINDS}, folder / "drift.png")
