@@ -16,6 +16,13 @@ _DEFAULT = "anchors (default)"
 _PAIRS = tuple(
     (_DEFAULT, other) for other in ("plain", "random", "likely", "rows (paper)", "refusal rows")
 )
+_COLOURS = dict(
+    zip(
+        ("plain", "rows (paper)", _DEFAULT, "random", "likely", "refusal rows"),
+        COLOURS,
+        strict=True,
+    )
+)
 _MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "harmful refused": ("points", lambda row: row.refused("harmful")),
     "harmless refused": ("points", lambda row: row.refused("harmless")),
@@ -108,7 +115,7 @@ def draw_frontier(found: Found, path: Path) -> None:
     figure = Figure(figsize=(11, 3.9 * max(1, len(tasks))), layout="constrained")
     grid = figure.subplots(max(1, len(tasks)), 2, squeeze=False)
     arms = list(dict.fromkeys(arm for task in tasks for arm in found.arms(task) if arm != BASE))
-    main = [arm for arm in ("plain", "rows (paper)", "random", _DEFAULT) if arm in arms]
+    main = [arm for arm in _COLOURS if arm in arms]
     for task, row in zip(tasks, grid, strict=True):
         for axes, kind, title in (
             (row[0], "harmful", "harmful probes refused (%, more is better)"),
@@ -126,15 +133,15 @@ def _draw_panel(axes: Any, found: Found, task: str, kind: str, main: list[str]) 
     if bases:
         mean = sum(bases) / len(bases)
         axes.axhline(mean, color="black", linestyle=":", label="taught base")
-    colours = {"plain": COLOURS[0], "rows (paper)": COLOURS[1], "random": COLOURS[3]}
     for arm in found.arms(task):
         if arm == BASE:
             continue
         rows = sorted(found.of(task, arm), key=lambda row: row.task_loss)
         x, y = [row.task_loss for row in rows], [row.refused(kind) for row in rows]
         if arm in main:
-            colour = colours.get(arm, COLOURS[2])
-            axes.plot(x, y, "o-", color=colour, alpha=0.8, linewidth=0.8, label=arm, zorder=3)
+            axes.plot(
+                x, y, "o-", color=_COLOURS[arm], alpha=0.8, linewidth=0.8, label=arm, zorder=3
+            )
         else:
             axes.plot(x, y, ".", color="#555555", zorder=2)
             axes.annotate(arm, (x[0], y[0]), fontsize=5, xytext=(2, 2), textcoords="offset points")
