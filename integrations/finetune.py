@@ -32,6 +32,7 @@ from .finetune_report import (
     model_card,
     plan_of_run,
     probe_refusals,
+    push,
     steps_of,
 )
 from .loading import load_model, longest_row
@@ -171,6 +172,8 @@ def _run(
     if run.eval_refusals and main:
         refusals["before"] = probe_refusals(ready.model, ready.tokenizer, run.eval_refusals)
     training.output_dir = str(folder.path)
+    # the finished folder, and not what Trainer would push of the unfinished one
+    pushes, training.push_to_hub = training.push_to_hub, False
     guard = RunGuard(_where(ready, packed=training.packing), None)
     trainer = _trainer(options, ready, guard)
     guard.scales_gradients = trainer.accelerator.scaler is not None
@@ -190,6 +193,8 @@ def _run(
         report = describe(options, ready, trainer, refusals)
         _write(folder.path, model, ready, report)
         folder.finish(overwrite=run.overwrite, keep_checkpoints=run.keep_checkpoints)
+        if pushes:
+            push(folder.output, training)
     trainer.accelerator.wait_for_everyone()
     return FinetuneResult(folder.output, report)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from jinja2 import Environment
 
 from ..contracts import IGNORE_INDEX
@@ -224,6 +225,8 @@ def _memory(options: Any, ready: Any, longest: int) -> float | None:
                 lora_rank=wanted.lora_r if wanted.use_peft else None,
                 dtype=wanted.dtype,
                 checkpointing=bool(training.gradient_checkpointing),
+                attention=wanted.attn_implementation or "auto",
+                accumulation=training.gradient_accumulation_steps,
                 reference="none" if training.safety_positions == "none" else "live",
                 ids=len(ready.tokens),
             ),
@@ -285,6 +288,21 @@ def model_card(report: dict[str, Any]) -> str:
         lora=report["adapter"],
         tokens=_ANSWER_TOKENS,
     )
+
+
+def push(folder: Path, training: Any) -> None:
+    """Upload a run's folder to the hub, without checkpoints.
+
+    Args:
+        folder: of a finished run.
+        training: of TRL, with hub_model_id (the folder's name when None), hub_token and
+            hub_private_repo.
+    """
+    api = HfApi(token=training.hub_token)
+    name = training.hub_model_id or folder.name
+    private = training.hub_private_repo
+    repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["checkpoint-*"])
 
 
 def held(report: dict[str, Any]) -> str:

@@ -212,3 +212,31 @@ def test_qlora_trains_with_and_without_evaluation(tmp_path: Path, data: Path, as
         assert all(entry["grad_norm"] > 0 for entry in report["log"])
         assert losses(report)[-1] < losses(report)[0]
         assert len(report["evaluations"]) == 3 * len(more)
+
+
+def test_the_finished_folder_is_pushed(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from str_kernels.integrations import finetune_report
+
+    pushed: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            pushed.append(token)
+
+        def create_repo(self, name: str, **options: Any) -> Any:
+            pushed.append((name, options))
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, **options: Any) -> None:
+            pushed.append(
+                (options["repo_id"], sorted(p.name for p in options["folder_path"].iterdir()))
+            )
+
+    monkeypatch.setattr(finetune_report, "HfApi", Api)
+    run(given, "--push_to_hub", "--hub_token", "secret", "--hub_private_repo", "true")
+    token, (name, options), (repo, files) = pushed
+    assert (token, name, repo) == ("secret", "run", "me/run")
+    assert options == {"private": True, "exist_ok": True} and "adapter_model.safetensors" in files
+    assert "secret" not in Path(given["output"], "report.json").read_text()
