@@ -271,18 +271,18 @@ def test_load_prompts_reads_a_file(tmp_path: Path) -> None:
     [
         (b"{not json", "Expecting property name"),
         (b'["a"]', r"a row must be a JSON object; got \[\"a\"\]"),
-        (b'{"topic": "t"}', '"prompt" must be a string with text in it; got None'),
+        (b'{"topic": "t"}', '"prompt" or "goal", or in what `column` says; the row has \'topic\''),
         (b'{"prompt": " "}', "\"prompt\" must be a string with text in it; got ' '"),
         (b'{"prompt": "a", "topic": 3}', '"topic" must be a string; got 3'),
         (b'{"prompt": "a", "kind": null}', '"kind" must be "harmful" or "harmless"; got None'),
         (b'{"prompt": "\\ud83d"}', '"prompt" must be text'),
-        (b'{"prompt": "\xff"}', "codec can't decode byte 0xff"),
+        (b'{"prompt": "\xff"}', "has the byte 0xff, which is none of a UTF-8 character"),
     ],
 )
 def test_a_broken_row_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(json.dumps({"prompt": "fine"}).encode() + b"\n\n" + line + b"\n")
-    with pytest.raises(ValueError, match=f"mine.jsonl, line 3: .*{reason}"):
+    with pytest.raises(ValueError, match=f"mine.jsonl, line 3[:,] .*{reason}"):
         load_prompts(path)
 
 
