@@ -12,10 +12,11 @@ from ..atomic import replacing
 
 # Wong's palette, told apart by people who do not see red and green as different.
 COLOURS = ("#999999", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
+# A panel's title, and the terms of the log that it shows, with their names where there are two.
 _CURVES = (
-    ("safety/ce", "cross-entropy (nats)"),
-    ("safety/penalty", "penalty (squared logits)"),
-    ("safety/max_drift", "largest drift (logits)"),
+    ("cross-entropy (nats)", {"safety/ce": "training", "eval_loss": "evaluation"}),
+    ("penalty (unit of its kind)", {"safety/penalty": "rows", "safety/anchor_penalty": "anchors"}),
+    ("largest drift (logits)", {"safety/max_drift": "rows and anchors"}),
 )
 
 
@@ -26,13 +27,25 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_curves(log: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw cross-entropy, penalty and largest drift over the steps of one run."""
+    """Draw cross-entropy, penalty and largest drift over the steps of one run.
+
+    Args:
+        log: entries of steps and of evaluations; a term that is None is left out.
+        path: the PNG file.
+    """
     figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
-        points = [(entry["step"], entry[name]) for entry in log if name in entry]
-        axes.plot([x for x, _ in points], [y for _, y in points], color=COLOURS[2])
+    for axes, (title, terms) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
+        for colour, (name, label) in zip(COLOURS[2:], terms.items(), strict=False):
+            points = [(e["step"], e[name]) for e in log if e.get(name) is not None]
+            if any(value for _, value in points):
+                style = "o-" if len(points) < 20 else "-"
+                axes.plot(
+                    *zip(*points, strict=True), style, color=colour, label=label, markersize=3
+                )
+        if len(axes.lines) > 1 or (axes.lines and title.startswith("penalty")):
+            axes.legend(fontsize=8)
         axes.set_xlabel("step")
-        axes.set_title(label, fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     save(figure, path)

@@ -349,6 +349,6 @@ def _write(folder: Path, model: Any, ready: Prepared, report: dict[str, Any]) ->
     model.save_pretrained(folder)
     ready.tokenizer.save_pretrained(folder)
     ready.tokens.save(folder / "safety_tokens.json")
-    draw_curves(report["log"], folder / "curves.png")
+    draw_curves([*report["log"], *report["evaluations"]], folder / "curves.png")
     write_text(folder / "README.md", model_card(report))
     write_json(folder / REPORT, report)

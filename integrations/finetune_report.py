@@ -63,8 +63,8 @@ Wilson intervals):
 {% endfor %}{% else %}
 Nobody has counted its refusals here: `str-kernels eval run` does.
 {% endif %}
-Losses are in report.json, the tokens in safety_tokens.json. Few refusals are lost does not mean
-none: test before use.
+Losses are in report.json, the tokens in safety_tokens.json. That few refusals were lost does not
+mean that none were: test before use.
 """
 
 

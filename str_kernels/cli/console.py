@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import re
 import sys
 import traceback
@@ -76,6 +77,8 @@ def import_integration(name: str) -> Any:
     """Import what needs transformers and peft, or say how to install them."""
     import importlib
 
+    # Of a kernel that it could fetch: for who installs bitsandbytes, not for who types a command.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return importlib.import_module(f".integrations.{name}", _PACKAGE)
     except ModuleNotFoundError as error:
@@ -149,8 +152,10 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
         def watch(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                for task in tasks.values():
-                    bars.stop_task(task)
+                for task in bars.tasks:
+                    bars.stop_task(task.id)
+                    if task.total == 1:  # a line of text: done where the next begins
+                        bars.update(task.id, completed=1)
                 tasks[stage] = bars.add_task(escape(stage), total=total)
             bars.update(tasks[stage], completed=done)
 
