@@ -86,7 +86,8 @@ def _csv(path: Path, content: bytes) -> Iterator[Placed]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`data` must hold training rows; {path.name}: {error}") from error
-    csv.field_size_limit(len(text) + 1)  # a row may be as long as it likes
+    # a row may be as long as it likes; the limit is of the whole process, so it is raised alone
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:

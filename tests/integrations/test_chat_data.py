@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
@@ -247,3 +248,16 @@ def test_calls_and_tools_reach_the_template(tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("c.function.name", "''")
     with pytest.raises(ValueError, match=r"rows.jsonl, line 2: .*leaves out the tool_calls"):
         encode_rows(tokenizer, [second], 99)
+
+
+def test_a_long_field_of_a_csv_and_a_short_file_after_it(tmp_path):
+    long = "word " * 40_000  # past csv's own limit of 131,072 characters
+    (tmp_path / "long.csv").write_text(f"prompt,completion\nhello,{long}\n")
+    (tmp_path / "short.csv").write_text("prompt,completion\nhello,bye\n")
+    before = csv.field_size_limit()
+    try:
+        assert read_examples(tmp_path / "long.csv")[0].completion == long
+        read_examples(tmp_path / "short.csv")
+        assert csv.field_size_limit() > len(long)  # what others read is not cut down
+    finally:
+        csv.field_size_limit(before)
