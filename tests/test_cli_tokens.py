@@ -151,7 +151,10 @@ def test_random_like_a_file_and_a_corpus(tokenizer_only, templates, tmp_path):
             ("--from", "thin air"),
             "`--from` must be one of templates, refusals, contrast, openings, random",
         ),
-        (("--count", "3"), "`--count` must come with --from refusals or contrast or openings or random"),
+        (
+            ("--count", "3"),
+            "`--count` must come with --from refusals or contrast or openings or random",
+        ),
         (("--from", "random", "--harmful", "x"), "`--harmful` must come with --from refusals or"),
         (("--from", "random"), "`--count` must say how many tokens to draw"),
         (("--from", "random", "--count", "0"), "`--count` must be in [1, "),
