@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import random
 import tempfile
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from .finetune_report import (
     push,
     steps_of,
 )
-from .loading import load_model, longest_row
+from .loading import load_model, load_tokenizer, longest_row
 from .peft_adapters import is_peft_model
 from .run_folder import RunFolder
 from .run_guard import NotFinite, RunGuard, Stopped
@@ -74,12 +75,17 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = None) -> Prepared:
+def prepare(
+    options: FinetuneOptions,
+    progress: Callable[[str], None] | None = None,
+    before_model: Callable[[], None] | None = None,
+) -> Prepared:
     """Read the rows, load the model, and encode; nothing is written.
 
     Args:
         options: of the run.
         progress: called with a line of text when something takes seconds.
+        before_model: called when the rows are read and encoded.
 
     Returns:
         What `finetune` trains with.
@@ -96,12 +102,6 @@ def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = N
         held_out = read_examples(run.eval_data, run.data_split, name="eval_data")
     if training.safety_cache is not None:
         _check_cache(training.safety_cache)
-    model, tokenizer = _load(options, progress)
-    notes = []
-    longest = longest_row(model)
-    if longest is not None and (training.max_length is None or training.max_length > longest):
-        training.max_length = longest
-        notes.append(f"rows are cut to the {longest} positions of the model")
     if run.eval_fraction:
         count = max(1, round(run.eval_fraction * len(examples)))
         if count >= len(examples):
@@ -112,9 +112,23 @@ def prepare(options: FinetuneOptions, progress: Callable[[str], None] | None = N
         chosen = set(random.Random(training.seed).sample(range(len(examples)), count))
         held_out = [one for place, one in enumerate(examples) if place in chosen]
         examples = [one for place, one in enumerate(examples) if place not in chosen]
-    say(f"encode {len(examples)} rows")
-    train = encode_rows(tokenizer, examples, training.max_length)
-    evaluate = encode_rows(tokenizer, held_out, training.max_length) if held_out else None
+
+    def encode(tokenizer: Any) -> tuple[EncodedRows, EncodedRows | None]:
+        train = encode_rows(tokenizer, examples, training.max_length)
+        return train, encode_rows(tokenizer, held_out, training.max_length) if held_out else None
+
+    say(f"encode {len(examples)} rows")  # before the model, which may take minutes
+    train, evaluate = encode(load_tokenizer(str(options.model.model_name_or_path)))
+    if before_model is not None:
+        before_model()
+    model, tokenizer = _load(options, progress)
+    notes = []
+    longest = longest_row(model)
+    if longest is not None and (training.max_length is None or training.max_length > longest):
+        training.max_length = longest
+        notes.append(f"rows are cut to the {longest} positions of the model")
+        if max(len(row["input_ids"]) for row in train.rows) > longest or evaluate is not None:
+            train, evaluate = encode(tokenizer)
     for rows in filter(None, (train, evaluate)):
         notes += rows.notes()
     return Prepared(
@@ -163,7 +177,10 @@ def _run(
     progress: Callable[[str], None] | None,
 ) -> FinetuneResult:
     run, training, main = options.run, options.training, is_main(options)
-    ready = prepare(options, progress)
+    unfinished = functools.partial(
+        folder.check_unfinished, overwrite=run.overwrite, resume=run.resume
+    )
+    ready = prepare(options, progress, unfinished if main else None)
     began = beginning(options, ready)
     if run.resume:
         folder.check_same(began)

@@ -61,13 +61,24 @@ class RunFolder:
             )
         if resume:
             return
-        if self._sealed() and not overwrite:
+        # one without a whole checkpoint has nothing to go on with
+        check_output(self.path, True, marker=_UNFINISHED, inputs=inputs)
+
+    def check_unfinished(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse to start over what could be gone on with.
+
+        Args:
+            overwrite: as in `check`, and so is `resume`.
+            resume: go on with it.
+
+        Raises:
+            ValueError: there is a whole checkpoint of another run.
+        """
+        if self._sealed() and not (overwrite or resume):
             raise ValueError(
                 f"`output` must not have an unfinished run; got {self.path}. `--resume` goes on "
                 "with it, `--overwrite` starts over"
             )
-        # one without a whole checkpoint has nothing to go on with
-        check_output(self.path, True, marker=_UNFINISHED, inputs=inputs)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
