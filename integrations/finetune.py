@@ -198,8 +198,13 @@ def _run(
     guard.on_step = None if on_step is None else lambda step: on_step(step, total)
     if main and not run.resume:
         folder.begin(began)
-    with guard.signals():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        with guard.signals():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except NotFinite as error:
+        if not main:
+            raise
+        raise NotFinite(f"{error}. Its checkpoints are in {folder.set_aside()}") from error
     if guard.signal is not None and trainer.state.global_step < total:
         raise Stopped(guard.signal, trainer.state.global_step)
     model = trainer.accelerator.unwrap_model(trainer.model)

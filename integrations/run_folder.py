@@ -133,6 +133,13 @@ class RunFolder:
                     f"got {options.get(name)!r}"
                 )
 
+    def set_aside(self) -> Path:
+        """Rename the folder of a run that diverged, which would diverge again, and return it."""
+        names = (f"{self.output.name}.diverged{end}" for end in ("", *map(str, range(2, 1000))))
+        kept = next(path for path in map(self.output.with_name, names) if not path.exists())
+        self.path.rename(kept)
+        return kept
+
     def finish(self, *, overwrite: bool, keep_checkpoints: bool) -> None:
         """Rename the folder to its place; what was there, and the checkpoints, go only then.
 

@@ -76,7 +76,7 @@ class RunGuard(TrainerCallback):
             of = "" if self.where is None else f", rows {', '.join(map(self.where, rows))}"
             raise NotFinite(
                 f"{broken[0]} is not finite at step {step}{of}; that step was not made. A lower "
-                "`learning_rate` may help, and `--resume` goes on from the last checkpoint"
+                "`learning_rate` may help"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

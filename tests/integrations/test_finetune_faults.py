@@ -59,8 +59,9 @@ def test_a_run_goes_on_with_the_options_it_began_with(
 def test_a_loss_that_is_not_finite_stops_before_the_step(given: dict[str, Any]) -> None:
     with pytest.raises(NotFinite, match=r"is not finite at step \d, rows .*rows.jsonl, line \d"):
         run(given, lr=1e30, steps=6)
-    unfinished = Path(given["output"] + ".unfinished")
-    (checkpoint, *_) = sorted(unfinished.glob("checkpoint-*"))
+    kept = Path(given["output"] + ".diverged")
+    (checkpoint, *_) = sorted(kept.glob("checkpoint-*"))
+    assert not Path(given["output"] + ".unfinished").exists()  # the place is free
     assert (checkpoint / "manifest.json").exists() and not Path(given["output"]).exists()
 
 
