@@ -63,7 +63,6 @@ class Prepared:
         tokens: what is held.
         train: rows to train on.
         evaluate: rows for evaluation, if any.
-        where: where each training row is in its file.
         notes: what became of rows or options, a line each.
     """
 
@@ -127,7 +126,8 @@ def prepare(
     if longest is not None and (training.max_length is None or training.max_length > longest):
         training.max_length = longest
         notes.append(f"rows are cut to the {longest} positions of the model")
-        if max(len(row["input_ids"]) for row in train.rows) > longest or evaluate is not None:
+        both = [*train.rows, *(evaluate.rows if evaluate else ())]
+        if any(len(row["input_ids"]) > longest for row in both):
             train, evaluate = encode(tokenizer)
     for rows in filter(None, (train, evaluate)):
         notes += rows.notes()

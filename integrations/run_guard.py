@@ -67,11 +67,17 @@ class RunGuard(TrainerCallback):
         seen, rows = self._seen, self._rows
         self._seen, self._rows = {}, []
         model, step = kwargs["model"], state.global_step + 1
-        broken = [name for name, value in seen.items() if not math.isfinite(value.item())]
-        if not broken and not self.scales_gradients:
-            found = [p.grad for p in model.parameters() if p.grad is not None]
-            largest = nn.utils.get_total_norm(found, math.inf) if found else torch.zeros(())
-            broken = [] if torch.isfinite(largest) else ["a gradient"]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if grads and not self.scales_gradients:
+            largest: Any = nn.utils.get_total_norm(grads, math.inf)
+            seen["a gradient"] = getattr(largest, "full_tensor", lambda: largest)()
+        device = next(iter(seen.values())).device if seen else None
+        found = [value.float().to(device) for value in seen.values()]
+        # together: a device is waited for once
+        values = torch.stack(found).tolist() if found else []
+        broken = [
+            name for name, value in zip(seen, values, strict=True) if not math.isfinite(value)
+        ]
         if broken:
             of = "" if self.where is None else f", rows {', '.join(map(self.where, rows))}"
             raise NotFinite(

@@ -177,9 +177,11 @@ def finetune(
     into the output folder. Every other option of TRL's SFTConfig and ModelConfig is taken too,
     after MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
     """
-    given = {name: ctx.params[name] for name in ctx.params if name not in _NOT_OPTIONS}
-    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items() if v}
-    given |= {name: 0 for name, v in ctx.params.items() if v == 0 and v is not False}
+    given = {
+        name: value
+        for name, value in ctx.params.items()
+        if name not in _NOT_OPTIONS and value is not None and value is not False
+    }
     stopped: int | None = None
     with readable_errors():
         options_module = import_integration("finetune_options")

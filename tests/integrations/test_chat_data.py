@@ -261,3 +261,19 @@ def test_a_long_field_of_a_csv_and_a_short_file_after_it(tmp_path):
         assert csv.field_size_limit() > len(long)  # what others read is not cut down
     finally:
         csv.field_size_limit(before)
+
+
+def test_a_tokenizer_that_cannot_say_where_its_tokens_are():
+    class Slow:
+        is_fast = False
+
+        def __init__(self, of):
+            self.of = of
+
+        def __getattr__(self, name):
+            return getattr(self.of, name)
+
+    turns = (USER, ASSISTANT, USER, {**ASSISTANT, "content": "bye"})
+    examples = [Example(messages=turns), Example(messages=turns, unlabelled=frozenset({1}))]
+    tokenizer = chat_tokenizer()
+    assert encode_rows(Slow(tokenizer), examples, 99) == encode_rows(tokenizer, examples, 99)

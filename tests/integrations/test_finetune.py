@@ -240,3 +240,22 @@ def test_the_finished_folder_is_pushed(
     assert (token, name, repo) == ("secret", "run", "me/run")
     assert options == {"private": True, "exist_ok": True} and "adapter_model.safetensors" in files
     assert "secret" not in Path(given["output"], "report.json").read_text()
+
+
+def test_the_help_has_the_defaults() -> None:
+    """They are written twice: the command line loads no TRL to show its help."""
+    options = read_options({"model": "m", "data": "d"}, FLAGS)
+    full = read_options({"model": "m", "data": "d", "full": True}, FLAGS)
+    shown = CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "300"}).output
+    for text in (
+        f"Optimizer steps, {options.training.max_steps} if unset",
+        f"Rows of one forward, {options.training.per_device_train_batch_size} if unset",
+        f"Forwards of one step, {options.training.gradient_accumulation_steps} if unset",
+        f"Rank of the adapters, {options.model.lora_r} if unset",
+        f"Tokens of a row, {options.training.max_length} if unset",
+        f"Harmful ones in a step, {options.training.safety_anchors_per_step} if unset",
+        f"Folder to make; {options.run.output} if unset",
+        f"{options.training.learning_rate:.0e}".replace("e-0", "e-")
+        + f", or {full.training.learning_rate:.0e}".replace("e-0", "e-"),
+    ):
+        assert text in shown, text
