@@ -9,7 +9,7 @@ import torch
 import typer
 
 from . import tables
-from .results import FOLDER, append_rows
+from .results import FOLDER, Row, append_rows, read_rows
 from .tables import Column, megabytes, number
 
 Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
@@ -128,3 +128,88 @@ def plan(
     ]
     tables.show(f"SmolLM2-135M, LoRA, {batch} rows, {measured[0]['dtype']}", measured, columns)
     tables.say(measured[0]["protocol"])
+
+
+def longcontext(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=17, help="Of the row; may be repeated. Default: 2048, 8192, 32768."),
+    ] = None,
+    ways: Annotated[
+        list[str] | None, typer.Option("--way", help="Only these; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all ways in turn.")] = 3,
+    memory: Annotated[float, typer.Option(min=0.1, help="GB that a process may take.")] = 24.0,
+    allocator: Annotated[
+        str,
+        typer.Option(help="pages: as `finetune` sets it; default: what glibc does by itself."),
+    ] = "pages",
+    figure: Annotated[
+        Path | None, typer.Option(help="A PNG of all saved rows with this allocator.")
+    ] = None,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="What holds the memory of a step instead, computed.")
+    ] = False,
+    save: Save = False,
+    results: Results = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Long rows: peak memory and time of a training step, each way in a process of its own."""
+    from . import longcontext as bench
+    from .memory_parts import parts_of
+
+    lengths = tokens or list(bench.TOKENS)
+    if parts:
+        found = parts_of(lengths)
+        return tables.print_json(found) if as_json else show_parts(found)
+    for name in ways or ():
+        if name not in bench.WAYS:
+            raise typer.BadParameter(f"`--way` must be of {', '.join(bench.WAYS)}; got {name!r}")
+    if allocator not in bench.ALLOCATORS:
+        raise typer.BadParameter(f"`--allocator` must be pages or default; got {allocator!r}")
+    file = results / "longcontext.csv"
+
+    def keep(row: Row) -> None:
+        if save:
+            append_rows(file, [row])
+
+    measured = bench.measure(
+        lengths,
+        ways or bench.WAYS,
+        rounds=rounds,
+        memory=memory,
+        allocator=allocator,
+        advanced=keep,
+    )
+    if figure is not None:
+        rows = read_rows(file) if save else measured
+        bench.draw([row for row in rows if row["allocator"] == allocator], figure)
+    if as_json:
+        return tables.print_json(measured)
+    columns = [
+        Column("loss", "who"),
+        Column("tokens", "tokens", number),
+        Column("MB", "peak", str),
+        Column("/ own", "peak_against_own", tables.times),
+        Column("/ naive", "peak_against_naive", tables.times),
+        Column("s", "seconds", "{:.1f}".format),
+        Column("/ own", "time_against_own", tables.times),
+        Column("/ naive", "time_against_naive", tables.times),
+    ]
+    for row in measured:
+        known = row["status"] == "measured"
+        row["peak"] = megabytes(row["peak_bytes"]) if known else row["status"]
+    tables.show(f"one row, allocator {allocator}, {measured[0]['device']}", measured, columns)
+    tables.say(measured[0]["protocol"])
+
+
+def show_parts(found: list[Row]) -> None:
+    """Print what holds the memory of a step."""
+    columns = [
+        Column("tokens", "tokens", number),
+        Column("when", "phase"),
+        Column("what", "part"),
+        Column("MB", "bytes", megabytes),
+        Column("bytes a\ntoken", "bytes_a_token", "{:,.0f}".format),
+    ]
+    tables.show("Tensors alive at the peak of each phase, above the weights", found, columns)

@@ -129,6 +129,8 @@ def prepare(
         both = [*train.rows, *(evaluate.rows if evaluate else ())]
         if any(len(row["input_ids"]) > longest for row in both):
             train, evaluate = encode(tokenizer)
+    if run.long_context:
+        notes.append(run.of_long_context(training, options.model))
     for rows in filter(None, (train, evaluate)):
         notes += rows.notes()
     return Prepared(

@@ -72,6 +72,15 @@ DEFAULTS: dict[str, Any] = {
 }
 """Where ours are not TRL's."""
 
+LONG_CONTEXT: dict[str, Any] = {
+    _CHECKPOINTING: True,
+    "attn_implementation": "sdpa",  # whose memory does not grow with the square of the length
+    "per_device_train_batch_size": 1,  # so that attention needs no mask, which does
+    "gradient_accumulation_steps": 8,
+    "max_length": None,  # all positions of the model
+}
+"""What `long_context` sets beside the DEFAULTS; as many rows a step as they have."""
+
 _STEPS = 100  # unless the epochs are given
 _FULL_RATE = 2e-5  # of the learning, with every weight trained
 _INSTEAD = {
@@ -112,6 +121,9 @@ class RunOptions:
         None, "Stop after so many evaluations without a better loss, and keep the best."
     )
     full: bool = _option(False, "Train every weight, not adapters.")
+    long_context: bool = _option(
+        False, "Gradient checkpointing, one row a forward, no mask: the least memory for long rows."
+    )
     eval_refusals: int = _option(
         0, "Ask so many harmful and harmless probes before and after, and report the refusals."
     )
@@ -133,6 +145,16 @@ class RunOptions:
             raise ValueError("`early_stopping` must have `eval_data` or `eval_fraction`")
         if self.eval_refusals < 0:
             raise ValueError(f"`eval_refusals` must be >= 0; got {self.eval_refusals}")
+
+    def of_long_context(self, training: Any, model: Any) -> str:
+        """Say what `long_context` and the options beside it came to."""
+        length = training.max_length or "the model's"
+        return (
+            f"long context: gradient checkpointing {'on' if getattr(training, _CHECKPOINTING) else 'off'}"
+            f", attention {model.attn_implementation}, {training.per_device_train_batch_size} row(s) "
+            f"a forward, {training.gradient_accumulation_steps} forwards a step, rows of up to "
+            f"{length} tokens"
+        )
 
     @property
     def evaluates(self) -> bool:
@@ -207,11 +229,11 @@ def read_options(
         if name in chosen:
             raise ValueError(f"`{name}` must be left out: {instead}")
     by_epochs = "max_steps" not in chosen and "num_train_epochs" in chosen
-    parser.set_defaults_with_config(**DEFAULTS, max_steps=-1 if by_epochs else _STEPS)
+    defaults = DEFAULTS | {"max_steps": -1 if by_epochs else _STEPS}
     args = [*_as_flags(of_file), *_as_flags(_by_field(given)), *flags]
-    run, training, model, rest = parser.parse_args_into_dataclasses(
-        args=args, return_remaining_strings=True
-    )
+    run, training, model, rest = _parsed(parser, args, defaults)
+    if run.long_context:
+        run, training, model, rest = _parsed(parser, args, defaults | LONG_CONTEXT)
     for word in rest:
         if word.startswith("-"):
             flag = word.partition("=")[0]
@@ -219,6 +241,11 @@ def read_options(
         raise ValueError(f"there must be an option before {word!r}; MODEL and DATA come first")
     _complete(run, training, model, chosen)
     return FinetuneOptions(run, training, model, chosen)
+
+
+def _parsed(parser: TrlParser, args: list[str], defaults: dict[str, Any]) -> Any:
+    parser.set_defaults_with_config(**defaults)
+    return parser.parse_args_into_dataclasses(args=args, return_remaining_strings=True)
 
 
 def _complete(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ class MemoryLedger(TorchDispatchMode):
     What an op allocates and frees inside itself is not seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: Callable[[], str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's has no types
+        self.part = part  # says what is being computed; then `events` has each change
+        self.events: list[tuple[int, str]] = []  # bytes, and the part that they were made in
         self.live = 0
         self.peak = 0
         self.apart = 0  # of `live`, by the caller: not counted in `peak_of_rest`
@@ -41,7 +43,10 @@ class MemoryLedger(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._storages:
             return
-        self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        part = None if self.part is None else self.part()
+        self._storages[key] = weakref.ref(storage, lambda _: self._drop(key, size, part))
+        if part is not None:
+            self.events.append((size, part))
         self.live += size
         self.peak = max(self.peak, self.live)
         self.peak_of_rest = max(self.peak_of_rest, self.live - self.apart)
@@ -51,8 +56,10 @@ class MemoryLedger(TorchDispatchMode):
         peak, self.peak, self.peak_of_rest = self.peak, self.live, self.live - self.apart
         return peak
 
-    def _drop(self, key: int, size: int) -> None:
+    def _drop(self, key: int, size: int, part: str | None) -> None:
         del self._storages[key]
+        if part is not None:
+            self.events.append((-size, part))
         self.live -= size
 
     @override
@@ -69,12 +76,14 @@ class MemoryLedger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counting(*modules: nn.Module) -> Iterator[MemoryLedger]:
+def counting(
+    *modules: nn.Module, part: Callable[[], str] | None = None
+) -> Iterator[MemoryLedger]:
     """Make fake tensors of all that is made inside, and count it; modules' tensors first."""
     with FakeTensorMode(), _rows_are_not_packed():
         for module in modules:
             _make_fake(module)
-        with MemoryLedger() as ledger:
+        with MemoryLedger(part) as ledger:
             for module in modules:
                 for tensor in (*module.parameters(), *module.buffers()):
                     ledger.add(tensor)

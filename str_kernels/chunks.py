@@ -6,6 +6,7 @@ reduction "none", also its backward. What happens inside a row is the row step's
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,56 @@ def linear_terms_and_grads(
     Rows that take no part have terms and gradients of 0. With `shard` the head is this rank's part
     of it, the terms are those of the whole, and the rows' gradients are summed over the ranks in
     float32 before they are rounded.
+
+    Where memory runs out, all is made again once with half the rows of logits at a time.
+
+    Raises:
+        torch.OutOfMemoryError: that did not fit either; says what to set.
     """
+    rows = min(plan.chunk_rows, hidden.shape[0])
+    try:
+        return _in_chunks(hidden, head, args, plan, ce_scale, penalty_scale, shard)
+    except RuntimeError as error:
+        # The ranks of a vocabulary meet in every chunk: one of them alone cannot have more chunks.
+        if not _is_out_of_memory(error) or shard is not None or rows < 2:
+            raise
+    # Here, and not in the handler, whose traceback keeps the first attempt's tensors.
+    half, of_row = rows // 2, row_bytes(hidden, head.weight.shape[0])
+    warnings.warn(
+        f"out of memory with {rows:,} rows of logits at a time; trying half. Set "
+        f"chunk_bytes={half * of_row} to begin with that",
+        stacklevel=2,
+    )
+    plan = plan._replace(chunk_rows=half)
+    try:
+        return _in_chunks(hidden, head, args, plan, ce_scale, penalty_scale, shard)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(
+            f"`chunk_bytes` must fit the free memory: {rows:,} rows of logits "
+            f"({rows * of_row:,} bytes) did not, nor did half of them. Set less than "
+            f"{half * of_row}, or give the model fewer tokens at a time or gradient "
+            f"checkpointing. {error}"
+        ) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return "allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def _in_chunks(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    args: LossArgs,
+    plan: Plan,
+    ce_scale: Tensor,  # (N,)
+    penalty_scale: Tensor,  # (N,)
+    shard: VocabShard | None,
+) -> tuple[RowTerms, Grads]:
     vocab = head.weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
         safety_logits = project_head(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -79,6 +80,15 @@ def finetune(
     checkpointing: Annotated[
         bool,
         _option(_TRAINING, "Gradient checkpointing: less memory, more time.", "--checkpointing"),
+    ] = False,
+    long_context: Annotated[
+        bool,
+        _option(
+            _TRAINING,
+            "For long rows: checkpointing, attention without a mask, one row a forward and 8 "
+            "forwards a step, and rows as long as the model takes. Each can still be set.",
+            "--long-context",
+        ),
     ] = False,
     packing: Annotated[
         bool, _option(_TRAINING, "Pack rows to the full length.", "--packing")
@@ -177,6 +187,9 @@ def finetune(
     into the output folder. Every other option of TRL's SFTConfig and ModelConfig is taken too,
     after MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
     """
+    # Asked by torch at its first tensor: large blocks begin at pages then, and glibc gives back more
+    # of what a step frees (docs/long-context.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     given = {
         name: value
         for name, value in ctx.params.items()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,38 @@ def test_what_is_wrong_is_said_by_name_and_writes_nothing(
     with pytest.raises(ValueError, match=message):
         run(given, *flags, **more)
     assert not Path(given["output"]).exists()
+
+
+def test_long_context_is_one_word(given: dict[str, Any]) -> None:
+    report = run(given, long_context=True, batch_size=None, steps=2)
+    (note,) = (note for note in report["notes"] if note.startswith("long context"))
+    assert "checkpointing on, attention sdpa, 1 row(s) a forward, 8 forwards a step" in note
+    assert re.search(r"rows of up to \d+ tokens", note)  # what the model takes
+    options = read_options({"model": "m", "data": "d", "long_context": True}, FLAGS)
+    plain = read_options({"model": "m", "data": "d"}, FLAGS)
+    of_step = [
+        one.training.per_device_train_batch_size * one.training.gradient_accumulation_steps
+        for one in (options, plain)
+    ]
+    assert of_step[0] == of_step[1]  # the same step, in parts
+    assert options.training.max_length is None and plain.training.max_length == 1024
+    # each can still be set, by flag or file
+    chosen = {"attention": "eager", "batch_size": 2, "max_length": 512}
+    chosen = read_options({**chosen, "model": "m", "data": "d", "long_context": True}, FLAGS)
+    assert chosen.model.attn_implementation == "eager" and chosen.training.max_length == 512
+    assert chosen.training.per_device_train_batch_size == 2
+
+
+def test_the_command_lets_torch_align_large_blocks(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    runner = CliRunner()
+    runner.invoke(app, ["finetune", "absent", "absent.jsonl"])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    runner.invoke(app, ["finetune", "absent", "absent.jsonl"])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"  # the user's
 
 
 def test_nothing_of_others_is_replaced(given: dict[str, Any]) -> None:
