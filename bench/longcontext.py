@@ -119,8 +119,16 @@ def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, An
     return found
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw peak memory and time over the tokens, a line for each way; a PNG."""
+def draw(
+    rows: Sequence[Mapping[str, Any]], path: Path, computed: Mapping[int, int] | None = None
+) -> None:
+    """Draw peak memory and time over the tokens, a line for each way; a PNG.
+
+    Args:
+        rows: of `measure`, or of its file.
+        path: of the PNG.
+        computed: tokens to the bytes that layers' inputs and one layer's backward need.
+    """
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     for axes, key, unit, label in zip(
         figure.subplots(1, 2), ("peak_bytes", "seconds"), (1e9, 1.0),
@@ -151,6 +159,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens of the row")
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3, which="both")
+    if computed:
+        figure.axes[0].plot(
+            list(computed), [size / 1e9 for size in computed.values()],
+            color="black", linewidth=0.8, linestyle=":", label="computed: ours",
+        )  # fmt: skip
     figure.axes[0].legend(fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:

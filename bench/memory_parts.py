@@ -67,6 +67,12 @@ def parts_of(tokens: Sequence[int], rank: int = 8) -> list[Row]:
     return rows
 
 
+def backward_bytes(rows: Sequence[Row]) -> int:
+    """Return the peak of the backward below the loss, from rows of one length."""
+    (found,) = (row["bytes"] for row in rows if (row["phase"], row["part"]) == (BACKWARD, "all"))
+    return int(found)
+
+
 def _at_peaks(tokens: int, rank: int) -> dict[str, Counter[str]]:
     model = meta_model(read_config("builtin"), torch.bfloat16, "sdpa", rank)
     checkpoint_layers(model)

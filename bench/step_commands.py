@@ -150,18 +150,26 @@ def longcontext(
     parts: Annotated[
         bool, typer.Option("--parts", help="What holds the memory of a step instead, computed.")
     ] = False,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="What 1B, 8B and 70B models would take, computed.")
+    ] = False,
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
     """Long rows: peak memory and time of a training step, each way in a process of its own."""
     from . import longcontext as bench
-    from .memory_parts import parts_of
+    from . import longcontext_plan
+    from .memory_parts import backward_bytes, parts_of
 
     lengths = tokens or list(bench.TOKENS)
     if parts:
         found = parts_of(lengths)
         return tables.print_json(found) if as_json else show_parts(found)
+    if planned:
+        with tables.progress("planning") as (_, advanced):
+            found = longcontext_plan.planned(tokens or longcontext_plan.TOKENS, advanced=advanced)
+        return tables.print_json(found) if as_json else show_planned(found)
     for name in ways or ():
         if name not in bench.WAYS:
             raise typer.BadParameter(f"`--way` must be of {', '.join(bench.WAYS)}; got {name!r}")
@@ -183,7 +191,9 @@ def longcontext(
     )
     if figure is not None:
         rows = read_rows(file) if save else measured
-        bench.draw([row for row in rows if row["allocator"] == allocator], figure)
+        mine = [row for row in rows if row["allocator"] == allocator]
+        every = sorted({int(row["tokens"]) for row in mine})
+        bench.draw(mine, figure, {n: backward_bytes(parts_of([n])) for n in every})
     if as_json:
         return tables.print_json(measured)
     columns = [
@@ -213,3 +223,21 @@ def show_parts(found: list[Row]) -> None:
         Column("bytes a\ntoken", "bytes_a_token", "{:,.0f}".format),
     ]
     tables.show("Tensors alive at the peak of each phase, above the weights", found, columns)
+
+
+def show_planned(found: list[Row]) -> None:
+    """Print what larger models would take, and which card that fits."""
+    from .longcontext_plan import smallest_card
+
+    ways = ("own", "naive", "ours")
+    rows = [
+        row
+        | {f"{way}_text": f"{row[way] / 1e9:,.1f} GB ({smallest_card(row, way)})" for way in ways}
+        for row in found
+    ]
+    columns = [
+        Column("model", "model"),
+        Column("tokens", "tokens", number),
+        *(Column(way, f"{way}_text") for way in ways),
+    ]
+    tables.show("Peak, and the smallest card with a tenth left free; computed", rows, columns)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # torch's THP_MEM_ALLOC_ENABLE=1 is there for speed: transparent huge pages for tensors from 2 MB on.
 # On a CPU it also takes 40 % or so off the peak resident memory of a training step with gradient
-# checkpointing, and gives back nearly all of it afterwards. Without it the process keeps what the
+# checkpointing, and gives most of the rest back afterwards. Without it the process keeps what the
 # step freed: glibc's blocks (2.36 here), asked for at 64-byte alignment, are not found again for the
 # next tensor of that size. With it blocks begin at a page.
 #
 # Shown: torch 2.13.0 on a CPU, glibc 2.36. 24 blocks of a small MLP, checkpointed, 4,000 rows of 256
 # in float32 (the blocks' inputs, which checkpointing keeps, are 98 MB). Seen:
-#   THP_MEM_ALLOC_ENABLE unset: peak 286 to 298 MB, 266 to 279 MB still resident after the step
-#   THP_MEM_ALLOC_ENABLE=1:     peak 161 MB, 13 to 80 MB still resident
+#   THP_MEM_ALLOC_ENABLE unset: peak 286 to 298 MB, 255 to 279 MB still resident after the step
+#   THP_MEM_ALLOC_ENABLE=1:     peak 157 to 161 MB, 13 to 106 MB still resident
 #   (MALLOC_MMAP_THRESHOLD_=65536: 156 MB and 2 MB, at the cost of a page fault for every page)
 # Fails if the flag no longer saves a quarter of the peak and of what is left.
 set -euo pipefail

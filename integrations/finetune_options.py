@@ -148,12 +148,12 @@ class RunOptions:
 
     def of_long_context(self, training: Any, model: Any) -> str:
         """Say what `long_context` and the options beside it came to."""
-        length = training.max_length or "the model's"
+        checkpointing = "on" if getattr(training, _CHECKPOINTING) else "off"
         return (
-            f"long context: gradient checkpointing {'on' if getattr(training, _CHECKPOINTING) else 'off'}"
-            f", attention {model.attn_implementation}, {training.per_device_train_batch_size} row(s) "
-            f"a forward, {training.gradient_accumulation_steps} forwards a step, rows of up to "
-            f"{length} tokens"
+            f"long context: gradient checkpointing {checkpointing}, attention "
+            f"{model.attn_implementation}, {training.per_device_train_batch_size} row(s) a "
+            f"forward, {training.gradient_accumulation_steps} forwards a step, rows of up to "
+            f"{training.max_length or 'all'} tokens"
         )
 
     @property

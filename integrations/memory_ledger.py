@@ -76,9 +76,7 @@ class MemoryLedger(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def counting(
-    *modules: nn.Module, part: Callable[[], str] | None = None
-) -> Iterator[MemoryLedger]:
+def counting(*modules: nn.Module, part: Callable[[], str] | None = None) -> Iterator[MemoryLedger]:
     """Make fake tensors of all that is made inside, and count it; modules' tensors first."""
     with FakeTensorMode(), _rows_are_not_packed():
         for module in modules:

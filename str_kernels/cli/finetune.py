@@ -187,8 +187,8 @@ def finetune(
     into the output folder. Every other option of TRL's SFTConfig and ModelConfig is taken too,
     after MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
     """
-    # Asked by torch at its first tensor: large blocks begin at pages then, and glibc gives back more
-    # of what a step frees (docs/long-context.md).
+    # Asked by torch at its first tensor: large blocks begin at pages then, and glibc gives back
+    # more of what a step frees (docs/long-context.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     given = {
         name: value
