@@ -129,7 +129,7 @@ def draw(
         path: of the PNG.
         computed: tokens to the bytes that layers' inputs and one layer's backward need.
     """
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     for axes, key, unit, label in zip(
         figure.subplots(1, 2), ("peak_bytes", "seconds"), (1e9, 1.0),
         ("peak above the loaded model, GB", "seconds of a step"), strict=True,
@@ -152,7 +152,7 @@ def draw(
                 label=who,
             )
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)  # whose ticks are few and whole
         axes.set_xticks(sorted({int(row["tokens"]) for row in rows}))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -162,9 +162,10 @@ def draw(
     if computed:
         figure.axes[0].plot(
             list(computed), [size / 1e9 for size in computed.values()],
-            color="black", linewidth=0.8, linestyle=":", label="computed: ours",
+            color="black", linewidth=0.8, linestyle=":", label="ours, tensors alone (computed)",
         )  # fmt: skip
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)
