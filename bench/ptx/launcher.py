@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from str_kernels import rows_triton
+from str_kernels import backends, rows_triton
 
 from ..compiling import TARGETS, Launch, Specialized, specialize
 from .arithmetic import Array
@@ -22,6 +23,7 @@ from .memory import Memory
 from .program import Program, Unsupported, parse
 from .races import Race
 
+NO_CLUSTERS = "a cluster of blocks is not executed"
 _BASE, _PAGE = 0x7F00_0000_0000, 4096
 _OF_ROWS = ("Logits", "Grad")  # whose rows may have padding, which is read and written too
 _UNWRITTEN = ("Terms", "Norm", "Stash", "Grad")  # unless told otherwise by the launch
@@ -81,13 +83,14 @@ def executing(settings: Settings | None = None) -> Iterator[Settings]:
         if not warmup:
             execute(Launch(kernel, args, kwargs), grid, settings)
 
-    launch, caps = JITFunction.run, rows_triton.CAPS_REGISTERS
-    JITFunction.run = run
-    rows_triton.CAPS_REGISTERS = True  # as where torch is built for CUDA
-    try:
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(rows_triton, "CAPS_REGISTERS", True),  # as where torch is built for CUDA
+        # a tensor on the CPU is one on the GPU now
+        mock.patch.object(backends, "_GPU_TYPES", ("cpu", *backends._GPU_TYPES)),
+        mock.patch.object(backends, "_missing_for_clusters", lambda device: NO_CLUSTERS),
+    ):
         yield settings
-    finally:
-        JITFunction.run, rows_triton.CAPS_REGISTERS = launch, caps
 
 
 def execute(launch: Launch, grid: Any, settings: Settings) -> Execution:

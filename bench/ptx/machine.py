@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from . import accesses
-from .arithmetic import FLOATS, SIGNED, UNSIGNED, Array
+from .arithmetic import FLOATS, SIGNED, UNSIGNED, Array, flush
 from .counting import Counts
-from .lanes import Lanes, Noise
+from .lanes import NO_NOISE, Lanes, Noise
 from .memory import Fault, Memory
 from .operations import operation
 from .program import (
@@ -93,7 +93,10 @@ class Machine:
     def _decode(self, pc: int) -> Step | None:
         i = self.program.code[pc]
         name = i.opcode.split(".")[0]
-        if name in ("bar", "barrier", "bra", "ret"):
+        if name in ("bra", "ret"):
+            return None
+        if name in ("bar", "barrier"):
+            self._check_barrier(i)
             return None
         if i.opcode == "nop":
             return lambda lanes: None
@@ -109,14 +112,16 @@ class Machine:
             for x, kind in zip(i.operands[1:], op.sources, strict=True)
         ]
         write = self.writer(i, i.operands[0], op.result, op.loose)
-        function, noise = op.function, self.noise
-        if op.error and noise is not None:
+        function, noise = op.function, self.noise or NO_NOISE
+        if op.error:
 
-            def compute_with_noise(lanes: Lanes) -> None:
+            def approximate(lanes: Lanes) -> None:
                 values = [read(lanes) for read in sources]
-                write(lanes, noise(function(*values), op.error, values))
+                values = list(map(flush, values)) if op.flushes else values
+                value = noise(function(*values), op.error, values)
+                write(lanes, flush(value) if op.flushes else value)
 
-            return compute_with_noise
+            return approximate
 
         def compute(lanes: Lanes) -> None:
             write(lanes, function(*[read(lanes) for read in sources]))
@@ -342,17 +347,18 @@ class Machine:
         return pc
 
     def _is_end(self, i: Instruction) -> bool:
-        """Say whether it is the end of the program; a barrier of the whole block is not."""
+        """Say whether it is the end of the program, and not a barrier."""
         if i.predicate is not None:
             raise Unsupported(f"{i} with a predicate")
-        if i.opcode == "ret" and not i.operands:
-            return True
-        counts = [(0,), (0, self.program.threads)]
+        return i.opcode == "ret"
+
+    def _check_barrier(self, i: Instruction) -> None:
+        """Refuse what is more than a barrier of the whole block."""
         names = ("bar.sync", "barrier.sync", "barrier.sync.aligned", "barrier.cta.sync")
         numbers = tuple(x.value for x in i.operands if isinstance(x, Number))
-        if i.opcode in (*names, "barrier.cta.sync.aligned") and numbers in counts:
-            return False
-        raise Unsupported(str(i))
+        whole = [(0,), (0, self.program.threads)]
+        if i.opcode not in (*names, "barrier.cta.sync.aligned") or numbers not in whole:
+            raise Unsupported(f"{i} of {numbers}")
 
 
 @functools.cache

@@ -24,7 +24,9 @@ class Operation(NamedTuple):
         sources: types of its operands.
         function: from arrays of those types to one of `result`.
         loose: sources and result may be in wider registers, as those of cvt.
-        error: the largest relative error that the PTX manual allows, 0 where it is rounded right.
+        error: the largest relative error that the PTX manual allows, 0 where it is rounded right;
+            else `function` returns float64, to be rounded when its error is made.
+        flushes: subnormals are zeros, where `function` does not see to it.
     """
 
     result: str
@@ -32,16 +34,16 @@ class Operation(NamedTuple):
     function: Function
     loose: bool = False
     error: float = 0.0
+    flushes: bool = False
 
 
-ULP = 2.0**-23
-# PTX ISA, floating point instructions: ex2.approx, div.full and div.approx are within 2 ulp,
-# rcp.approx and sqrt.approx within 1, lg2.approx and rsqrt.approx within 2^-22, tanh.approx 2^-11.
+# As relative errors. The PTX ISA (floating point instructions) has ex2.approx and div.full within 2
+# units of the last place, rcp.approx and sqrt.approx within 1: a unit is 2^-23 of a number at most.
 ERRORS = {
-    "ex2": 2 * ULP,
-    "div": 2 * ULP,
-    "rcp": ULP,
-    "sqrt": ULP,
+    "ex2": 2.0**-22,
+    "div": 2.0**-22,
+    "rcp": 2.0**-23,
+    "sqrt": 2.0**-23,
     "lg2": 2.0**-22,
     "rsqrt": 2.0**-22,
     "tanh": 2.0**-11,
@@ -73,7 +75,6 @@ _OF_FLOAT64: dict[str, Function] = {
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "tanh": np.tanh,
-    "div": np.divide,
 }
 
 _FORMS: list[tuple[re.Pattern[str], Callable[..., Operation]]] = []
@@ -290,11 +291,8 @@ def _to_global() -> Operation:
 @_form(r"(ex2|lg2|rcp|sqrt|rsqrt|tanh)\.approx(\.ftz)?\.f32")
 def _approximate(name: str, ftz: str | None) -> Operation:
     exact = _OF_FLOAT64[name]
-
-    def function(a: Array) -> Array:
-        return exact(np.asarray(a, np.float64)).astype(np.float32)
-
-    return Operation("f32", ("f32",), _flushing(function) if ftz else function, error=ERRORS[name])
+    function: Function = lambda a: exact(np.asarray(a, np.float64))  # noqa: E731 - as below
+    return Operation("f32", ("f32",), function, error=ERRORS[name], flushes=ftz is not None)
 
 
 @_form(r"(rcp|sqrt)\.rn\.f32")
@@ -303,11 +301,15 @@ def _rounded(name: str) -> Operation:
     return Operation("f32", ("f32",), function)
 
 
-@_form(r"div\.(full|approx|rn)(\.ftz)?\.f32")
-def _quotient(how: str, ftz: str | None) -> Operation:
-    function: Function = _flushing(np.divide) if ftz else np.divide
-    error = 0.0 if how == "rn" else ERRORS["div"]
-    return Operation("f32", ("f32", "f32"), function, error=error)
+@_form(r"div\.(full|approx)(\.ftz)?\.f32")
+def _approximate_quotient(_: str, ftz: str | None) -> Operation:
+    function: Function = lambda a, b: np.divide(a, b, dtype=np.float64)  # noqa: E731 - as above
+    return Operation("f32", ("f32", "f32"), function, error=ERRORS["div"], flushes=ftz is not None)
+
+
+@_form(r"div\.rn(\.ftz)?\.f32")
+def _quotient(ftz: str | None) -> Operation:
+    return Operation("f32", ("f32", "f32"), _flushing(np.divide) if ftz else np.divide)
 
 
 @_form(r"cvt\.([su])(8|16|32|64)\.([su])(8|16|32|64)")
