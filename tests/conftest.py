@@ -15,8 +15,8 @@ import numpy
 import pytest
 import torch
 
-# Without a GPU Triton's kernels run in its interpreter; with the name of a GPU here they are compiled
-# for it, and their PTX is executed (`make ptx`). docs/kernels.md says what either can show.
+# Without a GPU Triton's kernels run in its interpreter. With the name of one here (sm_90) they are
+# compiled for it, and their PTX is executed (`make ptx`); docs/kernels.md says what each can show.
 EXECUTED_FOR = os.environ.get("STR_PTX", "")
 if not torch.cuda.is_available():
     if "triton" in sys.modules:
@@ -77,7 +77,7 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 
 @pytest.fixture(autouse=True, scope="session")
 def executed() -> Iterator[None]:
-    """Execute the kernels' PTX where STR_PTX names a GPU, in the order and with the errors asked."""
+    """Execute kernels' PTX where STR_PTX names a GPU, in the order and with the errors asked."""
     if not EXECUTED_FOR:
         yield
         return

@@ -384,6 +384,7 @@ def test_expanded_inputs(backend: str, path: str, rng, device) -> None:
         target=expanded.target.clone(),
         ref=expanded.ref.clone(),
     )
-    got, wanted = expanded.run(backend), dense.run(backend)
-    assert_matches_truth(dense, got, backend)
-    assert torch.equal(got.terms.loss, wanted.terms.loss)
+    # Each by the rule, and not one by the other: a stride of 0 is a multiple of 16, one of 301 is
+    # not, and Triton compiles a kernel for each, which sum a row in two orders.
+    for given in (expanded, dense):
+        assert_matches_truth(dense, given.run(backend), backend)

@@ -86,8 +86,7 @@ def executing(settings: Settings | None = None) -> Iterator[Settings]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(rows_triton, "CAPS_REGISTERS", True),  # as where torch is built for CUDA
-        # a tensor on the CPU is one on the GPU now
-        mock.patch.object(backends, "_GPU_TYPES", ("cpu", *backends._GPU_TYPES)),
+        mock.patch.object(backends, "_interpreting", lambda: True),  # the kernels run on a CPU
         mock.patch.object(backends, "_missing_for_clusters", lambda device: NO_CLUSTERS),
     ):
         yield settings
