@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
     if "triton" in sys.modules:
         raise pytest.UsageError("triton was imported before conftest could set TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0" if EXECUTED_FOR else "1"
+collect_ignore_glob = [] if EXECUTED_FOR else ["ptx/test_executed_*.py"]
 
 # torch.compile in the test's own process: its pool of workers would outlive the test that made it,
 # and a warning of their open pipes would fail whichever test runs when they are collected.

@@ -23,6 +23,7 @@ def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     logits = case.leaves["logits"].to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     given, penalty = case.options, case.options["penalty"]
+    a = penalty.id_weights
     options = RowOptions(
         logit_scale=given["logit_scale"],
         softcap=given["softcap"] or 0.0,
@@ -39,7 +40,7 @@ def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
         "safety_ids": case.ids,
         "safety_logits": None,
         "ref": case.ref.to(wide),
-        "id_weights": penalty.id_weights.to(wide),
+        "id_weights": (case.ref.new_ones(len(case.ids)) if a is None else a).to(wide),
         "options": options,
     }
 

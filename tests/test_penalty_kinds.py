@@ -164,7 +164,7 @@ def test_subset_kl_in_other_units(backend: str, rng, device) -> None:
     one, four = (given.in_dtype(torch.float64).run("eager") for given in (at_1, at_4))
     torch.testing.assert_close(four.terms.penalty, 16 * one.terms.penalty)
     torch.testing.assert_close(four.grads["logits"], 4 * one.grads["logits"])
-    for given in (at_1, at_4):  # in float32 the rule allows more: small differences of logarithms
+    for given in (at_1, at_4):  # of small differences of logarithms: the rule allows more
         assert_matches_truth(given, given.run(backend), backend)
 
 

@@ -223,9 +223,9 @@ def sizes_of(case: Case, name: str) -> Sizes:
     if case.row_upstream is not None:
         upstream = case.row_upstream.double().abs() * upstream
     addend = max((float((x.abs() * upstream).max()) for x in (c, pull) if x.numel()), default=0.0)
-    # d in [1, 2) and exp, and tanh with a cap, are good to one unit in the last place each, which
-    # is two roundings.
-    addend *= 6 if case.options["softcap"] else 4
+    # d in [1, 2) and exp are good to one unit in the last place each, which is two roundings, and
+    # tanh with a cap to two: a GPU divides no better.
+    addend *= 8 if case.options["softcap"] else 4
     addend *= case.options["logit_scale"]
     if not case.linear:
         return Sizes(addend)
