@@ -87,7 +87,7 @@ def executed() -> Iterator[None]:
     noise = os.environ.get("STR_PTX_NOISE")
     settings = Settings(
         target=EXECUTED_FOR,
-        order=os.environ.get("STR_PTX_ORDER", "lockstep"),
+        order=os.environ.get("STR_PTX_ORDER") or "lockstep",
         noise=int(noise) if noise else None,
         keep=False,
     )

@@ -102,7 +102,10 @@ class Memory:
 
     def _nearest(self, address: int) -> str:
         n = bisect.bisect_right(self.starts, address) - 1
-        return "" if n < 0 else f", {address - self.ends[n]} past the end of what begins before"
+        if n < 0:
+            return ""
+        past = address - self.ends[n]
+        return f", {f'{past} bytes' if past else 'just'} past what is there"
 
     def load(self, offsets: Array, count: int, bits: int) -> list[Array]:
         """Return the elements that some threads load, each (n,)."""

@@ -58,7 +58,9 @@ def case_of(variant: Variant, rng: torch.Generator) -> Case:
     return case
 
 
-def execute(variant: Variant, rng: torch.Generator, settings: Settings) -> Execution:
+def execute(
+    variant: Variant, rng: torch.Generator, settings: Settings, *, in_place: bool = False
+) -> Execution:
     """Run a code on its case, with the padding of our workspace where it has one, and judge it."""
     case = case_of(variant, rng)
     dtype = case.dtype
@@ -83,7 +85,7 @@ def execute(variant: Variant, rng: torch.Generator, settings: Settings) -> Execu
             terms = row_step_triton(**given, padded=variant.padded)
         else:
             norm = row_step_torch(**arguments(case, torch.float64)).norm.float()
-            grad = torch.full_like(logits, torch.nan)
+            grad = logits if in_place else torch.full_like(logits, torch.nan)
             row_step_triton(**given, norm=norm, grad=grad, **scales(case, dtype))
     if variant.path != "backward":
         compare_terms(case, terms)
