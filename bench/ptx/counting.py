@@ -50,7 +50,7 @@ class Counts:
     Attributes:
         executed: how often a warp executed it.
         active: how often with a lane that its predicate lets through.
-        bytes: that those lanes asked for.
+        bytes: that those lanes asked for; lanes of a warp that ask for the same share it.
         sectors: of global memory that held these bytes, each warp for itself.
         lines: likewise.
         conflicts: of shared memory, passes beyond those that the width needs.
@@ -69,7 +69,7 @@ class Counts:
         """Count one access: (lanes,) addresses and which of the lanes take part."""
         at, on = addresses.reshape(-1, WARP), active.reshape(-1, WARP)
         self.active[pc] += int(on.any(axis=1).sum())
-        self.bytes[pc] += int(on.sum()) * width
+        self.bytes[pc] += _distinct(at, on) * width
         if space == "global":
             self.sectors[pc] += _distinct(at // SECTOR, on)
             self.lines[pc] += _distinct(at // LINE, on)
