@@ -214,9 +214,9 @@ def _row(variant: Variant, kernel: str, execution: Execution, amd: Counter[str])
         mine = [pc for pc in counts.sectors if program.code[pc].opcode.startswith(what)]
         row[f"{what} bytes"] = sum(counts.bytes[pc] for pc in mine) / logits
         row[f"{what} sectors"] = sum(counts.sectors[pc] for pc in mine) * SECTOR / logits
-    row["bytes"] = row["ld bytes"] + row["st bytes"]
-    moved = row["ld sectors"] + row["st sectors"]
-    row["used"] = row["bytes"] / moved
+        row[f"{what} fetched"] = sum(counts.fetched[pc] for pc in mine) * SECTOR / logits
+    row["used"] = (row["ld bytes"] + row["st bytes"]) / (row["ld sectors"] + row["st sectors"])
+    row["moved"] = moved = row["ld fetched"] + row["st fetched"]
     for name, device in DEVICES.items():
         counted = amd if device.target == "gfx942" else sass
         if device.target == variant.target or (name == "MI300X" and amd):
@@ -270,7 +270,7 @@ def show(rows: list[Row]) -> None:
                 Column("fma", "sass fma", one),
                 Column("alu", "sass alu", one),
                 Column("mufu", "sass mufu", one),
-                Column("bytes", "bytes", "{:.2f}".format),
+                Column("bytes", "moved", "{:.2f}".format),
                 Column("used", "used", "{:.0%}".format),
                 Column("bars", "barriers", whole),
             ],
@@ -286,8 +286,8 @@ def show(rows: list[Row]) -> None:
             [Column("kernel", "name"), Column("V", "vocab"), *(Column(n, n) for n in named)],
         )
     tables.say(
-        "fma, alu, mufu: pipes of the SASS. bytes: asked of global memory; used: of the 32-byte "
-        "sectors that hold them; bars: barriers of a row. "
+        "fma, alu, mufu: pipes of the SASS. bytes: of the 32-byte sectors that a block asks for, its "
+        "warps together; used: how much of its sectors a warp asks for; bars: barriers of a row. "
         + "; ".join(f"{name}: {device.source}" for name, device in DEVICES.items())
     )
     tables.say(rows[0]["protocol"].replace(f"PTX of {rows[0]['target']}", "PTX"))

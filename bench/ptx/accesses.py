@@ -134,7 +134,7 @@ def _access(machine: Machine, pc: int, i: Instruction, form: Form) -> Step:
         at, thread, slots = addresses(lanes), lanes.thread, lanes.slot
         if machine.counting:
             active = np.ones(at.shape, bool) if taken is None else lanes.full(taken)
-            machine.counts.access(pc, space, at, active, width)
+            machine.counts.access(pc, space, at, active, width, lanes.of_a_block)
         on: Array = None
         if taken is not None and not taken.all():
             on = lanes.full(taken)
@@ -197,7 +197,7 @@ def _matrix(machine: Machine, pc: int, i: Instruction, count: int, *, transposed
         at = addresses(lanes)
         speaks = np.tile(lane < 8 * count, len(at) // WARP)
         if machine.counting:
-            machine.counts.access(pc, "shared", at, speaks, 16)
+            machine.counts.access(pc, "shared", at, speaks, 16, lanes.of_a_block)
         at = _in_shared(machine, lanes, at[speaks], lanes.slot[speaks], 16)
         offsets = machine.shared.locate(at, 16)
         rows = offsets.reshape(-1, count, 8) // 2  # in elements

@@ -20,7 +20,7 @@ KINDS = {
     "ex2": r"(ex2|lg2|rcp|sqrt|rsqrt|tanh)\..*",
     "div": r"div\..*",
     "fma": r"fma\..*",
-    "add, mul": r"(add|sub|mul|neg|abs|copysign)\..*f(32|64|32x2)",
+    "add, mul": r"(add|sub|mul|neg|abs|copysign)\..*f(32|64|32x2)(\.b?f16)?",
     "max": r"(max|min)\..*f32",
     "compare": r"(setp|selp)\..*",
     "convert": r"cvta?\..*",
@@ -52,7 +52,8 @@ class Counts:
         active: how often with a lane that its predicate lets through.
         bytes: that those lanes asked for; lanes of a warp that ask for the same share it.
         sectors: of global memory that held these bytes, each warp for itself.
-        lines: likewise.
+        fetched: the same, the warps that step together sharing theirs: what a cache leaves of it.
+        lines: of 128 bytes, each warp for itself.
         conflicts: of shared memory, passes beyond those that the width needs.
         barriers: that a block waited at.
     """
@@ -61,18 +62,23 @@ class Counts:
     active: Counter[int] = field(default_factory=Counter)
     bytes: Counter[int] = field(default_factory=Counter)
     sectors: Counter[int] = field(default_factory=Counter)
+    fetched: Counter[int] = field(default_factory=Counter)
     lines: Counter[int] = field(default_factory=Counter)
     conflicts: Counter[int] = field(default_factory=Counter)
     barriers: int = 0
 
-    def access(self, pc: int, space: str, addresses: Array, active: Array, width: int) -> None:
-        """Count one access: (lanes,) addresses and which of the lanes take part."""
+    def access(
+        self, pc: int, space: str, addresses: Array, active: Array, width: int, together: int
+    ) -> None:
+        """Count one access: (lanes,) addresses and which of them take part, so many of a block."""
         at, on = addresses.reshape(-1, WARP), active.reshape(-1, WARP)
         self.active[pc] += int(on.any(axis=1).sum())
         self.bytes[pc] += _distinct(at, on) * width
         if space == "global":
             self.sectors[pc] += _distinct(at // SECTOR, on)
             self.lines[pc] += _distinct(at // LINE, on)
+            block = addresses.reshape(-1, together), active.reshape(-1, together)
+            self.fetched[pc] += _distinct(block[0] // SECTOR, block[1])
         else:
             self.conflicts[pc] += _conflicts(at, on, width)
 

@@ -18,6 +18,7 @@ class Lanes:
         block: (n,) block of the grid.
         slot: (n,) which of the blocks that run at a time.
         thread: (n,) of the grid.
+        of_a_block: how many there are of each block.
         registers: by their number; a scalar is one value for all.
         apart: (n,) where each is in the program, while they are not all at one place.
         mask: (n,) those that step, while they are apart.
@@ -27,6 +28,7 @@ class Lanes:
         self.tid, self.block, self.slot = tid, block, slot
         self.thread = block.astype(np.int64) * threads + tid
         self.registers: list[Any] = []
+        self.of_a_block = len(tid) // (int(slot.max()) + 1)
         self.pc, self.done = 0, False
         self.apart: Array = None
         self.mask: Array = None

@@ -124,6 +124,17 @@ def _float(name: str, ftz: str | None, kind: str) -> Operation:
     return Operation(kind, (kind, kind), _flushing(function) if ftz else function)
 
 
+@_form(r"(add|sub|fma)\.rn\.f32\.(bf16|f16)")
+def _mixed(name: str, narrow: str) -> Operation:
+    """Only the last source, which is added or subtracted, has 32 bits."""
+    widen = _widen(narrow)
+    kind, wide = widen.sources[0], widen.function
+    if name == "fma":
+        return Operation("f32", (kind, kind, "f32"), lambda a, b, c: ar.fma(wide(a), wide(b), c))
+    function = _ARITHMETIC[name]
+    return Operation("f32", (kind, "f32"), lambda a, c: function(wide(a), c))
+
+
 @_form(r"(add|sub|mul|fma)(?:\.rn)?(\.ftz)?\.f32x2")
 def _pair(name: str, ftz: str | None) -> Operation:
     function = ar.fma if name == "fma" else _ARITHMETIC[name]

@@ -306,6 +306,11 @@ def test_sectors_and_lines(stride: int, width: int, sectors: int, lines: int) ->
     assert sum(counts.sectors.values()) == sectors and sum(counts.lines.values()) == lines
     assert sum(counts.bytes.values()) == (32 if stride else 1) * width
     assert sum(counts.active.values()) == 1
+    # another warp that asks for the same shares the sectors, another block does not
+    body = body.replace("%r0", "%r1").replace("mad.wide", "and.b32 %r1, %r0, 31; mad.wide", 1)
+    _, machine = run(body, threads=64, blocks=2, counting=True)
+    assert sum(machine.counts.sectors.values()) == 4 * sectors
+    assert sum(machine.counts.fetched.values()) == 2 * sectors
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,19 @@ def test_pairs_of_floats_are_two() -> None:
         equal(got, single)
 
 
+def test_sums_of_mixed_precision_widen_all_but_the_last() -> None:
+    rng = np.random.default_rng(6)
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        a, b = (torch.from_numpy(rng.standard_normal(64)).to(dtype) for _ in range(2))
+        c = rng.standard_normal(64).astype(np.float32)
+        bits = [x.view(torch.int16).numpy().view("u2") for x in (a, b)]
+        wide = [x.float().numpy() for x in (a, b)]
+        equal(compute(f"add.rn.f32.{name}", "f32 b16 f32", bits[0], c), wide[0] + c)
+        equal(compute(f"sub.rn.f32.{name}", "f32 b16 f32", bits[0], c), wide[0] - c)
+        got = compute(f"fma.rn.f32.{name}", "f32 b16 b16 f32", *bits, c)
+        equal(got, compute("fma.rn.f32", "f32 f32 f32 f32", *wide, c))
+
+
 def test_a_number_beats_nan_and_zeros_have_an_order() -> None:
     a, b = pairs(INTERESTING)
     got = compute("max.f32", "f32 f32 f32", a, b)
