@@ -267,7 +267,6 @@ def show(rows: list[Row]) -> None:
                 Column("V", "vocab"),
                 Column("PTX", "ptx", one),
                 Column("SASS", "sass", one),
-                Column("fma", "sass fma", one),
                 Column("alu", "sass alu", one),
                 Column("mufu", "sass mufu", one),
                 Column("bytes", "moved", "{:.2f}".format),
@@ -286,8 +285,8 @@ def show(rows: list[Row]) -> None:
             [Column("kernel", "name"), Column("V", "vocab"), *(Column(n, n) for n in named)],
         )
     tables.say(
-        "fma, alu, mufu: pipes of the SASS. bytes: of the 32-byte sectors that a block asks for, its "
-        "warps together; used: how much of its sectors a warp asks for; bars: barriers of a row. "
+        "alu, mufu: of the SASS, on these pipes. bytes: of the 32-byte sectors that a block asks "
+        "for, its warps together; used: what a warp asks for of its own; bars: barriers of a row. "
         + "; ".join(f"{name}: {device.source}" for name, device in DEVICES.items())
     )
     tables.say(rows[0]["protocol"].replace(f"PTX of {rows[0]['target']}", "PTX"))

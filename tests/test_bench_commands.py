@@ -31,7 +31,9 @@ def run(*arguments) -> str:
     return done.output
 
 
-@pytest.mark.parametrize("command", ["speed", "memory", "growth", "traffic", "figure", "plan"])
+@pytest.mark.parametrize(
+    "command", ["speed", "memory", "growth", "traffic", "execute", "figure", "plan"]
+)
 def test_every_command_has_help_and_json(command):
     assert "--json" in run(command, "--help")
 
