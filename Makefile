@@ -85,7 +85,7 @@ gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it i
 define NEEDS_GPU
 import sys
 try:
-    import pytest, torch, triton
+    import numpy, pytest, safetensors, torch, triton
 except ImportError as missing:
     sys.exit(f"make gpu: {sys.executable} has no {missing.name}; name another: make gpu PYTHON=python3")
 if not torch.cuda.is_available():
