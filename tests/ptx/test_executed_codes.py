@@ -13,6 +13,7 @@ from shipped import TARGET, codes, execute, portion_of
 
 from bench.compiling import Variant
 from bench.ptx.launcher import Settings
+from str_kernels import rows_triton
 
 EVERY = os.environ.get("STR_PTX_CODES") == "every"
 CODES = portion_of(list(codes(TARGET, EVERY).items()))
@@ -51,3 +52,15 @@ def test_the_order_of_warps_changes_no_bit(
 @pytest.mark.parametrize(("key", "variant"), FEW, ids=name)
 def test_with_the_largest_errors_of_ex2_and_div(key, variant, noise, rng) -> None:
     execute(variant, rng, Settings(target=TARGET, noise=noise))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_columns_by_a_second_launch(dtype: str, rng: torch.Generator, monkeypatch) -> None:
+    """As on AMD and with clusters: the row's launch puts them aside, the next one writes them."""
+    monkeypatch.setattr(rows_triton, "BARRIERS_HOLD_LOADS", False)
+    settings = Settings(target=TARGET)
+    execute(Variant("linear", dtype, 5008, 20, "mse", False, TARGET), rng, settings)
+    assert [x.machine.program.name for x in settings.executions] == [
+        "row_step_kernel",
+        "scatter_kernel",
+    ]
