@@ -5,7 +5,7 @@ RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 TYPES := .venv/types
 
-.PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed faults support gpu clean
+.PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed faults ptx support gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -64,6 +64,10 @@ faults: ## kill a fine-tuning at 100 places where it writes, go on, and count (S
 	STR_FAULTS=$(or $(STR_FAULTS),100) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -k kill_at_any_write \
 	  tests/integrations/test_finetune_faults.py
 
+ptx: ## the kernels' PTX executed, all codes and every test marked gpu; goes on (ARGS: --minutes 30 ...)
+	@$(READY) dev
+	PYTHONPATH=. $(RUN) tests/ptx/every.py $(ARGS)
+
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev
 	PYTHONPATH=.:tests $(RUN) tests/integrations/support.py
@@ -81,7 +85,7 @@ gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it i
 define NEEDS_GPU
 import sys
 try:
-    import pytest, torch, triton
+    import numpy, pytest, safetensors, torch, triton
 except ImportError as missing:
     sys.exit(f"make gpu: {sys.executable} has no {missing.name}; name another: make gpu PYTHON=python3")
 if not torch.cuda.is_available():

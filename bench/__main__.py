@@ -19,6 +19,7 @@ app.command()(step_commands.cache)
 app.command()(step_commands.anchors)
 app.command()(step_commands.plan)
 app.command()(step_commands.longcontext)
+app.command()(step_commands.execute)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]

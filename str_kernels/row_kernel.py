@@ -93,8 +93,9 @@ def _penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constex
         ref_rest = tl.where(ref_rest < LEAST_REST, LEAST_REST, ref_rest)
         gap = tl.where(q == 0.0, 0.0, -q * drift)
         phi = tl.sum(a * (gap + (p - q)), 0)
-        phi += ref_rest * tl.log(ref_rest / rest) + (rest - ref_rest)
-        slope = a * (p - q) + p * tl.where(is_free, ref_rest / rest - 1.0, 0.0)
+        ratio = tl.div_rn(ref_rest, rest)  # of equal ones 1, which a GPU's `/` may miss by 2^-22
+        phi += ref_rest * tl.log(ratio) + (rest - ref_rest)
+        slope = a * (p - q) + p * tl.where(is_free, ratio - 1.0, 0.0)
     else:
         a = a * inv_k
         # by where, since minimum and maximum would make a number of NaN

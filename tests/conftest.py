@@ -15,10 +15,14 @@ import numpy
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # Triton kernels then run in its interpreter, on the CPU
+# Without a GPU Triton's kernels run in its interpreter. With the name of one here (sm_90) they are
+# compiled for it, and their PTX is executed (`make ptx`); docs/kernels.md says what each can show.
+EXECUTED_FOR = os.environ.get("STR_PTX", "")
+if not torch.cuda.is_available():
     if "triton" in sys.modules:
         raise pytest.UsageError("triton was imported before conftest could set TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "0" if EXECUTED_FOR else "1"
+collect_ignore_glob = [] if EXECUTED_FOR else ["ptx/test_executed_*.py"]
 
 # torch.compile in the test's own process: its pool of workers would outlive the test that made it,
 # and a warning of their open pipes would fail whichever test runs when they are collected.
@@ -35,7 +39,8 @@ torch.set_num_threads(1)  # one per worker: more would fight over the cores
 
 
 def pytest_report_header() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, interpreted"
+    how = f"executed as PTX for {EXECUTED_FOR}" if EXECUTED_FOR else "interpreted"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {how}"
     return (
         f"str-kernels: inputs drawn from {SEED_VARIABLE}={os.environ[SEED_VARIABLE]} "
         f"(set it to draw them again); kernels on {device}"
@@ -69,6 +74,37 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return memory
 
     return allocate_and_poison
+
+
+@pytest.fixture(autouse=True, scope="session")
+def executed() -> Iterator[None]:
+    """Execute kernels' PTX where STR_PTX names a GPU, in the order and with the errors asked."""
+    if not EXECUTED_FOR:
+        yield
+        return
+    from bench.ptx.launcher import Settings, executing
+
+    noise = os.environ.get("STR_PTX_NOISE")
+    settings = Settings(
+        target=EXECUTED_FOR,
+        order=os.environ.get("STR_PTX_ORDER") or "lockstep",
+        noise=int(noise) if noise else None,
+        keep=False,
+    )
+    with executing(settings):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def only_where_clusters_run(request: pytest.FixtureRequest, device: torch.device) -> None:
+    """Skip what asks for thread-block clusters where GPU or Triton has none: it would raise."""
+    asked = getattr(request.node, "callspec", None)
+    values = [] if asked is None else asked.params.values()
+    if "triton_cluster" in values or "cluster" in values:
+        from str_kernels.backends import missing_for
+
+        if missing := missing_for("triton_cluster", device, torch.float32):
+            pytest.skip(missing)
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ def run(*arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["speed", "memory", "growth", "traffic", "figure", "plan", "longcontext"]
+    "command", ["speed", "memory", "growth", "traffic", "execute", "figure", "plan", "longcontext"]
 )
 def test_every_command_has_help_and_json(command):
     assert "--json" in run(command, "--help")

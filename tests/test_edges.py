@@ -102,6 +102,11 @@ def test_every_column_is_a_safety_id_and_each_is_a_target(
     assert_matches_truth(case, case.run(backend), backend)
 
 
+# What may be left of the slope of a cap far out, 1 - tanh^2: tanh and z / softcap are quotients,
+# and a GPU's may be off by 2^-22.
+NEARLY_FLAT = 2.0**-20
+
+
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_masked_vocabulary(backend: str, softcap: float | None, rng, device) -> None:
@@ -116,7 +121,8 @@ def test_masked_vocabulary(backend: str, softcap: float | None, rng, device) -> 
     logits[masked] = -torch.inf
     case = case.with_leaves(logits=logits)
     result = case.run(backend)
-    assert not result.grads["logits"][masked].any()
+    flat = NEARLY_FLAT if softcap else 0.0
+    assert bool((result.grads["logits"][masked].abs() <= flat).all())
     assert_matches_truth(case, result, backend)
 
 
@@ -127,7 +133,7 @@ def test_a_cap_holds_against_huge_logits(backend: str, size: float, rng, device)
     case = make_case(rng, device, transform="cap")
     case = case.with_leaves(logits=case.leaves["logits"].sign() * size)
     result = case.run(backend)
-    assert not result.grads["logits"].any()  # flat there
+    assert float(result.grads["logits"].abs().max()) <= NEARLY_FLAT
     assert_matches_truth(case, result, backend)
 
 
@@ -384,6 +390,7 @@ def test_expanded_inputs(backend: str, path: str, rng, device) -> None:
         target=expanded.target.clone(),
         ref=expanded.ref.clone(),
     )
-    got, wanted = expanded.run(backend), dense.run(backend)
-    assert_matches_truth(dense, got, backend)
-    assert torch.equal(got.terms.loss, wanted.terms.loss)
+    # Each by the rule, and not one by the other: a stride of 0 is a multiple of 16, one of 301 is
+    # not, and Triton compiles a kernel for each, which sum a row in two orders.
+    for given in (expanded, dense):
+        assert_matches_truth(dense, given.run(backend), backend)

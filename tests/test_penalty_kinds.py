@@ -13,14 +13,12 @@ from tolerance import assert_matches_truth
 from str_kernels import SafetyPenalty, project, safety_cross_entropy, safety_log_probs
 
 pytestmark = pytest.mark.gpu
-
-BACKENDS = ["eager", "torch", "triton"]
 OURS = ["torch", "triton"]
-
-# Each kind by itself. On an anchor row, without a target, the gradient is the penalty's alone.
+BACKENDS = ["eager", *OURS]
 
 
 def anchored(rng, device, kind: str, **options: Any) -> Case:
+    """Rows without a target, whose gradient is the penalty's alone."""
     case = make_case(rng, device, kind=kind, reduction="sum", **options)
     return case.changed(
         target=torch.full_like(case.target, -100),
@@ -162,10 +160,11 @@ def test_subset_kl_in_other_units(backend: str, rng, device) -> None:
     at_1 = case.with_options(penalty=SafetyPenalty(0.3, kind="subset_kl"))
     big = case.changed(ref=case.ref * 4).with_leaves(logits=case.leaves["logits"] * 4)
     at_4 = big.with_options(penalty=SafetyPenalty(0.3, kind="subset_kl", temperature=4.0))
-    one, four = at_1.run(backend), at_4.run(backend)
-    close = {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(four.terms.penalty, 16 * one.terms.penalty, **close)
-    torch.testing.assert_close(four.grads["logits"], 4 * one.grads["logits"], **close)
+    one, four = (given.in_dtype(torch.float64).run("eager") for given in (at_1, at_4))
+    torch.testing.assert_close(four.terms.penalty, 16 * one.terms.penalty)
+    torch.testing.assert_close(four.grads["logits"], 4 * one.grads["logits"])
+    for given in (at_1, at_4):
+        assert_matches_truth(given, given.run(backend), backend)
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -189,8 +188,10 @@ def test_one_id(kind: str, backend: str, path: str, rng, device) -> None:
     case = make_case(rng, device, kind=kind, ids=1, path=path)
     result = case.run(backend)
     assert_matches_truth(case, result, backend)
+    penalty, drift = float(result.terms.penalty), float(result.terms.max_drift)
     if kind in ("centered", "subset_kl"):
-        assert float(result.terms.penalty) == 0.0 and float(result.terms.max_drift) > 0
+        # d - a d / a: a GPU's division may be off by 2^-22, and leaves as much of d
+        assert drift > abs(penalty) <= (kind == "centered") * (2.0**-21 * drift) ** 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
