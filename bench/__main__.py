@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import results, step_commands, tables
+from . import kernel_commands, results, step_commands, tables
 from .heads import HEADS, HeadShape
 from .results import Row
 from .tables import Column, megabytes, number, seconds, times
@@ -18,6 +18,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 app.command()(step_commands.cache)
 app.command()(step_commands.anchors)
 app.command()(step_commands.plan)
+app.command()(kernel_commands.sass)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]

@@ -1,0 +1,58 @@
+"""The commands that say what can be known of a kernel without a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import tables
+from .results import FOLDER, append_rows, origin
+from .tables import Column, times
+
+Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
+Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
+Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
+
+
+def sass(
+    target: Annotated[str, typer.Option(help="sm_80, sm_90 or sm_100.")] = "sm_90",
+    save: Save = False,
+    results: Results = FOLDER,
+    as_json: Json = False,
+) -> None:
+    """Count machine instructions per logit, ours and Liger's; a minute."""
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
+    from . import sass as made
+
+    if target not in ("sm_80", "sm_90", "sm_100"):
+        raise typer.BadParameter(f"`target` must be sm_80, sm_90 or sm_100; got {target!r}")
+    rows = [origin("cpu", made.PROTOCOL) | row for row in made.measure(target)]
+    if save:
+        append_rows(results / "sass.csv", rows)
+    if as_json:
+        return tables.print_json(rows)
+    tables.show(
+        f"machine instructions per logit on {target}, forward and backward",
+        [row for row in rows if not row["why"]],
+        [
+            Column("kernel", "what"),
+            Column("all", "instructions", "{:.1f}".format),
+            Column("by pass", "passes"),
+            Column("clocks:\nissue", "clocks_issue", times),
+            Column("alu", "clocks_alu", times),
+            Column("mufu", "clocks_mufu", times),
+            Column("memory", "clocks_memory", times),
+        ],
+    )
+    for row in rows:
+        if row["why"]:
+            tables.say(f"{row['what']}: absent, {row['why']}")
+    versions = dict.fromkeys(row["version"] for row in rows if not row["why"])
+    tables.say(
+        f"{rows[0]['protocol']} clocks: of an H200's multiprocessor, per logit, that each part of "
+        f"it takes at least. triton {rows[0]['triton']}, {', '.join(versions)}."
+    )
