@@ -137,11 +137,11 @@ def _width(opcode: str) -> int:
 def per_logit(code: Specialized, itemsize: int) -> list[tuple[Counts, float]]:
     """Compile, and return each pass over the row with the logits that a thread has in it."""
     compiled = triton.compile(code.source, target=code.target, options=code.options)
-    found = loops(compiled.asm["cubin"])
+    found = [loop for loop in loops(compiled.asm["cubin"]) if loop.loaded]  # else it writes zeros
     if found:
-        return [(loop, loop.loaded / itemsize) for loop in found if loop.loaded]
+        return [(loop, loop.loaded / itemsize) for loop in found]
     threads = code.options["num_warps"] * code.target.warp_size
-    return [(whole(compiled.asm["cubin"]), code.named["BLOCK_V"] / threads)]
+    return [(whole(compiled.asm["cubin"]), code.named["BLOCK_V"] * code.named["HELD"] / threads)]
 
 
 _ODD, _LARGE, _HELD = 50257, 128256, 32768  # GPT-2's, Llama 3's and Mistral's vocabularies
