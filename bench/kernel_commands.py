@@ -40,8 +40,9 @@ def sass(
         [row for row in rows if not row["why"]],
         [
             Column("kernel", "what"),
-            Column("all", "instructions", "{:.1f}".format),
-            Column("by pass", "passes"),
+            Column("passes", "instructions", "{:.1f}".format),
+            Column("each", "passes"),
+            Column("whole\nrow", "of_row", "{:.1f}".format),
             Column("clocks:\nissue", "clocks_issue", times),
             Column("alu", "clocks_alu", times),
             Column("mufu", "clocks_mufu", times),

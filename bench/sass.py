@@ -1,7 +1,8 @@
 """Machine instructions per logit of kernels compiled for NVIDIA: what bounds one, if not memory.
 
     loops(cubin)    the loops of a kernel, in the order of the code, with their instructions by pipe
-    whole(cubin)    the same of all its code, for a kernel that holds its row and has no loop
+    whole(cubin)    the same of all its code
+    shuffled(cubin) which instructions take what another thread has
     measure()       ours and Liger's, in one run
 
 The code is counted as it stands. That is what runs: these loops have no branch but their own, and a
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
@@ -28,8 +30,8 @@ from .results import Row
 
 PROTOCOL = (
     "triton.compile without a device, of what the launcher launches; instructions by cuobjdump "
-    "-sass, a loop's divided by the logits that a thread loads in it, all of a kernel's that has "
-    "no loop by the logits that a thread holds."
+    "-sass: of each loop over the row, by the logits that a thread loads in it (of all the code, "
+    "where the row is held); and of a row's whole way through the code."
 )
 # What a multiprocessor of compute capability 9.0 takes in a clock, in threads (CUDA's programming
 # guide, arithmetic instructions); and an H200's memory: 4.8 TB/s for 132 of them at 1.98 GHz.
@@ -134,14 +136,49 @@ def _width(opcode: str) -> int:
     return int(bits[1]) // 8 if bits else 4
 
 
-def per_logit(code: Specialized, itemsize: int) -> list[tuple[Counts, float]]:
-    """Compile, and return each pass over the row with the logits that a thread has in it."""
-    compiled = triton.compile(code.source, target=code.target, options=code.options)
-    found = [loop for loop in loops(compiled.asm["cubin"]) if loop.loaded]  # else it writes zeros
-    if found:
-        return [(loop, loop.loaded / itemsize) for loop in found]
+def shuffled(cubin: bytes) -> dict[str, int]:
+    """Count by name the instructions that first use what a shuffle brought from another thread.
+
+    An FFMA among them is a product fused into a sum over threads: it rounds otherwise in each of
+    them, and where they store the sum the result depends on who is last.
+    """
+    code = disassemble(cubin)
+    found: collections.Counter[str] = collections.Counter()
+    for number, x in enumerate(code):
+        if x.name == "SHFL":
+            register = re.findall(r"\bR\d+\b", x.operands)[0]
+            uses = (y for y in code[number + 1 :] if re.search(rf", -?\|?{register}\b", y.operands))
+            found[next(uses).name] += 1
+    return dict(found)
+
+
+class Passes(NamedTuple):
+    """The ways of a row through a kernel: its loops, the logits a thread has in each, and the rest.
+
+    A row that is held has one way and no loop.
+    """
+
+    loops: list[tuple[Counts, float]]
+    of_row: float  # instructions per logit of the whole way
+    fused: int  # products in sums over threads, see `shuffled`
+
+
+def passes(code: Specialized, vocab: int, itemsize: int) -> Passes:
+    """Compile, and count what a row of so many logits, of so many bytes each, comes through."""
+    cubin = triton.compile(code.source, target=code.target, options=code.options).asm["cubin"]
     threads = code.options["num_warps"] * code.target.warp_size
-    return [(whole(compiled.asm["cubin"]), code.named["BLOCK_V"] * code.named["HELD"] / threads)]
+    all_code, every = whole(cubin), loops(cubin)
+    outside = all_code.instructions - sum(loop.instructions for loop in every)
+    found = [(loop, loop.loaded / itemsize) for loop in every if loop.loaded]  # else it writes 0
+    total = float(outside)
+    for loop, logits in found:
+        blocks = vocab / (logits * threads)
+        # our last block, which may be cut short, is outside the loop
+        total += loop.instructions * (int(blocks) if "HELD" in code.named else math.ceil(blocks))
+    if not found:
+        held = code.named["BLOCK_V"] * code.named["HELD"] / threads
+        found = [(all_code._replace(instructions=outside), held)]
+    return Passes(found, total / (vocab / threads), shuffled(cubin).get("FFMA", 0))
 
 
 _ODD, _LARGE, _HELD = 50257, 128256, 32768  # GPT-2's, Llama 3's and Mistral's vocabularies
@@ -179,34 +216,37 @@ def measure(target: str = "sm_90", kernels: Any = None) -> list[Row]:
     for name, (path, dtype, vocab, ids, everything) in CASES.items():
         variant = Variant(path, dtype, vocab, ids, "mse", everything, target)
         launch = launch_of(variant) if kernels is None else launch_of(variant, kernels)
-        row = _row(f"ours, {name}", specialize(launch, TARGETS[target]), dtype, path)
+        row = _row(f"ours, {name}", specialize(launch, TARGETS[target]), vocab, dtype, path)
         rows.append(row | {"version": f"str-kernels {version_of('str-kernels')}"})
     if importlib.util.find_spec("liger_kernel") is None:
         return [*rows, {"what": "Liger", "why": "package liger_kernel is not installed"}]
     for name in ("bf16", "fp32", "bf16, V odd, padded"):
         _, dtype, vocab, *_ = CASES[name]
         code = specialize(_launch_of_liger(dtype, vocab), TARGETS[target])
-        row = _row(f"Liger, cross-entropy, {name.removesuffix(', padded')}", code, dtype, "linear")
+        name = f"Liger, cross-entropy, {name.removesuffix(', padded')}"
+        row = _row(name, code, vocab, dtype, "linear")
         rows.append(row | {"version": f"liger-kernel {version_of('liger-kernel')}"})
     return rows
 
 
-def _row(what: str, code: Specialized, dtype: str, path: str) -> Row:
+def _row(what: str, code: Specialized, vocab: int, dtype: str, path: str) -> Row:
     itemsize = getattr(torch, dtype).itemsize
-    passes = per_logit(code, itemsize)
+    found, of_row, fused = passes(code, vocab, itemsize)
     clocks = {"issue": 0.0, "fma": 0.0, "alu": 0.0, "mufu": 0.0}
-    for counts, logits in passes:
+    for counts, logits in found:
         clocks["issue"] += counts.instructions / logits / PER_CLOCK["issue"]
         for pipe in ("fma", "alu", "mufu"):
             clocks[pipe] += counts.pipes.get(pipe, 0) / logits / PER_CLOCK[pipe]
-    touched = len(passes) + (path != "forward")  # reads, and a write
+    touched = len(found) + (path != "forward")  # reads, and a write
     clocks["memory"] = touched * itemsize / BYTES_PER_CLOCK
-    each = [counts.instructions / logits for counts, logits in passes]
+    each = [counts.instructions / logits for counts, logits in found]
     return {
         "what": what,
         "target": f"sm_{code.target.arch}",
         "instructions": sum(each),
         "passes": " + ".join(f"{x:.1f}" for x in each),
+        "of_row": of_row,
+        "fused_sums": fused,
         **{f"clocks_{name}": value for name, value in clocks.items()},
         "bound": max(clocks, key=lambda name: clocks[name]),
         "why": "",

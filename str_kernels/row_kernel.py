@@ -227,6 +227,7 @@ def row_step_kernel(
     y = tl.load(Target + pid_n)
     kept = y != ignore_index
     inside = (y >= 0) & (y < V)
+    column = tl.where(inside, y, 0).to(tl.int32)
     rate, to_cap = logit_scale, 0.0
     if HAS_SOFTCAP:
         rate, to_cap = softcap, tl.div_rn(logit_scale, softcap)
@@ -273,7 +274,7 @@ def row_step_kernel(
                 x, rate, True, top, part, total, plogp, base, False, HAS_SMOOTHING, HAS_METRICS
             )
             if HAS_METRICS:
-                before = tl.where(start + BLOCK_V <= y, top, before)
+                before = tl.where(start + BLOCK_V <= column, top, before)
         for i in tl.static_range(BLOCKS):
             held += (_load(Logits, begin + i * BLOCK_V, offs_u, v_padded, i == BLOCKS - 1, PAIRED),)
         for i in tl.static_range(BLOCKS):
@@ -284,7 +285,7 @@ def row_step_kernel(
                 HAS_METRICS,
             )  # fmt: skip
             if HAS_METRICS:
-                before = tl.where(begin + (i + 1) * BLOCK_V <= y, top, before)
+                before = tl.where(begin + (i + 1) * BLOCK_V <= column, top, before)
         m = tl.max(top, 0)
         shrink = _exp(top - m)
         d = masked_sum(part * shrink, part != 0.0)
@@ -302,7 +303,6 @@ def row_step_kernel(
         if HAS_METRICS:
             # Of equal maxima the first is the prediction. The target's block is read once more:
             # a comparison with each column would cost more than the rest of the pass.
-            column = tl.where(inside, y, 0).to(tl.int32)
             start = tl.multiple_of(column - column % BLOCK_V, BLOCK_V)
             u = _load(Logits, start, offs_u, v_padded, True, PAIRED)
             x = _logits(u, start + offs_v < column, to_cap, DTYPE, True, HAS_SOFTCAP)
@@ -376,17 +376,17 @@ def row_step_kernel(
                     Grad, start + offs_v, x, rate, m, factor, flat, V, v_padded, False,
                     HAS_SMOOTHING, HAS_SOFTCAP,
                 )  # fmt: skip
-            # 0, but the compiler cannot know: it would keep the float32 of the first pass, which
-            # are twice the registers, and spill.
+            # 0, but the compiler cannot know: it would keep the float32 and the masks of the first
+            # pass, which are twice the registers, and spill.
             nothing = tl.minimum(K, 0)
             for i in tl.static_range(BLOCKS):
                 at = begin + i * BLOCK_V + offs_v
                 u = held[i] if HELD else _load(Logits, begin, offs_u, v_padded, True, PAIRED)
                 if PAIRED:
                     u ^= nothing
-                x = _logits(u, at < V, to_cap, DTYPE, i == BLOCKS - 1, HAS_SOFTCAP)
+                x = _logits(u, True, to_cap, DTYPE, False, HAS_SOFTCAP)
                 _write(
-                    Grad, at, x, rate, m, factor, flat, V, v_padded, i == BLOCKS - 1,
+                    Grad, at, x, rate, m, factor, flat, V + nothing, v_padded, i == BLOCKS - 1,
                     HAS_SMOOTHING, HAS_SOFTCAP,
                 )  # fmt: skip
         else:  # not a product: inf and NaN of a masked row stay out

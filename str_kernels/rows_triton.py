@@ -21,7 +21,7 @@ from .row_kernel import row_step_kernel, scatter_kernel
 # A block is what a program works on at a time: 16 logits per thread, or 8 where the row is held or
 # the options of the loss ask for more numbers beside each. A held row stays in registers between
 # the passes, 128 bytes of it per thread, which are 32 of the 64 registers that let two rows of 512
-# threads share a multiprocessor. The numbers come from `python -m bench compile`: with them nothing
+# threads share a multiprocessor, or 16 logits with such options. The numbers come from `python -m bench compile`: with them nothing
 # spills.
 _THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
@@ -78,18 +78,21 @@ def launch_sizes(
     """
     block_k = max(16, triton.next_power_of_2(ids))
     is_busy = _is_busy(options)
-    ctas = triton.next_power_of_2(-(-vocab * itemsize // (_HELD_THREADS * _HELD_BYTES)))
+    held_bytes = min(_HELD_BYTES, _PER_THREAD * itemsize) if is_busy else _HELD_BYTES
+    ctas = triton.next_power_of_2(-(-vocab * itemsize // (_HELD_THREADS * held_bytes)))
     if one_launch and (cluster or (ctas == 1 and block_k <= _MAX_THREADS)):
         if ctas > _MAX_CTAS:
-            limit = _MAX_CTAS * _HELD_THREADS * _HELD_BYTES // itemsize
+            limit = _MAX_CTAS * _HELD_THREADS * held_bytes // itemsize
             raise ValueError(
-                f"`backend` must be one that can hold a row: 'triton_cluster' holds {limit} logits "
-                f"of {itemsize} bytes; got V = {vocab}"
+                "`backend` must be one that can hold a row: with these options 'triton_cluster' "
+                f"holds {limit} logits of {itemsize} bytes; got V = {vocab}"
             )
-        threads = triton.next_power_of_2(-(-vocab * itemsize // (ctas * _HELD_BYTES)))
+        threads = triton.next_power_of_2(-(-vocab * itemsize // (ctas * held_bytes)))
         threads = max(128, threads)
         block_v = threads * ctas * _PER_THREAD_BUSY
-        registers = _REGISTERS if block_k <= _MANY_IDS else _REGISTERS_OF_MANY_IDS
+        registers = _REGISTERS_BUSY if is_busy else _REGISTERS
+        if block_k > _MANY_IDS:
+            registers = _REGISTERS_OF_MANY_IDS
         return Launch(block_v, block_k, -(-vocab // block_v), _warps(threads), ctas, registers)
     per_thread = _PER_THREAD_BUSY if is_busy else _PER_THREAD
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))

@@ -244,7 +244,8 @@ def test_rows_that_are_far_apart(step, rng, device) -> None:
         (32769, 64, 2, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
         (16384, 64, 4, {}, {"one_launch": True}, (4096, 64, 4, 16, 1, 64)),
         (32768, 64, 4, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
-        (9000, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 5, 8, 1, 64)),
+        (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (4096, 64, 2, 16, 1, 80)),
+        (8193, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 0, 8, 1, 80)),
         (100, 64, 2, {}, {"one_launch": True}, (1024, 64, 1, 4, 1, 64)),
         (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (32768, 64, 8, 16, 8, 64)),
         (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (8192, 64, 6, 16, 2, 64)),
@@ -268,11 +269,29 @@ def test_no_launch_has_more_than_1024_threads(vocab, ids, options, monkeypatch) 
             assert 4 <= sizes.num_warps <= 1024 // threads_per_warp
 
 
-@pytest.mark.parametrize(("itemsize", "holds"), [(2, 262144), (4, 131072)])
-def test_a_row_that_no_cluster_holds(itemsize, holds) -> None:
+@pytest.mark.parametrize(
+    ("options", "itemsize", "holds"),
+    [({}, 2, 262144), ({}, 4, 131072), ({"softcap": 30.0}, 2, 65536)],
+)
+def test_a_row_that_no_cluster_holds(options, itemsize, holds) -> None:
     text = f"`backend` must be .*{holds} logits of {itemsize} bytes; got V = 300000"
     with pytest.raises(ValueError, match=text):
-        launch_sizes(300000, 4, itemsize, RowOptions(), one_launch=True, cluster=True)
+        launch_sizes(300000, 4, itemsize, RowOptions(**options), one_launch=True, cluster=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", WAYS, indirect=True)
+@pytest.mark.parametrize("others", [(), (4199,), (0,), (2047,), (2049,), (4110, 4100)])
+def test_of_equal_maxima_the_first_is_the_prediction(step, others, rng, device) -> None:
+    """The target is in the second block of those that stream; the other maxima are all around."""
+    case = row_case(rng, device, metrics=True)
+    given = arguments(case, torch.float32)
+    given["target"].fill_(2048)
+    given["logits"][:, [2048, *others]] = 50.0
+    right = not any(column < 2048 for column in others)
+    assert step(**given).right.tolist() == [float(right)] * 5
+    given["logits"][1, 4150] = 50.5
+    assert step(**given).right.tolist() == [float(right and row != 1) for row in range(5)]
 
 
 # Compiled without a GPU: a sample, of which `python -m bench compile --all` is the whole. 128256 is
