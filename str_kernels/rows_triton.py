@@ -20,9 +20,9 @@ from .row_kernel import row_step_kernel, scatter_kernel
 
 # A block is what a program works on at a time: 16 logits per thread, or 8 where the row is held or
 # the options of the loss ask for more numbers beside each. A held row stays in registers between
-# the passes, 128 bytes of it per thread, which are 32 of the 64 registers that let two rows of 512
-# threads share a multiprocessor, or 16 logits with such options. The numbers come from `python -m bench compile`: with them nothing
-# spills.
+# the passes, 128 bytes of it per thread (16 logits with such options): 32 of the 64 registers that
+# let two rows of 512 threads share a multiprocessor. The numbers come from `python -m bench
+# compile`: with them nothing spills.
 _THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
 _PER_THREAD = 16
@@ -36,7 +36,7 @@ THREADS_PER_WARP = 64 if torch.version.hip else 32
 CAPS_REGISTERS = bool(torch.version.cuda)
 _REGISTERS = 64
 _REGISTERS_BUSY = 80
-_REGISTERS_OF_MANY_IDS = 128  # beside a held row
+_MANY_REGISTERS = 128  # for a held row with many ids beside it, or spread over a cluster
 _MANY_IDS = 256
 # AMD's compiler moves a load past a barrier to where its value is used, which may be after another
 # warp has overwritten it; not past one that a store of what was made of it precedes.
@@ -91,8 +91,8 @@ def launch_sizes(
         threads = max(128, threads)
         block_v = threads * ctas * _PER_THREAD_BUSY
         registers = _REGISTERS_BUSY if is_busy else _REGISTERS
-        if block_k > _MANY_IDS:
-            registers = _REGISTERS_OF_MANY_IDS
+        if block_k > _MANY_IDS or ctas > 1:
+            registers = _MANY_REGISTERS
         return Launch(block_v, block_k, -(-vocab // block_v), _warps(threads), ctas, registers)
     per_thread = _PER_THREAD_BUSY if is_busy else _PER_THREAD
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))

@@ -247,8 +247,8 @@ def test_rows_that_are_far_apart(step, rng, device) -> None:
         (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (4096, 64, 2, 16, 1, 80)),
         (8193, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 0, 8, 1, 80)),
         (100, 64, 2, {}, {"one_launch": True}, (1024, 64, 1, 4, 1, 64)),
-        (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (32768, 64, 8, 16, 8, 64)),
-        (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (8192, 64, 6, 16, 2, 64)),
+        (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (32768, 64, 8, 16, 8, 128)),
+        (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (8192, 64, 6, 16, 2, 128)),
         (128256, 64, 2, {}, {"one_launch": False, "cluster": True}, (4096, 64, 0, 8, 1, 64)),
     ],
 )
