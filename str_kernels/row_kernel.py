@@ -92,7 +92,7 @@ def _online(
     m = tl.maximum(top, tl.max(tl.max(x, 2), 0) * rate)
     below = x * rate - m[None, :, None]
     e = _exp(below)
-    shrink = _exp(top - m)
+    shrink = _exp(tl.maximum(top - m, -1000.0))  # a number, not an overflow of LOWEST
     if HAS_METRICS:
         moved = tl.where(d > 0.0, (top - m) * d, 0.0)
         # 0 (-inf) is 0. The maximum makes a number of NaN, but e is NaN there, too.
@@ -287,7 +287,7 @@ def row_step_kernel(
             if HAS_METRICS:
                 before = tl.where(begin + (i + 1) * BLOCK_V <= column, top, before)
         m = tl.max(top, 0)
-        shrink = _exp(top - m)
+        shrink = _exp(tl.maximum(top - m, -1000.0))
         d = masked_sum(part * shrink, part != 0.0)
         inv_d = tl.div_rn(1.0, d)
         log_d = tl.log(d)
