@@ -79,11 +79,11 @@ def test_each_case_has_its_passes(counted: dict[str, dict[str, Any]]) -> None:
         row = counted[f"ours, {name}"]
         alone = "held" in name or path != "linear"
         assert len(row["passes"].split(" + ")) == (1 if alone else 2), row
-        assert row["instructions"] * 0.9 < row["of_row"] < row["instructions"] * 1.3, row
+        assert row["instructions"] * 0.9 < row["of_row"] < row["instructions"] * 1.35, row
         assert row["fused_sums"] == 0, row
 
 
-# What they are is in docs/kernels.md; another compiler may need a few more.
+# What they are is in the README; another compiler may need a few more.
 @pytest.mark.parametrize(
     ("name", "most"),
     [
