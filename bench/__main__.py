@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import results, step_commands, tables
+from . import kernel_commands, results, step_commands, tables
 from .heads import HEADS, HeadShape
 from .results import Row
 from .tables import Column, megabytes, number, seconds, times
@@ -19,7 +19,8 @@ app.command()(step_commands.cache)
 app.command()(step_commands.anchors)
 app.command()(step_commands.plan)
 app.command()(step_commands.longcontext)
-app.command()(step_commands.execute)
+app.command()(kernel_commands.sass)
+app.command()(kernel_commands.execute)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]

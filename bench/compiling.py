@@ -213,9 +213,9 @@ def _expected(code: Specialized) -> dict[str, Any]:
     passes = (not named["HAS_NORM"]) + named["HAS_GRAD"]
     return sizes | {
         "block": named["BLOCK_V"],
-        "on_chip": named["ON_CHIP"],
-        "row_loads": of_block * (1 if named["ON_CHIP"] else passes),
-        "row_stores": of_block * named["HAS_GRAD"],
+        "on_chip": named["HELD"] > 0,
+        "row_loads": of_block * (named["HELD"] or 2 * passes),  # a loop and the edge
+        "row_stores": of_block * named["HAS_GRAD"] * ((named["HELD"] or 2) + 1),  # and zeros
     }
 
 

@@ -106,10 +106,10 @@ def _liger(x: Inputs) -> Tensor:
     return ce + _separate_penalty(x)
 
 
-def _cce(x: Inputs) -> Tensor:
+def _cce(x: Inputs, impl: str = "cce") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    ce = linear_cross_entropy(x.hidden, x.head, x.target, softcap=x.shape.softcap)
+    ce = linear_cross_entropy(x.hidden, x.head, x.target, softcap=x.shape.softcap, impl=impl)
     return ce + _separate_penalty(x)
 
 
@@ -194,6 +194,16 @@ def providers(*, all_options: bool = False) -> list[Provider]:
             ("gpu", "cut_cross_entropy"),
             caps=False,
             caps_without_scale=True,
+        ),
+        Provider(  # all logits, by torch.compile: what CCE offers where Triton does not run
+            "CCE (torch_compile)",
+            functools.partial(_cce, impl="torch_compile"),
+            "cut-cross-entropy",
+            ("cut_cross_entropy", "backend compiled"),
+            caps=False,
+            caps_without_scale=True,
+            bytes_per_logit=6,
+            warm_up_whole=True,
         ),
     ]
     for backend, needs in _OURS_NEED.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -242,29 +241,3 @@ def show_planned(found: list[Row]) -> None:
         *(Column(way, f"{way}_text") for way in ways),
     ]
     tables.show("Peak, and the smallest card with a tenth left free; computed", rows, columns)
-
-
-def execute(
-    targets: Annotated[
-        list[str] | None, typer.Option("--target", help="sm_80, sm_90 or sm_100; may be repeated.")
-    ] = None,
-    short: Annotated[bool, typer.Option("--small", help="The smallest kernels alone.")] = False,
-    save: Save = False,
-    results: Results = FOLDER,
-    as_json: Json = False,
-) -> None:
-    """Execute the kernels' PTX on the CPU: instructions, bytes and barriers of each logit."""
-    given = targets or ["sm_90", "sm_100"]
-    for target in given:
-        if target not in ("sm_80", "sm_90", "sm_100"):
-            raise typer.BadParameter(f"`target` must be sm_80, sm_90 or sm_100; got {target!r}")
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
-    from .execute import measure, show
-
-    rows = measure(given, short=short)
-    if save:
-        append_rows(results / "execute.csv", rows)
-    if as_json:
-        return tables.print_json(rows)
-    show(rows)

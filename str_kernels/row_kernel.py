@@ -1,8 +1,9 @@
 """The row step as one Triton kernel, a program per row.
 
-First pass: online maximum and sum (Milakov and Gimelshein, arXiv:1805.02867), the target's logit
-and the safety logits. Second pass: the gradient, written over the row; the target's column is
-computed whole inside it, the safety columns beside it, in float32 and rounded once.
+First pass: maximum and sum (online: Milakov and Gimelshein, arXiv:1805.02867), each thread of its
+own logits. Second pass: the softmax times a number, written over the row. Then the columns of the
+target and of the safety ids, whole in float32 and rounded once. Nothing is done for every logit
+that can be done for a thread, a row or a column: `python -m bench sass` counts what is left.
 
 Flags (HAS_...) are compiled in; numbers are not, so that no schedule recompiles.
 """
@@ -10,134 +11,143 @@ Flags (HAS_...) are compiled in; numbers are not, so that no schedule recompiles
 import triton
 import triton.language as tl
 
-LEAST_REST = tl.constexpr(2.0**-13)  # as in penalties
+from .penalty_kernel import masked_sum, penalty
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be NaN
 
 
 @triton.jit
-def _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    z = u.to(tl.float32) * logit_scale
-    if HAS_SOFTCAP:
-        x = z / softcap
-        # tanh from exp, since the interpreter has no libdevice: exp(-2|x|) cannot overflow, and
-        # below 0.25, where 1 - exp cancels, the odd series is exact to 1 ulp of float32.
-        a = tl.abs(x)
-        e = tl.exp(-2.0 * a)
-        far = (1.0 - e) / (1.0 + e)
-        s = x * x
-        series = -0.05396825396825397 + s * (0.021869488536155203 - s * 0.008863235529902197)
-        near = a * (1.0 + s * (-0.3333333333333333 + s * (0.13333333333333333 + s * series)))
-        th = tl.where(a < 0.25, near, far)
-        z = softcap * tl.where(x < 0, -th, th)
-    return z
+def _exp(x):
+    # Takes what is below 2^-126 for 0, in one instruction; tl.exp, which does not, is four.
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def _slope(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """dz/du at a capped logit z."""
+def _tanh(x):
+    # From exp, since the interpreter has no libdevice: exp(-2|x|) cannot overflow, and below 0.25,
+    # where the difference cancels, the odd series is exact to 1 ulp of float32.
+    e = _exp(-2.0 * tl.abs(x))
+    rest = tl.rsqrt((1.0 + e) * (1.0 + e))  # 1 / (1 + e): a division is eight instructions
+    far = (1.0 - 2.0 * (e * rest)).to(tl.int32, bitcast=True)
+    sign = x.to(tl.int32, bitcast=True) & -2147483648  # by its bit: one instruction, no select
+    s = x * x
+    series = 0.13333333333333333 + s * (-0.05396825396825397 + s * 0.021869488536155203)
+    near = x * (1.0 + s * (-0.3333333333333333 + s * series))
+    return tl.where(tl.abs(x) < 0.25, near, (far | sign).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _capped(u, to_cap, HAS_SOFTCAP: tl.constexpr):
+    """Return x of raw logits, where the logit is x * rate: that product is part of a sum later."""
+    x = u.to(tl.float32)
     if HAS_SOFTCAP:
-        return logit_scale * (1.0 - (z / softcap) * (z / softcap))
+        x = _tanh(x * to_cap)
+    return x
+
+
+@triton.jit
+def _load(Logits, start, offs, v_padded, IS_EDGE: tl.constexpr, PAIRED: tl.constexpr):
+    """Load a block; PAIRED: two logits of 16 bits in each int32."""
+    if PAIRED:
+        Logits = Logits.to(tl.pointer_type(tl.int32), bitcast=True)
+        start = start // 2
+        v_padded = v_padded // 2
+    if IS_EDGE:
+        return tl.load(Logits + start + offs, mask=start + offs < v_padded, other=0)
     else:
-        return logit_scale
+        return tl.load(Logits + start + offs)
+
+
+@triton.jit
+def _logits(
+    u, inside, to_cap, DTYPE: tl.constexpr, IS_EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """Return x of a loaded block, -inf where it is not inside the row."""
+    if u.dtype == tl.int32:  # PAIRED
+        if DTYPE == tl.bfloat16:  # its bits are the upper ones of a float32
+            low, high = (u << 16), (u & -65536)
+            u = tl.interleave(low, high).to(tl.float32, bitcast=True)
+        else:
+            low, high = u.to(tl.int16), (u >> 16).to(tl.int16)
+            u = tl.interleave(low, high).to(DTYPE, bitcast=True)
+    x = _capped(u, to_cap, HAS_SOFTCAP)
+    if IS_EDGE:
+        x = tl.where(inside, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def _of_thread(x):
+    """Sum what a thread has of a block."""
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
 def _online(
-    z, offs_v, z_y, base, m, d, total, first, plogp, V,
-    HAS_SMOOTHING: tl.constexpr, HAS_METRICS: tl.constexpr,
+    x, rate, inside, top, d, total, plogp, base,
+    IS_EDGE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_METRICS: tl.constexpr,
 ):  # fmt: skip
-    """Take a block of logits (-inf beyond V) into the running sums of its row."""
-    m_new = tl.maximum(m, tl.max(z, 0))
-    # A row that has been all -inf so far keeps d = 0: -inf - -inf would be NaN.
-    safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    shrink = tl.exp(m - safe)
-    e = tl.exp(z - safe)
+    """Take a block into the running sums of each thread."""
+    m = tl.maximum(top, tl.max(tl.max(x, 2), 0) * rate)
+    below = x * rate - m[None, :, None]
+    e = _exp(below)
+    shrink = _exp(tl.maximum(top - m, -1000.0))  # a number, not an overflow of LOWEST
     if HAS_METRICS:
-        first = tl.minimum(first, tl.min(tl.where(z == z_y, offs_v, V), 0))
-        moved = tl.where(d > 0.0, (m - safe) * d, 0.0)
-        plogp = shrink * (plogp + moved) + tl.sum(tl.where(e > 0.0, e * (z - safe), 0.0), 0)
+        moved = tl.where(d > 0.0, (top - m) * d, 0.0)
+        # 0 (-inf) is 0. The maximum makes a number of NaN, but e is NaN there, too.
+        plogp = shrink * (plogp + moved) + _of_thread(e * tl.maximum(below, -1000.0))
     if HAS_SMOOTHING:
-        total += tl.sum(tl.where(offs_v < V, z - base, 0.0), 0)
-    d = d * shrink + tl.sum(e, 0)
-    return m_new, d, total, first, plogp
-
-
-@triton.jit
-def _penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constexpr):
-    """Return phi, d phi / d z_S on S, and the drift: `penalties.KINDS` in float32 registers."""
-    if KIND == "logprob" or KIND == "coarse_kl":
-        drift = tl.where(mask_k, (z_s - lse) - r, 0.0)
-    else:
-        drift = tl.where(mask_k, z_s - r, 0.0)
-    if KIND == "subset_kl":
-        gone = float("-inf")
-        x = tl.where(mask_k, z_s / temperature, gone)
-        w = tl.where(mask_k, r / temperature + tl.log(a), gone)
-        x -= tl.max(x, 0)
-        w -= tl.max(w, 0)
-        log_s = x - tl.log(tl.sum(tl.exp(x), 0))
-        log_q = w - tl.log(tl.sum(tl.exp(w), 0))
-        q = tl.exp(log_q)
-        # 0 log 0 is 0: an id of weight 0 has q = 0
-        terms = tl.where(q > 0.0, q * (log_q - log_s), tl.where(q == 0.0, 0.0, q))
-        phi = temperature * temperature * tl.sum(terms, 0)
-        slope = temperature * (tl.exp(log_s) - q)
-    elif KIND == "coarse_kl":
-        is_held = mask_k & (a > 0.0)
-        p = tl.where(is_held, tl.exp(z_s - lse), 0.0)
-        q = tl.where(is_held, tl.exp(r), 0.0)
-        rest = 1.0 - tl.sum(p, 0)
-        ref_rest = 1.0 - tl.sum(q, 0)
-        # by where, which keeps NaN, and not by maximum
-        is_free = rest > LEAST_REST
-        rest = tl.where(rest < LEAST_REST, LEAST_REST, rest)
-        ref_rest = tl.where(ref_rest < LEAST_REST, LEAST_REST, ref_rest)
-        gap = tl.where(q == 0.0, 0.0, -q * drift)
-        phi = tl.sum(a * (gap + (p - q)), 0)
-        ratio = tl.div_rn(ref_rest, rest)  # of equal ones 1, which a GPU's `/` may miss by 2^-22
-        phi += ref_rest * tl.log(ratio) + (rest - ref_rest)
-        slope = a * (p - q) + p * tl.where(is_free, ratio - 1.0, 0.0)
-    else:
-        a = a * inv_k
-        # by where, since minimum and maximum would make a number of NaN
-        if KIND == "huber":
-            x = tl.where(drift > delta, delta, tl.where(drift < -delta, -delta, drift))
-            phi = tl.sum(a * x * (drift - 0.5 * x), 0)
-            slope = a * x
+        apart = m - base
+        if IS_EDGE:
+            total += _of_thread(tl.where(inside, below + apart[None, :, None], 0.0))
         else:
-            x = drift
-            if KIND == "hinge":
-                x = tl.where(drift > 0.0, 0.0, drift)
-            if KIND == "centered":
-                x = tl.where(mask_k, drift - tl.sum(a * drift, 0) / tl.sum(a, 0), 0.0)
-            phi = tl.sum(a * x * x, 0)
-            slope = 2.0 * a * x
-    return phi, slope, drift
+            total += _of_thread(below) + (x.shape[0] * x.shape[2]) * apart
+    return m, d * shrink + _of_thread(e), total, plogp
 
 
 @triton.jit
-def _soft_gradient(
-    z, is_y, m, log_d, ce_scale, takes_ce, extra, smoothing, inv_v, logit_scale, softcap,
-    HAS_EXTRA: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+def _write(
+    Grad, at, x, rate, m, factor, flat, V, v_padded,
+    IS_EDGE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient without the penalty's pull on its own columns, unrounded."""
-    p = tl.exp((z - m) - log_d)
+    """Write a block of the gradient as if it had no single columns."""
+    du = _exp(x * rate - m) * factor
     if HAS_SMOOTHING:
-        dz = (tl.where(is_y, (p - 1.0) + smoothing, p) - smoothing * inv_v) * ce_scale
+        du -= flat
+    if HAS_SOFTCAP:
+        du *= 1.0 - x * x
+    if IS_EDGE:
+        du = tl.where(at < V, du, 0.0).to(Grad.dtype.element_ty)
+        tl.store(Grad + at, du, mask=at < v_padded)
     else:
-        dz = tl.where(is_y, p - 1.0, p) * ce_scale
-    if HAS_EXTRA:  # of the z-loss, and of a penalty on log-probabilities
-        dz = tl.where(takes_ce, dz, 0.0) + extra * p
-        takes = takes_ce | (extra != 0.0)
-    else:
-        takes = takes_ce
-    du = dz * _slope(z, logit_scale, softcap, HAS_SOFTCAP)
-    return tl.where(takes, du, 0.0)  # not a product: inf and NaN of a masked row stay out
+        tl.store(Grad + at, du.to(Grad.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
+def _column(x, is_y, rate, m, inv_d, ce_scale, takes_ce, extra, smoothing, inv_v, slope):
+    """The gradient at single columns, without the penalty's pull on its own, unrounded."""
+    p = _exp(x * rate - m) * inv_d
+    dz = (tl.where(is_y, (p - 1.0) + smoothing, p) - smoothing * inv_v) * ce_scale
+    dz = tl.where(takes_ce, dz, 0.0) + tl.where(extra != 0.0, extra * p, 0.0)
+    # not a product: inf and NaN of a masked row stay out
+    return tl.where(takes_ce | (extra != 0.0), dz * slope, 0.0)
+
+
+@triton.jit
+def _slope(x, logit_scale, HAS_SOFTCAP: tl.constexpr):
+    """dz/du where the logit is x * rate."""
+    if HAS_SOFTCAP:
+        return logit_scale * (1.0 - x * x)
+    else:
+        return logit_scale
+
+
+@triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["Target"])
 def scatter_kernel(
-    Values,  # (n, K)
+    Values,  # (n, K + 1)
     SafetyIds,  # (K,)
+    Target,  # (n,)
     Grad,  # (n, V)
     stride_grad_n,
     N,
@@ -146,13 +156,16 @@ def scatter_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the safety columns of 16 or so rows, after a launch that wrote the rows."""
+    """Write the safety and the target's columns of some rows, after the launch that wrote all."""
     offs_n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    offs_k = tl.arange(0, BLOCK_K)
-    s = tl.load(SafetyIds + offs_k, mask=offs_k < K, other=-1)[None, :]
-    mask = (offs_n < N) & (s >= 0) & (s < V)
-    values = tl.load(Values + offs_n * K + offs_k[None, :], mask=mask)
-    tl.store(Grad + offs_n * stride_grad_n + s, values, mask=mask)
+    offs_k = tl.arange(0, BLOCK_K)[None, :]
+    y = tl.load(Target + offs_n, mask=offs_n < N, other=-1)
+    s = tl.load(SafetyIds + offs_k, mask=offs_k < K, other=-1)
+    y_in_s = tl.sum((s == y).to(tl.int32), 1)[:, None] > 0  # then the id's value is the whole one
+    column = tl.where(offs_k < K, s, tl.where((offs_k == K) & (y_in_s == 0), y, -1))
+    mask = (offs_n < N) & (column >= 0) & (column < V)
+    values = tl.load(Values + offs_n * (K + 1) + offs_k, mask=mask)
+    tl.store(Grad + offs_n * stride_grad_n + column, values, mask=mask)
 
 
 # Slices of a batch start anywhere, and a chunk or a last batch has any number of rows: neither may
@@ -175,7 +188,7 @@ def row_step_kernel(
     CeScale,  # (n,) or None
     PenaltyScale,  # (n,) or None
     Grad,  # (n, V) or None; may be Logits
-    Stash,  # (n, K) or None: the safety columns of Grad, for `scatter_kernel`
+    Stash,  # (n, K + 1) or None: S and target columns of Grad, for `scatter_kernel`
     stride_logits_n,
     stride_safety_n,
     stride_ref_n,
@@ -201,11 +214,12 @@ def row_step_kernel(
     HAS_NORM: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_STASH: tl.constexpr,
-    PADDED: tl.constexpr,
     KIND: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # logits at a time,
+    LANES: tl.constexpr,  # for so many threads,
+    WIDE: tl.constexpr,  # so many side by side in a load
     BLOCK_K: tl.constexpr,
-    ON_CHIP: tl.constexpr,
+    HELD: tl.constexpr,  # blocks of the row that stay in registers: all of them, or 0
 ):
     """Make one row's terms (or take its Norm), and write its gradient if there is a Grad."""
     pid_n = tl.program_id(0).to(tl.int64)
@@ -213,9 +227,13 @@ def row_step_kernel(
     y = tl.load(Target + pid_n)
     kept = y != ignore_index
     inside = (y >= 0) & (y < V)
+    column = tl.where(inside, y, 0).to(tl.int32)
+    rate, to_cap = logit_scale, 0.0
+    if HAS_SOFTCAP:
+        rate, to_cap = softcap, tl.div_rn(logit_scale, softcap)
     # Single columns are read before the first pass and not after it: the barriers below are what
     # keeps a faster warp from overwriting them (Grad may be Logits) before a slower one has read.
-    u_y = tl.load(Logits + y, mask=inside, other=0.0)
+    x_y = _capped(tl.load(Logits + y, mask=inside, other=0.0), to_cap, HAS_SOFTCAP)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     if HAS_SAFETY:
@@ -223,43 +241,59 @@ def row_step_kernel(
         # Two values of one logit: the row's own, of which m and d are made, for the softmax, and
         # the finer one for the penalty. Mixed, they spoil p_y - 1 at y in S.
         mask_s = mask_k & (s >= 0) & (s < V)
-        u_s = tl.load(Logits + s, mask=mask_s, other=0.0)
-        z_u = _scale_and_cap(u_s, logit_scale, softcap, HAS_SOFTCAP)
+        x_s = _capped(tl.load(Logits + s, mask=mask_s, other=0.0), to_cap, HAS_SOFTCAP)
 
-    offs_v = tl.arange(0, BLOCK_V)
-    if ON_CHIP:
-        u = tl.load(Logits + offs_v, mask=offs_v < v_padded, other=float("-inf"))
+    # A thread's logits lie along the first and the last axis, so that sums over those stay in it.
+    DTYPE: tl.constexpr = Logits.dtype.element_ty
+    PAIRED: tl.constexpr = WIDE > 1 and DTYPE != tl.float32
+    EACH: tl.constexpr = WIDE // 2 if PAIRED else WIDE
+    PIECES: tl.constexpr = BLOCK_V // (LANES * WIDE)
+    pieces, lanes = tl.arange(0, PIECES)[:, None, None], tl.arange(0, LANES)[None, :, None]
+    offs_v = (pieces * LANES + lanes) * WIDE + tl.arange(0, WIDE)[None, None, :]
+    offs_u = (pieces * LANES + lanes) * EACH + tl.arange(0, EACH)[None, None, :]
+    # Blocks before `begin` are read where they are needed, without a mask; then come those that may
+    # be held, the last of which is the edge of the row.
+    begin = 0 if HELD else tl.multiple_of(V - V % BLOCK_V, BLOCK_V)
+    BLOCKS: tl.constexpr = HELD if HELD else 1
+    held = ()
     if HAS_NORM:
         m = tl.load(Norm + pid_n)
         log_d = tl.load(Norm + N + pid_n)
+        inv_d = _exp(-log_d)
     else:
-        z_y = _scale_and_cap(u_y, logit_scale, softcap, HAS_SOFTCAP)
+        z_y = x_y * rate
         base = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)  # for a sum of small numbers
-        m = float("-inf")
-        d = 0.0
-        total = 0.0
-        first = V  # the first logit that equals the target's
-        plogp = 0.0
-        if ON_CHIP:
-            z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
-            z = tl.where(offs_v < V, z, float("-inf"))
-            m, d, total, first, plogp = _online(
-                z, offs_v, z_y, base, m, d, total, first, plogp, V, HAS_SMOOTHING, HAS_METRICS
+        top = tl.full([LANES], LOWEST, tl.float32)
+        before = top  # top of the blocks before the target's
+        part = tl.zeros_like(top)  # d of a thread's own logits and maximum
+        total, plogp = part, part
+        for start in range(0, begin, BLOCK_V):
+            u = _load(Logits, start, offs_u, v_padded, False, PAIRED)
+            x = _logits(u, True, to_cap, DTYPE, False, HAS_SOFTCAP)
+            top, part, total, plogp = _online(
+                x, rate, True, top, part, total, plogp, base, False, HAS_SMOOTHING, HAS_METRICS
             )
-        else:
-            for start in range(0, V, BLOCK_V):
-                at = start + offs_v
-                x = tl.load(Logits + at, mask=at < v_padded, other=float("-inf"))
-                z = _scale_and_cap(x, logit_scale, softcap, HAS_SOFTCAP)
-                if HAS_SOFTCAP or PADDED:  # the cap lifts the padding's -inf to -softcap
-                    z = tl.where(at < V, z, float("-inf"))
-                m, d, total, first, plogp = _online(
-                    z, at, z_y, base, m, d, total, first, plogp, V, HAS_SMOOTHING, HAS_METRICS
-                )
+            if HAS_METRICS:
+                before = tl.where(start + BLOCK_V <= column, top, before)
+        for i in tl.static_range(BLOCKS):
+            held += (_load(Logits, begin + i * BLOCK_V, offs_u, v_padded, i == BLOCKS - 1, PAIRED),)
+        for i in tl.static_range(BLOCKS):
+            at = begin + i * BLOCK_V + offs_v
+            x = _logits(held[i], at < V, to_cap, DTYPE, i == BLOCKS - 1, HAS_SOFTCAP)
+            top, part, total, plogp = _online(
+                x, rate, at < V, top, part, total, plogp, base, i == BLOCKS - 1, HAS_SMOOTHING,
+                HAS_METRICS,
+            )  # fmt: skip
+            if HAS_METRICS:
+                before = tl.where(begin + (i + 1) * BLOCK_V <= column, top, before)
+        m = tl.max(top, 0)
+        shrink = _exp(tl.maximum(top - m, -1000.0))
+        d = masked_sum(part * shrink, part != 0.0)
+        inv_d = tl.div_rn(1.0, d)
         log_d = tl.log(d)
         ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): the small numbers, not the large ones
         if HAS_SMOOTHING:
-            smooth = log_d - ((base - m) + total / V)
+            smooth = log_d - ((base - m) + tl.sum(total, 0) / V)
             ce = (1.0 - smoothing) * ce + smoothing * smooth
         ce = tl.where(inside, ce, float("nan"))
         Terms += pid_n
@@ -267,24 +301,31 @@ def row_step_kernel(
         tl.store(Norm + pid_n, m)
         tl.store(Norm + N + pid_n, log_d)
         if HAS_METRICS:
-            # of equal maxima the first is the prediction
-            tl.store(Terms + N + N + N, tl.where((m > z_y) | (first < y), 0.0, 1.0))
-            tl.store(Terms + N + N + N + N, log_d - plogp / d)
+            # Of equal maxima the first is the prediction. The target's block is read once more:
+            # a comparison with each column would cost more than the rest of the pass.
+            start = tl.multiple_of(column - column % BLOCK_V, BLOCK_V)
+            u = _load(Logits, start, offs_u, v_padded, True, PAIRED)
+            x = _logits(u, start + offs_v < column, to_cap, DTYPE, True, HAS_SOFTCAP)
+            ahead = tl.max(tl.maximum(before, tl.max(tl.max(x, 2), 0) * rate), 0)
+            tl.store(Terms + N + N + N, tl.where((m > z_y) | (ahead >= z_y), 0.0, 1.0))
+            moved = tl.where(part > 0.0, (top - m) * part, 0.0)
+            plogp = masked_sum(shrink * (plogp + moved), part != 0.0)
+            tl.store(Terms + N + N + N + N, log_d - plogp * inv_d)
     lse = m + log_d
 
     if HAS_SAFETY:
-        z_s = z_u
+        z_s = x_s * rate
         if HAS_SAFETY_LOGITS:
             z_s = tl.load(SafetyLogits + pid_n * stride_safety_n + offs_k, mask=mask_k, other=0.0)
         r = tl.load(Ref + pid_n * stride_ref_n + offs_k, mask=mask_k, other=0.0)
         a = tl.load(IdWeights + offs_k, mask=mask_k, other=0.0)
-        phi, pull, drift = _penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND)
+        phi, pull, drift = penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND)
         if not HAS_NORM:
-            # a maximum skips NaN, and would report a broken row as a healthy one
-            broken = tl.sum((drift != drift).to(tl.int32), 0) > 0
-            worst = tl.max(tl.abs(drift), 0)
             tl.store(Terms + N, phi)
-            tl.store(Terms + N + N, tl.where(broken, float("nan"), worst))
+            # by their bits, which are in the order of numbers >= 0 and have NaN above inf: a
+            # maximum skips NaN, and would report a broken row as a healthy one
+            worst = tl.max(tl.abs(drift).to(tl.int32, bitcast=True), 0)
+            tl.store(Terms + N + N, worst.to(tl.float32, bitcast=True))
     elif not HAS_NORM:
         tl.store(Terms + N, 0.0)
         tl.store(Terms + N + N, 0.0)
@@ -295,48 +336,65 @@ def row_step_kernel(
         ce_scale = tl.load(CeScale + pid_n)
         takes_ce = ce_scale != 0.0
         ce_scale = tl.where(inside | (kept == 0), ce_scale, float("nan"))
-        extra = 0.0
-        ON_LOG_PROBS: tl.constexpr = KIND == "logprob" or KIND == "coarse_kl"
-        HAS_EXTRA: tl.constexpr = HAS_Z_LOSS or (HAS_SAFETY and ON_LOG_PROBS)
+        extra = 0.0  # of the z-loss, and of a penalty on log-probabilities
         if HAS_Z_LOSS:
             extra = tl.where(takes_ce, ce_scale * (2.0 * z_loss_weight * lse), 0.0)
         if HAS_SAFETY:
             penalty_scale = tl.load(PenaltyScale + pid_n)
             pull = tl.where(penalty_scale != 0.0, penalty_scale * pull, 0.0)
-            if ON_LOG_PROBS:
+            if KIND == "logprob" or KIND == "coarse_kl":
                 extra -= tl.sum(pull, 0)
-            du_s = _soft_gradient(
-                z_u, s == y, m, log_d, ce_scale, takes_ce, extra, smoothing, inv_v, logit_scale,
-                softcap, HAS_EXTRA, HAS_SMOOTHING, HAS_SOFTCAP,
+            du_s = _column(
+                x_s, s == y, rate, m, inv_d, ce_scale, takes_ce, extra, smoothing, inv_v,
+                _slope(x_s, logit_scale, HAS_SOFTCAP),
             )  # fmt: skip
-            slope_s = _slope(z_s, logit_scale, softcap, HAS_SOFTCAP)
+            x_fine = z_s
+            if HAS_SOFTCAP:
+                x_fine = z_s / softcap
+            slope_s = _slope(x_fine, logit_scale, HAS_SOFTCAP)
             du_s += tl.where(pull != 0.0, pull * slope_s, 0.0)
+            du_s = du_s.to(DTYPE)
             if HAS_STASH:
-                tl.store(Stash + pid_n * K + offs_k, du_s.to(Stash.dtype.element_ty), mask=mask_k)
-        if HAS_SAFETY or not HAS_NORM:
-            tl.debug_barrier()  # every warp has read its single columns
-        if ON_CHIP:
-            z = _scale_and_cap(u, logit_scale, softcap, HAS_SOFTCAP)
-            z = tl.where(offs_v < V, z, float("-inf"))
-            du = _soft_gradient(
-                z, offs_v == y, m, log_d, ce_scale, takes_ce, extra, smoothing, inv_v, logit_scale,
-                softcap, HAS_EXTRA, HAS_SMOOTHING, HAS_SOFTCAP,
-            )  # fmt: skip
-            if PADDED:
-                du = tl.where(offs_v < V, du, 0.0)
-            tl.store(Grad + offs_v, du.to(Grad.dtype.element_ty), mask=offs_v < v_padded)
-        else:
-            for start in range(0, V, BLOCK_V):
-                at = start + offs_v
-                x = tl.load(Logits + at, mask=at < v_padded, other=float("-inf"))
-                z = _scale_and_cap(x, logit_scale, softcap, HAS_SOFTCAP)
-                du = _soft_gradient(
-                    z, at == y, m, log_d, ce_scale, takes_ce, extra, smoothing, inv_v, logit_scale,
-                    softcap, HAS_EXTRA, HAS_SMOOTHING, HAS_SOFTCAP,
+                tl.store(Stash + pid_n * (K + 1) + offs_k, du_s, mask=mask_k)
+        du_y = _column(
+            x_y, True, rate, m, inv_d, ce_scale, takes_ce, extra, smoothing, inv_v,
+            _slope(x_y, logit_scale, HAS_SOFTCAP),
+        )  # fmt: skip
+        du_y = du_y.to(DTYPE)
+        if HAS_STASH:
+            tl.store(Stash + pid_n * (K + 1) + K, du_y)
+        takes = takes_ce | (extra != 0.0)
+        of_ce = tl.where(takes_ce, ce_scale * logit_scale, 0.0)
+        flat = of_ce * (smoothing * inv_v)
+        factor = (of_ce + extra * logit_scale) * inv_d
+        tl.debug_barrier()  # every warp has read its single columns
+        if takes:
+            for start in range(0, begin, BLOCK_V):
+                u = _load(Logits, start, offs_u, v_padded, False, PAIRED)
+                x = _logits(u, True, to_cap, DTYPE, False, HAS_SOFTCAP)
+                _write(
+                    Grad, start + offs_v, x, rate, m, factor, flat, V, v_padded, False,
+                    HAS_SMOOTHING, HAS_SOFTCAP,
                 )  # fmt: skip
-                if PADDED:
-                    du = tl.where(at < V, du, 0.0)
-                tl.store(Grad + at, du.to(Grad.dtype.element_ty), mask=at < v_padded)
-        if HAS_SAFETY and not HAS_STASH:
+            # 0, but the compiler cannot know: it would keep the float32 and the masks of the first
+            # pass, which are twice the registers, and spill.
+            nothing = tl.minimum(K, 0)
+            for i in tl.static_range(BLOCKS):
+                at = begin + i * BLOCK_V + offs_v
+                u = held[i] if HELD else _load(Logits, begin, offs_u, v_padded, True, PAIRED)
+                if PAIRED:
+                    u ^= nothing
+                x = _logits(u, True, to_cap, DTYPE, False, HAS_SOFTCAP)
+                _write(
+                    Grad, at, x, rate, m, factor, flat, V + nothing, v_padded, i == BLOCKS - 1,
+                    HAS_SMOOTHING, HAS_SOFTCAP,
+                )  # fmt: skip
+        else:  # not a product: inf and NaN of a masked row stay out
+            for start in range(0, v_padded, BLOCK_V):
+                tl.store(Grad + start + offs_v, 0.0, mask=start + offs_v < v_padded)
+        if not HAS_STASH:
             tl.debug_barrier()  # other threads of this program wrote these columns just now
-            tl.store(Grad + s, du_s.to(Grad.dtype.element_ty), mask=mask_s)
+            tl.store(Grad + y, du_y, mask=inside)
+            if HAS_SAFETY:
+                tl.debug_barrier()  # y may be one of them
+                tl.store(Grad + s, du_s, mask=mask_s)

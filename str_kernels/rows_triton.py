@@ -16,37 +16,42 @@ import triton
 from torch import Tensor
 
 from .contracts import RowOptions, RowTerms
-from .penalties import ON_LOG_PROBS
 from .row_kernel import row_step_kernel, scatter_kernel
 
-# A block is what a program holds in registers at a time, in float32 while it works on it: 16 logits
-# per thread, or 8 where the options of the loss ask for more numbers beside each. A row held whole
-# takes up to all 1,024 threads, with 64 registers each: 64 bytes of it per thread, and fewer where
-# those do not fit. The numbers come from `python -m bench compile`: with them nothing spills.
+# A block is what a program works on at a time: 16 logits per thread, or 8 where the row is held or
+# the options of the loss ask for more numbers beside each. A held row stays in registers between
+# the passes, 128 bytes of it per thread (16 logits with such options): 32 of the 64 registers that
+# let two rows of 512 threads share a multiprocessor. The numbers come from `python -m bench
+# compile`: with them nothing spills.
 _THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
 _PER_THREAD = 16
 _PER_THREAD_BUSY = 8
-_HELD_BYTES = 64  # of a row in the registers of one thread
+_HELD_THREADS = 512
+_HELD_BYTES = 128  # of a row in the registers of one thread
 _MAX_CTAS = 8  # the largest cluster that every GPU with clusters can run
 THREADS_PER_WARP = 64 if torch.version.hip else 32
 # Left to itself ptxas spills a few bytes to need fewer registers than that, for more programs at a
-# time; 1,024 threads have no more anyway, and told so it spills where it did not.
+# time, or it takes so many that there is room for one; 1,024 threads have no more than 64 anyway.
 CAPS_REGISTERS = bool(torch.version.cuda)
-_MAX_REGISTERS = 64
+_REGISTERS = 64
+_REGISTERS_BUSY = 80
+_MANY_REGISTERS = 128  # for a held row with many ids beside it, or spread over a cluster
+_MANY_IDS = 256
 # AMD's compiler moves a load past a barrier to where its value is used, which may be after another
 # warp has overwritten it; not past one that a store of what was made of it precedes.
 BARRIERS_HOLD_LOADS = not torch.version.hip
 
 
 class Launch(NamedTuple):
-    """The sizes of one launch; ON_CHIP: the row is read once and held."""
+    """The sizes of one launch; HELD: blocks that the row is, if it is read once and held, or 0."""
 
     BLOCK_V: int
     BLOCK_K: int
-    ON_CHIP: bool
+    HELD: int
     num_warps: int
     num_ctas: int
+    maxnreg: int
 
 
 def launch_sizes(
@@ -56,7 +61,6 @@ def launch_sizes(
     options: RowOptions,
     *,
     one_launch: bool,
-    padded: bool = False,
     cluster: bool = False,
 ) -> Launch:
     """Return the sizes for a vocabulary, a number of safety ids and the logits' bytes each.
@@ -67,53 +71,59 @@ def launch_sizes(
         itemsize: bytes of a logit.
         options: some need more registers per logit.
         one_launch: whether terms and gradient are made together, so that holding the row pays.
-        padded: as in `contracts.RowStep`.
         cluster: whether the row may be spread over a thread-block cluster.
 
     Raises:
         ValueError: a cluster was asked for and the row fits none.
     """
     block_k = max(16, triton.next_power_of_2(ids))
-    whole = max(128, triton.next_power_of_2(vocab))
-    per_thread = _PER_THREAD_BUSY if _is_busy(options) else _PER_THREAD
-    # By the thread, of a row: two masks of an odd one, and a divergence beside it, take room too.
-    tight = (padded and vocab % 16 != 0) + (cluster and options.kind == "subset_kl")
-    held = (_HELD_BYTES // itemsize, _PER_THREAD, _PER_THREAD_BUSY)[tight]
-    if _is_busy(options):
-        held = _PER_THREAD_BUSY
-    per_thread = min(per_thread, held)
-    held *= _MAX_THREADS
-    ctas = -(-whole // held)
-    if one_launch and (ctas == 1 or cluster):
+    is_busy = _is_busy(options)
+    held_bytes = min(_HELD_BYTES, _PER_THREAD * itemsize) if is_busy else _HELD_BYTES
+    ctas = triton.next_power_of_2(-(-vocab * itemsize // (_HELD_THREADS * held_bytes)))
+    if one_launch and (cluster or (ctas == 1 and block_k <= _MAX_THREADS)):
         if ctas > _MAX_CTAS:
+            limit = _MAX_CTAS * _HELD_THREADS * held_bytes // itemsize
             raise ValueError(
                 "`backend` must be one that can hold a row: with these options 'triton_cluster' "
-                f"holds {_MAX_CTAS * held} logits of {itemsize} bytes; got V = {vocab}"
+                f"holds {limit} logits of {itemsize} bytes; got V = {vocab}"
             )
-        return Launch(whole, block_k, True, _warps(whole // ctas // per_thread), ctas)
+        threads = triton.next_power_of_2(-(-vocab * itemsize // (ctas * held_bytes)))
+        threads = max(128, threads)
+        block_v = threads * ctas * _PER_THREAD_BUSY
+        registers = _REGISTERS_BUSY if is_busy else _REGISTERS
+        if block_k > _MANY_IDS or ctas > 1:
+            registers = _MANY_REGISTERS
+        return Launch(block_v, block_k, -(-vocab // block_v), _warps(threads), ctas, registers)
+    per_thread = _PER_THREAD_BUSY if is_busy else _PER_THREAD
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))
-    block_v = min(threads * per_thread, whole)
-    return Launch(block_v, block_k, False, _warps(block_v // per_thread), 1)
+    block_v = min(threads * per_thread, max(128, triton.next_power_of_2(vocab)))
+    registers = _REGISTERS_BUSY if is_busy else _REGISTERS
+    return Launch(block_v, block_k, 0, _warps(block_v // per_thread), 1, registers)
 
 
 def _is_busy(options: RowOptions) -> bool:
-    return bool(
-        options.softcap
-        or options.label_smoothing
-        or options.z_loss_weight
-        or options.metrics
-        or options.kind in ON_LOG_PROBS
-    )
+    return bool(options.softcap or options.label_smoothing or options.metrics)
 
 
-def _keywords(sizes: Launch) -> dict[str, int | bool]:
-    """Return the sizes as the launch takes them."""
+def _keywords(sizes: Launch, wide: int) -> dict[str, int | bool]:
+    """Return the sizes as the launch takes them; `wide` logits lie side by side in a load."""
     keywords: dict[str, int | bool] = sizes._asdict()
+    threads = sizes.num_warps * sizes.num_ctas * THREADS_PER_WARP
+    keywords["WIDE"] = wide
+    keywords["LANES"] = min(threads, sizes.BLOCK_V // wide)
     if sizes.num_ctas == 1:
         del keywords["num_ctas"]
-    if CAPS_REGISTERS and sizes.num_warps * THREADS_PER_WARP < _MAX_THREADS:
-        keywords["maxnreg"] = _MAX_REGISTERS
+    if not CAPS_REGISTERS or sizes.num_warps * THREADS_PER_WARP >= _MAX_THREADS:
+        del keywords["maxnreg"]
     return keywords
+
+
+def _is_aligned(logits: Tensor, grad: Tensor | None, padded: bool) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and is read and written 16 at a time."""
+    numbers = [0 if padded else logits.shape[1]]
+    for rows in (logits, logits if grad is None else grad):
+        numbers += [rows.stride(0), rows.data_ptr()]
+    return not any(number % 16 for number in numbers)
 
 
 def _warps(threads: int) -> int:
@@ -151,6 +161,7 @@ def row_step_triton(
         logits = logits.contiguous()
     if ref.shape[1] and ref.stride(1) != 1:
         ref = ref.contiguous()
+    target = target.contiguous()
     terms_wanted = norm is None
     if norm is None:
         norm = logits.new_empty((2, rows), dtype=torch.float32)
@@ -169,19 +180,19 @@ def row_step_triton(
         logits.element_size(),
         options,
         one_launch=terms_wanted and grad is not None,
-        padded=padded,
         cluster=cluster,
     )
     safety_ids = safety_ids.to(torch.int32)  # half the bytes, in every row
     stash = None
-    if ids and out is not None and (sizes.num_ctas > 1 or not BARRIERS_HOLD_LOADS):
+    if out is not None and (sizes.num_ctas > 1 or not BARRIERS_HOLD_LOADS):
         # These columns wait for a second launch: a barrier orders one thread block, not a cluster.
-        stash = out.new_empty((rows, ids))
+        stash = out.new_empty((rows, ids + 1))
+    wide = 16 // logits.element_size() if _is_aligned(logits, out, padded) else 1
     # Triton launches on the current device, wherever its arguments are.
     with _current(logits.device):
         row_step_kernel[(rows,)](
             logits,
-            target.contiguous(),
+            target,
             safety_ids,
             safety_logits,
             ref,
@@ -217,15 +228,23 @@ def row_step_triton(
             HAS_NORM=not terms_wanted,
             HAS_GRAD=out is not None,
             HAS_STASH=stash is not None,
-            PADDED=padded and vocab % 16 != 0,
             KIND=options.kind,
             # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
             enable_fp_fusion=True,
-            **_keywords(sizes),
+            **_keywords(sizes, wide),
         )
         if stash is not None and out is not None:
             scatter_kernel[(triton.cdiv(rows, 16),)](
-                stash, safety_ids, out, out.stride(0), rows, vocab, ids, 16, sizes.BLOCK_K
+                stash,
+                safety_ids,
+                target,
+                out,
+                out.stride(0),
+                rows,
+                vocab,
+                ids,
+                BLOCK_N=16,
+                BLOCK_K=triton.next_power_of_2(ids + 1),
             )
     if grad is not None and out is not None and out is not grad:
         grad.copy_(out)

@@ -21,14 +21,14 @@ from str_kernels import row_kernel
 
 # Each must be in the source exactly once.
 PIECES = {
-    "first barrier": "            tl.debug_barrier()  # every warp has read",
+    "first barrier": "        tl.debug_barrier()  # every warp has read",
     "second barrier": "            tl.debug_barrier()  # other threads of this program wrote",
     "int64": "pid_n = tl.program_id(0).to(tl.int64)",
     "rows": '    do_not_specialize=["N"],\n',
     "alignment": '"Target", "SafetyLogits", "Ref", "Norm", "Terms", "CeScale", "PenaltyScale", ',
 }
 INSTEAD = {
-    "first barrier": "            pass  #",
+    "first barrier": "        pass  #",
     "second barrier": "            pass  #",
     "int64": "pid_n = tl.program_id(0)",
 }

@@ -24,7 +24,8 @@ ARROWS: dict[str, set[str]] = {
     "penalties": {"contracts"},
     "checks": {"projection"},
     "eager": {"checks", "penalties"},
-    "row_kernel": set(),
+    "penalty_kernel": set(),
+    "row_kernel": {"penalty_kernel"},
     "rows_torch": {"penalties", "parallel"},
     "rows_compiled": {"rows_torch", "projection"},
     "rows_triton": {"contracts", "penalties", "row_kernel"},
@@ -66,6 +67,7 @@ ONLY_FOR: dict[str, set[str]] = {
     "rows_compiled": {"backends"},
     "rows_triton": {"backends"},
     "row_kernel": {"rows_triton"},
+    "penalty_kernel": {"row_kernel"},
     "backends": {"autograd", "chunks", "loss_args", "doctor"},
     "autograd": {"functional"},
 }
@@ -77,6 +79,7 @@ MAY_BE_HEAVY = {
     "integrations": HEAVY - {"triton"},
     "rows_triton": {"triton"},
     "row_kernel": {"triton"},
+    "penalty_kernel": {"triton"},
 }
 
 MAX_LINES = 400

@@ -44,8 +44,9 @@ WAYS = ["torch", "held", "streamed", "cluster"]
 
 @pytest.fixture
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowStep:
-    if request.param in ("streamed", "cluster"):  # as if these rows were too long for one block
-        monkeypatch.setattr(rows_triton, "_MAX_THREADS", 128)
+    if request.param in ("streamed", "cluster"):  # as if these rows were too long to be held by one
+        monkeypatch.setattr(rows_triton, "_HELD_BYTES", 8)
+        monkeypatch.setattr(rows_triton, "_THREADS", 128)
     steps = {"torch": row_step_torch, "cluster": row_step_cluster}
     return steps.get(request.param, row_step_triton)
 
@@ -160,22 +161,26 @@ def test_rows_that_are_far_apart(step, rng, device) -> None:
 @pytest.mark.parametrize(
     ("vocab", "ids", "itemsize", "options", "how", "sizes"),
     [
-        (1, 0, 2, {}, {}, (128, 16, False, 4, 1)),
-        (129, 17, 2, {}, {}, (256, 32, False, 4, 1)),
-        (4096, 256, 4, {}, {}, (4096, 256, False, 8, 1)),
-        (151936, 500, 2, {}, {"one_launch": True}, (4096, 512, False, 8, 1)),
-        (151936, 1024, 2, {}, {"one_launch": True}, (8192, 1024, False, 16, 1)),
-        (151936, 64, 2, {"metrics": True}, {}, (2048, 64, False, 8, 1)),
-        (32768, 64, 2, {}, {}, (4096, 64, False, 8, 1)),
-        (32768, 64, 2, {}, {"one_launch": True}, (32768, 64, True, 32, 1)),
-        (32001, 64, 2, {}, {"one_launch": True, "padded": True}, (4096, 64, False, 8, 1)),
-        (32768, 64, 2, {"kind": "logprob"}, {"one_launch": True}, (2048, 64, False, 8, 1)),
-        (16384, 64, 4, {}, {"one_launch": True}, (16384, 64, True, 32, 1)),
-        (32768, 64, 4, {}, {"one_launch": True}, (4096, 64, False, 8, 1)),
-        (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (8192, 64, True, 32, 1)),
-        (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (262144, 64, True, 32, 8)),
-        (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (65536, 64, True, 32, 2)),
-        (128256, 64, 2, {}, {"one_launch": False, "cluster": True}, (4096, 64, False, 8, 1)),
+        (1, 0, 2, {}, {}, (128, 16, 0, 4, 1, 64)),
+        (129, 17, 2, {}, {}, (256, 32, 0, 4, 1, 64)),
+        (4096, 256, 4, {}, {}, (4096, 256, 0, 8, 1, 64)),
+        (151936, 500, 2, {}, {"one_launch": True}, (4096, 512, 0, 8, 1, 64)),
+        (151936, 1024, 2, {}, {"one_launch": True}, (8192, 1024, 0, 16, 1, 64)),
+        (151936, 64, 2, {"metrics": True}, {}, (2048, 64, 0, 8, 1, 80)),
+        (32768, 64, 2, {}, {}, (4096, 64, 0, 8, 1, 64)),
+        (32768, 64, 2, {}, {"one_launch": True}, (4096, 64, 8, 16, 1, 64)),
+        (32768, 1000, 2, {}, {"one_launch": True}, (4096, 1024, 8, 16, 1, 128)),
+        (32768, 2000, 2, {}, {"one_launch": True}, (16384, 2048, 0, 32, 1, 64)),
+        (32001, 64, 2, {"kind": "logprob"}, {"one_launch": True}, (4096, 64, 8, 16, 1, 64)),
+        (32769, 64, 2, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
+        (16384, 64, 4, {}, {"one_launch": True}, (4096, 64, 4, 16, 1, 64)),
+        (32768, 64, 4, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
+        (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (4096, 64, 2, 16, 1, 80)),
+        (8193, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 0, 8, 1, 80)),
+        (100, 64, 2, {}, {"one_launch": True}, (1024, 64, 1, 4, 1, 64)),
+        (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (32768, 64, 8, 16, 8, 128)),
+        (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (8192, 64, 6, 16, 2, 128)),
+        (128256, 64, 2, {}, {"one_launch": False, "cluster": True}, (4096, 64, 0, 8, 1, 64)),
     ],
 )
 def test_launch_sizes(vocab, ids, itemsize, options, how, sizes, monkeypatch) -> None:
@@ -196,12 +201,28 @@ def test_no_launch_has_more_than_1024_threads(vocab, ids, options, monkeypatch) 
 
 
 @pytest.mark.parametrize(
-    ("options", "holds"),
-    [({}, "262144 logits of 2"), ({"softcap": 30.0}, "65536 logits of 2")],
+    ("options", "itemsize", "holds"),
+    [({}, 2, 262144), ({}, 4, 131072), ({"softcap": 30.0}, 2, 65536)],
 )
-def test_a_row_that_no_cluster_holds(options, holds) -> None:
-    with pytest.raises(ValueError, match=f"`backend` must be .*{holds} bytes; got V = 300000"):
-        launch_sizes(300000, 4, 2, RowOptions(**options), one_launch=True, cluster=True)
+def test_a_row_that_no_cluster_holds(options, itemsize, holds) -> None:
+    text = f"`backend` must be .*{holds} logits of {itemsize} bytes; got V = 300000"
+    with pytest.raises(ValueError, match=text):
+        launch_sizes(300000, 4, itemsize, RowOptions(**options), one_launch=True, cluster=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", WAYS, indirect=True)
+@pytest.mark.parametrize("others", [(), (4199,), (0,), (2047,), (2049,), (4110, 4100)])
+def test_of_equal_maxima_the_first_is_the_prediction(step, others, rng, device) -> None:
+    """The target is in the second block of those that stream; the other maxima are all around."""
+    case = row_case(rng, device, metrics=True)
+    given = arguments(case, torch.float32)
+    given["target"].fill_(2048)
+    given["logits"][:, [2048, *others]] = 50.0
+    right = not any(column < 2048 for column in others)
+    assert step(**given).right.tolist() == [float(right)] * 5
+    given["logits"][1, 4150] = 50.5
+    assert step(**given).right.tolist() == [float(right and row != 1) for row in range(5)]
 
 
 # Compiled without a GPU: a sample, of which `python -m bench compile --all` is the whole. 128256 is
