@@ -25,9 +25,10 @@ HELD = Variant("linear", "float32", 5008, 20, "mse", False, TARGET)
 STREAMED = Variant("linear", "bfloat16", 40000, 20, "mse", False, TARGET)
 IN_PLACE = Variant("backward", "float32", 5008, 20, "mse", False, TARGET)
 UNALIGNED = Variant("forward", "float32", 5001, 20, "mse", False, TARGET)
-FIRST = "            tl.debug_barrier()  # every warp has read its single columns\n"
+FIRST = "        tl.debug_barrier()  # every warp has read its single columns\n"
 SECOND = "            tl.debug_barrier()  # other threads of this program wrote these columns"
-LAST_LOAD = "x = tl.load(Logits + at, mask=at < v_padded"
+LOAD = "tl.load(Logits + start + offs, mask=start + offs < v_padded"
+STORE = "tl.store(Grad + at, du, mask=at < v_padded"
 
 
 class Mutant(NamedTuple):
@@ -43,37 +44,19 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("no first barrier", IN_PLACE, FIRST, "            pass\n", "warps: a .* a race"),
+    Mutant("no first barrier", IN_PLACE, FIRST, "        pass\n", "warps: a .* a race"),
     Mutant("no second barrier, held", HELD, SECOND, "#", "global, warps: .* a race"),
     Mutant("no second barrier, streamed", STREAMED, SECOND, "#", "global, warps: .* a race"),
-    Mutant(
-        "a load past the row, held",
-        HELD,
-        "u = tl.load(Logits + offs_v, mask=offs_v < v_padded",
-        "u = tl.load(Logits + offs_v, mask=offs_v <= v_padded",
-        "ld.global.* out of bounds, just past",
-    ),
-    Mutant(
-        "a store past the row, held",
-        HELD,
-        "tl.store(Grad + offs_v, du.to(Grad.dtype.element_ty), mask=offs_v < v_padded",
-        "tl.store(Grad + offs_v, du.to(Grad.dtype.element_ty), mask=offs_v <= v_padded",
-        "st.global.* out of bounds, just past",
-    ),
-    Mutant(
-        "a load past the row, streamed",
-        STREAMED,
-        LAST_LOAD,
-        LAST_LOAD.replace("<", "<="),
-        "ld.global.* out of bounds, just past",
-        of=2,
-    ),
-    Mutant(
-        "a store past the row, streamed",
-        STREAMED,
-        "tl.store(Grad + at, du.to(Grad.dtype.element_ty), mask=at < v_padded",
-        "tl.store(Grad + at, du.to(Grad.dtype.element_ty), mask=at <= v_padded",
-        "st.global.* out of bounds, just past",
+    *(
+        Mutant(
+            f"a {what} past the row, {name}",
+            variant,
+            old,
+            old.replace("<", "<="),
+            f"{opcode}.* out of bounds, just past|blocks: a write .* a race",  # into the next row
+        )
+        for name, variant in (("held", HELD), ("streamed", STREAMED))
+        for what, old, opcode in (("load", LOAD, "ld.global"), ("store", STORE, "st.global"))
     ),
     Mutant(
         "an id past the last",
@@ -85,8 +68,8 @@ MUTANTS = [
     Mutant(
         "a false alignment",
         HELD,
-        "u = tl.load(Logits + offs_v",
-        "u = tl.load(Logits + tl.multiple_of(V - 5007, 16) + offs_v",  # which is 1
+        LOAD,
+        LOAD.replace("start +", "tl.multiple_of(v_padded - 5007, 16) + start +", 1),  # which is 1
         "misaligned access of 16 bytes",
     ),
     Mutant(
