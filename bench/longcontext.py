@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from .longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS
 from .results import Row, origin
 from .timing import quartiles, ratio_quartiles
 
-TOKENS = (2048, 8192, 32768)
+TOKENS = (2048, 8192)
 _ROOT = Path(__file__).parents[1]
 _LEFT_FREE = 1 << 30  # bytes: for everything else on the machine
 # Of torch and glibc: `finetune` sets the first; the second is what a process has that sets nothing.
@@ -47,6 +48,7 @@ def measure(
     rank: int = 8,
     allocator: str = "pages",
     advanced: Callable[[Row], None] = lambda row: None,
+    ran: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Measure each way at each length.
 
@@ -58,12 +60,17 @@ def measure(
         rank: of the adapters.
         allocator: "pages" or "default".
         advanced: called with each row when it is complete.
+        ran: called after each process.
 
     Returns:
         A row for each: status ("measured", "out of memory" or "failed: why"), peak bytes, seconds
         and quartiles, and both against the model's own loss and naive STR of the same run.
     """
-    limit = min(int(memory * 1e9), max(1, available_bytes() - _LEFT_FREE))
+    limit = int(memory * 1e9)
+    if there := available_bytes():  # 0 where the system does not say
+        if there <= _LEFT_FREE:
+            raise RuntimeError(f"there must be {_LEFT_FREE:,} bytes free; got {there:,}")
+        limit = min(limit, there - _LEFT_FREE)
     base = origin("cpu", PROTOCOL.format(rank=rank, rounds=rounds, limit=limit / 1e9))
     made = []
     with tempfile.TemporaryDirectory() as folder:
@@ -72,12 +79,15 @@ def measure(
             same = {"tokens": count, "rank": rank, "limit": limit, "folder": folder}
             same |= {"threads": torch.get_num_threads()}
             if CACHED in ways:  # by another process: what that frees would be there in the step
-                _in_child({**same, "who": CACHED, "builds_cache": True}, {})
+                built = _in_child({**same, "who": CACHED, "builds_cache": True}, {})
+                if built["status"] != "built":
+                    found[CACHED].append(built)
             for _ in range(rounds):
                 for who in ways:
                     if any(one["status"] != "measured" for one in found[who]):
                         continue  # it would again
                     found[who].append(_in_child({**same, "who": who}, ALLOCATORS[allocator]))
+                    ran()
             for row in _rows(found):
                 made.append(base | {"tokens": count, "allocator": allocator, **row})
                 advanced(made[-1])
@@ -112,6 +122,8 @@ def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, An
         command, capture_output=True, text=True, check=False, cwd=_ROOT,
         env=environment | dict(allocator),
     )  # fmt: skip
+    if done.returncode < 0:
+        return {"status": f"killed by {signal.Signals(-done.returncode).name}"}
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return {"status": f"failed: {last[:200]}"}
@@ -125,10 +137,12 @@ def draw(
     """Draw peak memory and time over the tokens, a line for each way; a PNG.
 
     Args:
-        rows: of `measure`, or of its file.
+        rows: of `measure`, or of its file; of two of one way and length the later.
         path: of the PNG.
         computed: tokens to the bytes that layers' inputs and one layer's backward need.
     """
+    latest = {(row["who"], int(row["tokens"])): row for row in rows}  # of several runs
+    rows = list(latest.values())
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     for axes, key, unit, label in zip(
         figure.subplots(1, 2), ("peak_bytes", "seconds"), (1e9, 1.0),

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
+from str_kernels.chunks import is_out_of_memory
 from str_kernels.integrations.builtin_model import builtin_model_folder
 from str_kernels.integrations.cached_reference import cache_model
 from str_kernels.integrations.plan_losses import loss_by_hand
@@ -64,7 +65,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     try:
         peak = measure_peak(timed)
     except (RuntimeError, MemoryError) as error:
-        if "allocate memory" not in str(error) and not isinstance(error, MemoryError):
+        if not is_out_of_memory(error):
             raise
         return {"status": "out of memory"}
     if peak is None:
@@ -75,7 +76,23 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 def make_step(
     model: Any, who: str, rows: torch.Tensor, tokenizer: Any, rank: int, folder: Path
 ) -> Callable[[torch.Tensor], None]:
-    """Return a LoRA step with gradient checkpointing, as Trainer makes it.
+    """Return a LoRA step with gradient checkpointing, as Trainer makes it; see `make_loss`."""
+    trained, loss_of = make_loss(model, who, rows, tokenizer, rank, folder)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # Trainer's default
+
+    def step(input_ids: torch.Tensor) -> None:
+        loss_of(input_ids).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_loss(
+    model: Any, who: str, rows: torch.Tensor, tokenizer: Any, rank: int, folder: Path
+) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """Return what is trained, and a way's loss of a row.
 
     Args:
         model: without adapters.
@@ -105,7 +122,6 @@ def make_step(
         attach(model, safety_tokens, positions="response", reference=CachedReference(path))
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # Trainer's default
 
     def loss_of(input_ids: torch.Tensor) -> torch.Tensor:
         if who == BY_HAND:
@@ -119,13 +135,7 @@ def make_step(
         loss: torch.Tensor = model(input_ids=input_ids, labels=input_ids).loss
         return loss
 
-    def step(input_ids: torch.Tensor) -> None:
-        loss_of(input_ids).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    return trained, loss_of
 
 
 if __name__ == "__main__":

@@ -133,12 +133,12 @@ def plan(
 def longcontext(
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=17, help="Of the row; may be repeated. Default: 2048, 8192, 32768."),
+        typer.Option(min=17, help="Of the row; may be repeated. Default: 2048 and 8192."),
     ] = None,
     ways: Annotated[
         list[str] | None, typer.Option("--way", help="Only these; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all ways in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all ways in turn.")] = 1,
     memory: Annotated[float, typer.Option(min=0.1, help="GB that a process may take.")] = 24.0,
     allocator: Annotated[
         str,
@@ -163,6 +163,8 @@ def longcontext(
     from .memory_parts import backward_bytes, parts_of
 
     lengths = tokens or list(bench.TOKENS)
+    if (parts or planned) and (save or figure or ways or parts == planned):
+        raise typer.BadParameter("`--parts` and `--planned` stand alone: they measure nothing")
     if parts:
         found = parts_of(lengths)
         return tables.print_json(found) if as_json else show_parts(found)
@@ -181,14 +183,16 @@ def longcontext(
         if save:
             append_rows(file, [row])
 
-    measured = bench.measure(
-        lengths,
-        ways or bench.WAYS,
-        rounds=rounds,
-        memory=memory,
-        allocator=allocator,
-        advanced=keep,
-    )
+    with tables.progress("measuring") as (_, advanced):
+        measured = bench.measure(
+            lengths,
+            ways or bench.WAYS,
+            rounds=rounds,
+            memory=memory,
+            allocator=allocator,
+            advanced=keep,
+            ran=advanced,
+        )
     if figure is not None:
         rows = read_rows(file) if save else measured
         mine = [row for row in rows if row["allocator"] == allocator]

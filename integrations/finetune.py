@@ -30,6 +30,7 @@ from .finetune_report import (
     REPORT,
     beginning,
     describe,
+    long_context_notes,
     model_card,
     plan_of_run,
     probe_refusals,
@@ -130,7 +131,7 @@ def prepare(
         if any(len(row["input_ids"]) > longest for row in both):
             train, evaluate = encode(tokenizer)
     if run.long_context:
-        notes.append(run.of_long_context(training, options.model))
+        notes += long_context_notes(training, model)
     for rows in filter(None, (train, evaluate)):
         notes += rows.notes()
     return Prepared(

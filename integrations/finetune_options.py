@@ -47,7 +47,7 @@ ALIASES = {
             "weight", "kind", "temperature", "delta", "positions", "templates", "anchors",
             "anchors_per_step", "harmless_anchors_per_step", "anchor_penalty_weight",
             "anchor_weight", "chat_template_kwargs", "answer_start", "cache", "ref_every",
-            "ref_tokens", "backend",
+            "ref_tokens", "chunk_bytes", "backend",
         )
     },
 }  # fmt: skip
@@ -74,12 +74,11 @@ DEFAULTS: dict[str, Any] = {
 
 LONG_CONTEXT: dict[str, Any] = {
     _CHECKPOINTING: True,
-    "attn_implementation": "sdpa",  # whose memory does not grow with the square of the length
-    "per_device_train_batch_size": 1,  # so that attention needs no mask, which does
-    "gradient_accumulation_steps": 8,
+    "per_device_train_batch_size": 1,  # rows of several lengths need a mask, of their square
+    "per_device_eval_batch_size": 1,
     "max_length": None,  # all positions of the model
 }
-"""What `long_context` sets beside the DEFAULTS; as many rows a step as they have."""
+"""What `long_context` sets beside the DEFAULTS; accumulation keeps the rows of a step."""
 
 _STEPS = 100  # unless the epochs are given
 _FULL_RATE = 2e-5  # of the learning, with every weight trained
@@ -122,7 +121,7 @@ class RunOptions:
     )
     full: bool = _option(False, "Train every weight, not adapters.")
     long_context: bool = _option(
-        False, "Gradient checkpointing, one row a forward, no mask: the least memory for long rows."
+        False, "Gradient checkpointing and one row a forward: the least memory for long rows."
     )
     eval_refusals: int = _option(
         0, "Ask so many harmful and harmless probes before and after, and report the refusals."
@@ -145,16 +144,6 @@ class RunOptions:
             raise ValueError("`early_stopping` must have `eval_data` or `eval_fraction`")
         if self.eval_refusals < 0:
             raise ValueError(f"`eval_refusals` must be >= 0; got {self.eval_refusals}")
-
-    def of_long_context(self, training: Any, model: Any) -> str:
-        """Say what `long_context` and the options beside it came to."""
-        checkpointing = "on" if getattr(training, _CHECKPOINTING) else "off"
-        return (
-            f"long context: gradient checkpointing {checkpointing}, attention "
-            f"{model.attn_implementation}, {training.per_device_train_batch_size} row(s) a "
-            f"forward, {training.gradient_accumulation_steps} forwards a step, rows of up to "
-            f"{training.max_length or 'all'} tokens"
-        )
 
     @property
     def evaluates(self) -> bool:
@@ -256,6 +245,9 @@ def _complete(
         raise ValueError("`model` must be given: 'builtin', a folder or a hub id")
     if run.full and "learning_rate" not in chosen:
         training.learning_rate = _FULL_RATE
+    if run.long_context and "gradient_accumulation_steps" not in chosen:
+        rows = DEFAULTS["per_device_train_batch_size"]
+        training.gradient_accumulation_steps = max(1, rows // training.per_device_train_batch_size)
     _check_numbers(training, model, chosen)
     training.check()
     for name in ("safety_tokens", "safety_templates"):
@@ -366,7 +358,11 @@ def _canonical(flag: str) -> str:
     if not flag.startswith("--"):
         return flag
     name, equals, value = flag[2:].partition("=")
-    known = ALIASES.get(name.replace("-", "_"))
+    name = name.replace("-", "_")
+    known = ALIASES.get(name.removeprefix("no_"))
+    if known is not None and name.startswith("no_") and not equals:
+        return f"--{known}=false"
+    known = ALIASES.get(name)
     return flag if known is None else f"--{known}{equals}{value}"
 
 

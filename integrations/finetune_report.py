@@ -200,6 +200,31 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
     return plan
 
 
+def long_context_notes(training: Any, model: Any) -> list[str]:
+    """Say what --long-context came to, and where memory grows with the square of the length."""
+    batch, times = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    # transformers 5.24 has a new name for it
+    checkpoints = getattr(training, "activation_checkpointing", training.gradient_checkpointing)
+    config = model.config.get_text_config(decoder=True)
+    attention = getattr(config, "_attn_implementation", None) or "eager"
+    notes = [
+        f"long context: gradient checkpointing {'on' if checkpoints else 'off'}, attention "
+        f"{attention}, {batch} row(s) a forward, {times} forward(s) a step, rows of up to "
+        f"{training.max_length or 'all'} tokens"
+    ]
+    window = getattr(config, "sliding_window", None)
+    square = None
+    if attention == "eager":
+        square = "eager attention"
+    elif attention == "sdpa" and window and (training.max_length or math.inf) > window:
+        square = f"the mask of a sliding window of {window} tokens"
+    elif attention == "sdpa" and (training.packing or batch > 1):
+        square = "the mask of packed or padded rows"
+    if square:
+        notes.append(f"{square} takes memory that grows with the square of the rows' length")
+    return notes
+
+
 def steps_of(training: Any, batches: int) -> int:
     """Return the optimizer steps of a run.
 

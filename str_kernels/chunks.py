@@ -98,39 +98,68 @@ def linear_terms_and_grads(
     Raises:
         torch.OutOfMemoryError: that did not fit either; says what to set.
     """
-    rows = min(plan.chunk_rows, hidden.shape[0])
     try:
         return _in_chunks(hidden, head, args, plan, ce_scale, penalty_scale, shard)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         # The ranks of a vocabulary meet in every chunk: one of them alone cannot have more chunks.
-        if not _is_out_of_memory(error) or shard is not None or rows < 2:
+        if not is_out_of_memory(error) or shard is not None:
+            raise
+        count = int(args.takes_part().sum()) if plan.pack else hidden.shape[0]
+        rows = min(_rows_at_a_time(hidden, args, plan), count)
+        if rows < 2:
             raise
     # Here, and not in the handler, whose traceback keeps the first attempt's tensors.
-    half, of_row = rows // 2, row_bytes(hidden, head.weight.shape[0])
+    plan = plan._replace(chunk_rows=rows // 2 * _times_wider(hidden, args))
+    half = plan.chunk_rows * row_bytes(hidden, head.weight.shape[0])
     warnings.warn(
         f"out of memory with {rows:,} rows of logits at a time; trying half. Set "
-        f"chunk_bytes={half * of_row} to begin with that",
+        f"chunk_bytes={half} to begin with that",
         stacklevel=2,
     )
-    plan = plan._replace(chunk_rows=half)
     try:
         return _in_chunks(hidden, head, args, plan, ce_scale, penalty_scale, shard)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(
-            f"`chunk_bytes` must fit the free memory: {rows:,} rows of logits "
-            f"({rows * of_row:,} bytes) did not, nor did half of them. Set less than "
-            f"{half * of_row}, or give the model fewer tokens at a time or gradient "
-            f"checkpointing. {error}"
+            f"`chunk_bytes` must fit the free memory: {rows:,} rows of logits did not, nor did "
+            f"half of them ({half:,} bytes). Set less, or give the model fewer tokens at a time or "
+            f"gradient checkpointing. {error}"
         ) from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError):
+# What else than OutOfMemoryError is raised: by the CPU's allocator, by oneDNN, by MPS, by C++, by
+# CUDA's runtime and its BLAS.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "could not create a primitive",
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, by whichever library says so."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _times_wider(hidden: Tensor, args: LossArgs) -> int:
+    """Return how many times wider than the hidden states the logits are made.
+
+    Rounded to 16 bits a row's logits say less of its small probabilities than the finer safety
+    logits beside them, and 1 - sum p would be the difference of the two.
+    """
+    if args.kind not in ON_LOG_PROBS:
+        return 1
+    return accumulation_dtype(hidden.dtype).itemsize // hidden.dtype.itemsize
+
+
+def _rows_at_a_time(hidden: Tensor, args: LossArgs, plan: Plan) -> int:
+    return max(1, plan.chunk_rows // _times_wider(hidden, args))
 
 
 def _in_chunks(
@@ -157,12 +186,9 @@ def _in_chunks(
         wants_grad = any(plan.needs)
         step = row_step_of(args.backend) if shard is None else row_step_of_shard(shard)
         width = vocab if shard is None else vocab + 1  # one column for what is another rank's
-        of_logits, chunk_rows = hidden.dtype, plan.chunk_rows
-        if args.kind in ON_LOG_PROBS:
-            # Rounded to 16 bits a row's logits say less of its small probabilities than the finer
-            # safety logits beside them, and 1 - sum p would be the difference of the two.
-            of_logits = accumulation_dtype(hidden.dtype)
-            chunk_rows = max(1, chunk_rows * hidden.dtype.itemsize // of_logits.itemsize)
+        wider = args.kind in ON_LOG_PROBS
+        of_logits = accumulation_dtype(hidden.dtype) if wider else hidden.dtype
+        chunk_rows = _rows_at_a_time(hidden, args, plan)
         workspace = _workspace(hidden, width, min(chunk_rows, n_rows), of_logits)
         terms = []
         for start in range(0, n_rows, chunk_rows):

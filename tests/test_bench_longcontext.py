@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from test_bench_commands import PNG, run
 
 from bench import longcontext, longcontext_plan, memory_parts
-from bench.longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS, main, make_step
+from bench.longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS, main, make_loss
 from bench.results import read_rows
 
 pytestmark = pytest.mark.usefixtures("clean_memory")
@@ -62,7 +63,9 @@ def test_each_way_against_the_models_own_and_naive(children, tmp_path):
     assert "THP_MEM_ALLOC_ENABLE" not in children[-1]
 
 
-@pytest.mark.parametrize("options", [["--way", "theirs"], ["--allocator", "jemalloc"]])
+@pytest.mark.parametrize(
+    "options", [["--way", "theirs"], ["--allocator", "jemalloc"], ["--save", "--parts"]]
+)
 def test_unknown_names_are_refused(options):
     from typer.testing import CliRunner
 
@@ -73,30 +76,61 @@ def test_unknown_names_are_refused(options):
 
 
 def test_every_way_makes_the_loss_that_it_says(tmp_path):
-    """The gradient of a step, by way: cross-entropy alone is the same in all that have no rows'."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from str_kernels.integrations.builtin_model import builtin_model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
-    rows = torch.randint(0, 49152, (1, 40))
-    moved = {}
-    for who in (OWN, TRL, BY_HAND, LIVE, CACHED, ANCHORS):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 49152, (1, 40), generator=generator)
+    found = {}
+    for who in WAYS:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=49152, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
             num_attention_heads=2,
         )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        step = make_step(model, who, rows, tokenizer, 2, tmp_path)
-        step(rows)
-        moved[who] = torch.cat(
-            [p.detach().flatten() for name, p in model.named_parameters() if "lora" in name]
-        )
-    # the first step of AdamW is the gradient's sign: in the first step nothing has drifted yet
-    for who in (TRL, BY_HAND, LIVE, CACHED):
-        assert (moved[who] - moved[OWN]).abs().max() < 1e-5, who
+        trained, loss_of = make_loss(LlamaForCausalLM(config), who, rows, tokenizer, 2, tmp_path)
+        for parameter in trained:  # far from the reference, or the penalty would be 0
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape))
+        loss_of(rows).backward()
+        found[who] = torch.cat([parameter.grad.flatten() for parameter in trained])
+
+    def apart(first: str, second: str) -> float:
+        return float((found[first] - found[second]).norm() / found[OWN].norm())
+
+    assert apart(TRL, OWN) < 1e-4  # cross-entropy alone
+    assert apart(CACHED, LIVE) < 1e-4
+    assert apart(LIVE, OWN) > 1e-3 and apart(ANCHORS, OWN) > 1e-3  # have a penalty
+    assert apart(BY_HAND, LIVE) < 0.2 * apart(BY_HAND, OWN)  # whose mean has one position more
     assert {path.name for path in tmp_path.iterdir()} == {"cache-40"}
+
+
+def test_a_child_that_was_killed_says_so(monkeypatch):
+    done = subprocess.CompletedProcess([], -9, "", "some warning")
+    monkeypatch.setattr(longcontext.subprocess, "run", lambda *_, **__: done)
+    assert longcontext._in_child({"who": OWN}, {}) == {"status": "killed by SIGKILL"}
+
+
+def test_a_cache_that_was_not_built_is_not_measured(children, monkeypatch):
+    child = longcontext._in_child
+
+    def no_cache(job: dict[str, Any], allocator: dict[str, str]) -> dict[str, Any]:
+        return {"status": "failed: full"} if job.get("builds_cache") else child(job, allocator)
+
+    monkeypatch.setattr(longcontext, "_in_child", no_cache)
+    rows = longcontext.measure([100], [CACHED, ANCHORS])
+    assert [row["status"] for row in rows] == ["failed: full", "measured"]
+
+
+def test_no_room_at_all_is_said(children, monkeypatch):
+    monkeypatch.setattr(longcontext, "available_bytes", lambda: 1000)
+    with pytest.raises(RuntimeError, match="bytes free; got 1,000"):
+        longcontext.measure([100])
+    monkeypatch.setattr(longcontext, "available_bytes", lambda: 0)  # not known
+    longcontext.measure([100], memory=7)
+    assert children[-1]["limit"] == 7 * 10**9
 
 
 def test_a_child_measures(tmp_path):

@@ -85,8 +85,8 @@ def finetune(
         bool,
         _option(
             _TRAINING,
-            "For long rows: checkpointing, attention without a mask, one row a forward and 8 "
-            "forwards a step, and rows as long as the model takes. Each can still be set.",
+            "For long rows: checkpointing, one row a forward and 8 forwards a step, and rows as "
+            "long as the model takes. Each can still be set, as by --no_gradient_checkpointing.",
             "--long-context",
         ),
     ] = False,

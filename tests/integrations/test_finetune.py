@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tiny_tokenizer import save_tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from str_kernels.cli import app
@@ -18,8 +19,10 @@ from str_kernels.integrations.run_folder import RunFolder
 pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
 from finetune_cases import FLAGS, asked, data, given, losses, model, run
 
+from str_kernels.integrations import finetune as finetune_module
 from str_kernels.integrations.finetune import prepare
 from str_kernels.integrations.finetune_options import read_options
+from str_kernels.integrations.finetune_report import long_context_notes
 
 __all__ = ["asked", "data", "given", "model"]  # fixtures
 
@@ -87,30 +90,83 @@ def test_what_is_wrong_is_said_by_name_and_writes_nothing(
     assert not Path(given["output"]).exists()
 
 
-def test_long_context_is_one_word(given: dict[str, Any]) -> None:
-    report = run(given, long_context=True, batch_size=None, steps=2)
+def test_long_context_is_one_word(given: dict[str, Any], data: Path) -> None:
+    shapes = []
+
+    def watch(model: Any) -> None:
+        hook = lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape)  # noqa: E731
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        load = finetune_module.load_model
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            model, tokenizer = load(*args, **kwargs)
+            watch(model)
+            return model, tokenizer
+
+        patch.setattr(finetune_module, "load_model", watched)
+        report = run(given, long_context=True, batch_size=None, steps=2, eval_data=str(data))
     (note,) = (note for note in report["notes"] if note.startswith("long context"))
-    assert "checkpointing on, attention sdpa, 1 row(s) a forward, 8 forwards a step" in note
+    assert "checkpointing on, attention sdpa, 1 row(s) a forward, 8 forward(s) a step" in note
     assert re.search(r"rows of up to \d+ tokens", note)  # what the model takes
-    options = read_options({"model": "m", "data": "d", "long_context": True}, FLAGS)
-    plain = read_options({"model": "m", "data": "d"}, FLAGS)
-    of_step = [
-        one.training.per_device_train_batch_size * one.training.gradient_accumulation_steps
-        for one in (options, plain)
-    ]
-    assert of_step[0] == of_step[1]  # the same step, in parts
-    assert options.training.max_length is None and plain.training.max_length == 1024
-    # each can still be set, by flag or file
-    chosen = {"attention": "eager", "batch_size": 2, "max_length": 512}
-    chosen = read_options({**chosen, "model": "m", "data": "d", "long_context": True}, FLAGS)
-    assert chosen.model.attn_implementation == "eager" and chosen.training.max_length == 512
-    assert chosen.training.per_device_train_batch_size == 2
+    # of the rows one at a time, in evaluation too; more are the anchors, which are short
+    rows = [shape[0] for shape in shapes]
+    assert rows.count(1) >= 16 and set(rows) <= {1, 4}
+
+
+def test_long_context_leaves_the_step_as_it_was(given: dict[str, Any]) -> None:
+    def rows_of_a_step(*flags: str, **options: Any) -> tuple[int, int]:
+        training = read_options({"model": "m", "data": "d", **options}, [*FLAGS, *flags]).training
+        return training.per_device_train_batch_size, training.gradient_accumulation_steps
+
+    assert rows_of_a_step() == (8, 1)
+    assert rows_of_a_step(long_context=True) == (1, 8)
+    assert rows_of_a_step(long_context=True, batch_size=4) == (4, 2)
+    assert rows_of_a_step(long_context=True, accumulation=2) == (1, 2)
+    chosen = {"attention": "eager", "max_length": 512, "long_context": True}
+    options = read_options(
+        {**chosen, "model": "m", "data": "d"}, [*FLAGS, "--no_gradient_checkpointing"]
+    )
+    assert options.model.attn_implementation == "eager" and options.training.max_length == 512
+    assert not options.training.gradient_checkpointing
+    assert (
+        read_options({"model": "m", "data": "d", "long_context": True}, FLAGS).training.max_length
+        is None
+    )
+    with_bytes = read_options({"model": "m", "data": "d"}, [*FLAGS, "--chunk-bytes", "4096"])
+    assert with_bytes.training.safety_chunk_bytes == 4096
+
+
+@pytest.mark.parametrize(
+    ("changed", "note"),
+    [
+        ({"_attn_implementation": "eager"}, "eager attention"),
+        ({"sliding_window": 16}, "the mask of a sliding window of 16 tokens"),
+        ({"packing": True}, "the mask of packed or padded rows"),
+        ({}, None),
+    ],
+)
+def test_what_grows_with_the_square_is_said(changed: dict[str, Any], note: str | None) -> None:
+    training = read_options({"model": "m", "data": "d", "long_context": True}, FLAGS).training
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )  # fmt: skip
+    for name, value in changed.items():
+        setattr(training if hasattr(training, name) else model.config, name, value)
+    notes = long_context_notes(training, model)[1:]
+    wanted = "takes memory that grows with the square of the rows' length"
+    assert notes == ([] if note is None else [f"{note} {wanted}"])
 
 
 def test_the_command_lets_torch_align_large_blocks(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "x")  # which is put back
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     runner = CliRunner()
     runner.invoke(app, ["finetune", "absent", "absent.jsonl"])
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
