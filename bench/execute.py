@@ -21,12 +21,13 @@ from str_kernels.rows_torch import row_step_torch
 from str_kernels.rows_triton import row_step_triton
 
 from . import tables
-from .assembly import PER_CLOCK, amdgcn_of, amdgcn_per_logit, sass_of, sass_per_logit
+from .amdgcn import amdgcn_of, amdgcn_per_logit
 from .compiling import EVERYTHING, TARGETS, Variant, launch_of, specialize
 from .providers import version_of
 from .ptx.counting import SECTOR, WARP
 from .ptx.launcher import Execution, Settings, executing
 from .results import Row, origin
+from .sass import PER_CLOCK, Passes, passes
 from .tables import Column
 
 PROTOCOL = (
@@ -177,10 +178,19 @@ def _amd_of(variant: Variant) -> Counter[str]:
     code = specialize(launch_of(variant._replace(target="gfx942")), TARGETS["gfx942"])
     made = triton.compile(code.source, target=code.target, options=code.options)
     lanes = code.options["num_warps"] * code.target.warp_size
-    named = code.named
-    return amdgcn_per_logit(
-        amdgcn_of(made.asm["amdgcn"]), named["BLOCK_V"] / lanes, named["ON_CHIP"]
-    )
+    held = code.named["HELD"]  # blocks of it
+    per_lane = code.named["BLOCK_V"] * max(1, held) / lanes
+    return amdgcn_per_logit(amdgcn_of(made.asm["amdgcn"]), per_lane, bool(held))
+
+
+def _by_pipe(found: Passes) -> Counter[str]:
+    """Return the machine instructions of a logit on each pipe, and all of them as "issue"."""
+    counted: Counter[str] = Counter()
+    for counts, logits in found.loops:
+        counted["issue"] += counts.instructions / logits  # type: ignore[assignment] # no integer
+        for pipe, number in counts.pipes.items():
+            counted[pipe] += number / logits  # type: ignore[assignment]
+    return counted
 
 
 def _row(variant: Variant, kernel: str, execution: Execution, amd: Counter[str]) -> Row:
@@ -188,10 +198,9 @@ def _row(variant: Variant, kernel: str, execution: Execution, amd: Counter[str])
     code, machine = execution
     named, counts, program = code.named, machine.counts, machine.program
     block = named.get("BLOCK_V") or named["BLOCK_SIZE"]
-    held = bool(named.get("ON_CHIP", block >= variant.vocab))
-    made = triton.compile(code.source, target=code.target, options=code.options)
-    per_thread = block / program.threads
-    sass = sass_per_logit(sass_of(made.asm["cubin"]), per_thread, held)
+    held = bool(named.get("HELD", block >= variant.vocab))
+    itemsize = getattr(torch, variant.dtype).itemsize
+    sass = _by_pipe(passes(code, variant.vocab, itemsize))
     logits = ROWS * variant.vocab
     row = origin("cpu", PROTOCOL.format(target=variant.target, rows=ROWS)) | {
         "kernel": kernel,

@@ -39,7 +39,7 @@ PER_CLOCK = {"issue": 128, "fma": 128, "alu": 64, "mufu": 16}
 BYTES_PER_CLOCK = 18.4
 _PIPES = {
     "mufu": {"MUFU"},
-    "fma": {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2"},
+    "fma": {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"},
     "memory": set("LDG STG LDS STS LDC ULDC SHFL BAR REDUX CREDUX ATOMS".split()),
     "control": set("BRA EXIT BSSY BSYNC NOP WARPSYNC CALL RET".split()),
     "uniform": {"R2UR", "S2R", "CS2R"},
@@ -84,6 +84,8 @@ class Counts(NamedTuple):
     def of(cls, code: list[Instruction]) -> Counts:
         """Count them."""
         pipes = collections.Counter(x.pipe for x in code)
+        # of sm_100, which take the pipe for two results
+        pipes["fma"] += sum(x.name in ("FADD2", "FMUL2", "FFMA2") for x in code)
         names = collections.Counter(x.name for x in code)
         return cls(len(code), dict(pipes), dict(names), sum(x.loaded for x in code))
 

@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="an optional dependency outside Linux")
-from bench.assembly import (
-    Instruction,
-    amdgcn_of,
-    amdgcn_per_logit,
-    loops_of,
-    pipe_of,
-    sass_per_logit,
-)
+from bench import sass
+from bench.amdgcn import Instruction, amdgcn_of, amdgcn_per_logit, loops_of
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(
@@ -52,11 +46,12 @@ def test_instructions_have_their_pipes() -> None:
         ("FFMA", "fma"), ("FADD.FTZ", "fma"), ("IMAD.MOV.U32", "fma"), ("FFMA2", "fma"),
         ("MUFU.EX2", "mufu"), ("FMNMX", "alu"), ("ISETP.GE.AND", "alu"), ("SEL", "alu"),
         ("LDG.E.128", "memory"), ("SHFL.BFLY", "memory"), ("BRA", "control"),
-        ("ULDC.64", "uniform"),
+        ("R2UR", "uniform"),
     ):  # fmt: skip
-        assert pipe_of(name) == pipe, name
-    counted = sass_per_logit(code("MUFU.EX2", "FFMA2", "BRA", back={2: 0}), 2, held=False)
-    assert counted == {"issue": 1.5, "mufu": 0.5, "fma": 1.0, "control": 0.5}  # a pair is two
+        assert sass.Instruction(0, name, "").pipe == pipe, name
+    counted = sass.Counts.of([sass.Instruction(0, x, "") for x in ("MUFU.EX2", "FFMA2", "BRA")])
+    assert counted.instructions == 3
+    assert counted.pipes == {"mufu": 1, "fma": 2, "control": 1}  # a pair is two
 
 
 def test_amd_code_is_read_up_to_its_end() -> None:
@@ -74,6 +69,8 @@ f:
     found = amdgcn_of(text)
     assert loops_of(found)[0][0].opcode == "v_exp_f32_e32" and len(found) == 5
     assert amdgcn_per_logit(found, 2, held=False) == {"vector": 1.0, "transcendental": 0.5}
+    of_zeros = amdgcn_of(text.replace("buffer_load", "buffer_store"))  # of a row without loss
+    assert amdgcn_per_logit(of_zeros, 2, held=False) == {}
 
 
 @needs_compiler
@@ -110,7 +107,7 @@ def test_the_command_counts_ours_and_liger_s(tmp_path) -> None:
     # columns lie alone in their sectors
     assert ours["held"] and 8.0 < ours["moved"] < 9.0 and 0.5 < ours["used"] < 1.0
     assert 20 < ours["ptx"] < 80 and 20 < ours["sass"] < 80 and 2 < ours["sass mufu"] < 4
-    assert ours["ptx ex2"] == pytest.approx(2.0, abs=0.2)  # one in each pass
+    assert ours["ptx ex2"] == pytest.approx(2.0, abs=0.3)  # in each pass one, and some for sums
     assert ours["barriers"] > 4 and "No time was measured" in ours["protocol"]
     if importlib.util.find_spec("liger_kernel") is not None:
         liger = rows[1]

@@ -83,14 +83,20 @@ def test_every_way_makes_the_loss_that_it_says(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_folder())
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 49152, (1, 40), generator=generator)
-    found = {}
+    found, passes = {}, {}
     for who in WAYS:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=49152, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
             num_attention_heads=2,
         )  # fmt: skip
-        trained, loss_of = make_loss(LlamaForCausalLM(config), who, rows, tokenizer, 2, tmp_path)
+        model = LlamaForCausalLM(config)
+        trained, loss_of = make_loss(model, who, rows, tokenizer, 2, tmp_path)
+        passes[who] = sizes = []
+        model.model.register_forward_pre_hook(
+            lambda _, args, kwargs, sizes=sizes: sizes.append(kwargs["input_ids"].shape[0]),
+            with_kwargs=True,
+        )
         for parameter in trained:  # far from the reference, or the penalty would be 0
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape))
@@ -102,7 +108,10 @@ def test_every_way_makes_the_loss_that_it_says(tmp_path):
 
     assert apart(TRL, OWN) < 1e-4  # cross-entropy alone
     assert apart(CACHED, LIVE) < 1e-4
-    assert apart(LIVE, OWN) > 1e-3 and apart(ANCHORS, OWN) > 1e-3  # have a penalty
+    assert apart(LIVE, OWN) > 1e-3  # has a penalty
+    assert passes[ANCHORS] == [1, 4, 4] and passes[CACHED] == passes[OWN] == [1]
+    assert passes[LIVE] == passes[BY_HAND] == [1, 1]
+    assert 1e-7 < apart(ANCHORS, OWN) < 1e-2
     assert apart(BY_HAND, LIVE) < 0.2 * apart(BY_HAND, OWN)  # whose mean has one position more
     assert {path.name for path in tmp_path.iterdir()} == {"cache-40"}
 
