@@ -53,7 +53,8 @@ def case_of(variant: Variant, rng: torch.Generator) -> Case:
         dtype=dtype, kind=variant.kind, **weights, **options,
     )  # fmt: skip
     last = variant.vocab - 1  # in the last and shortest block
-    case.target[:] = torch.tensor([last, 0])
+    # and one in the middle, which a thread of another warp than the first writes in the pass
+    case.target[:] = torch.tensor([last, variant.vocab // 3])
     if case.ids is None:
         return case.changed(ids=case.target.new_empty(0), ref=torch.empty(ROWS, 0))
     if not len(case.ids):
@@ -64,6 +65,7 @@ def case_of(variant: Variant, rng: torch.Generator) -> Case:
     case.ids[-1] = last
     case.options["penalty"].id_weights[-1] = 2.0
     case.ref[0, -1] -= 8.0
+    case.leaves["logits"][0, last] = case.leaves["logits"][0].max()  # probable, for every kind
     return case
 
 
