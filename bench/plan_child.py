@@ -20,6 +20,7 @@ from transformers.utils import logging
 from str_kernels import AnchorPrompts, SafetyTokens, attach
 from str_kernels.integrations.builtin_model import builtin_model_folder
 from str_kernels.integrations.plan_losses import loss_by_hand
+from str_kernels.integrations.step_memory import checkpoint_layers
 from str_kernels.loss_memory import measure_peak
 
 _STATUS = Path("/proc/self/status")
@@ -57,9 +58,7 @@ def make_step(
     model.train()
     inner.config.use_cache = False  # as Trainer sets it
     if job["checkpointing"]:
-        enable = getattr(inner, "activation_checkpointing_enable", None)
-        enable = enable or inner.gradient_checkpointing_enable  # its name before 5.20
-        enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if job["who"] == "ours":
         if job["reference"] == "none":
             attach(model, safety_tokens, anchors=anchors)
