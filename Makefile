@@ -3,7 +3,6 @@
 READY = PYTHON='$(PYTHON)' .ci/venv
 RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
-TYPES := .venv/types
 
 .PHONY: help demo test check lint types bench bench-compare sweep compat deepspeed faults ptx support gpu clean
 
@@ -18,22 +17,17 @@ test: ## run all tests on every core, one torch thread a worker (ARGS: options o
 	@$(READY) dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
-check: lint types ## ruff and mypy, as CI runs them
+check: lint types ## ruff, mypy and the arrows between folders, as CI runs them
 
 lint:
 	@$(READY) dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	.venv/bin/lint-imports
 
-# mypy names a file by its path, and integrations/ is imported as str_kernels.integrations: a folder
-# of links shows it the package as it is installed.
 types:
 	@$(READY) dev
-	@mkdir -p $(TYPES)/str_kernels
-	@ln -sfn $(CURDIR)/str_kernels/* $(CURDIR)/integrations $(TYPES)/str_kernels
-	@find -L $(TYPES) -type l -delete # links whose file is gone
-	cd $(TYPES) && $(CURDIR)/$(RUN) -m mypy -p str_kernels \
-	  --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+	$(RUN) -m mypy -p str_kernels
 
 bench: ## microbenchmarks of each op, saved in .benchmarks (ARGS: options of pytest-benchmark)
 	@$(READY) dev
@@ -49,7 +43,7 @@ bench-compare: ## the last two runs of `make bench`, side by side
 
 sweep: ## attach() on every model type of transformers, tiny: docs/support/models.csv (ARGS: --types ...)
 	@$(READY) dev
-	OMP_NUM_THREADS=1 $(RUN) tests/integrations/sweep.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/integrations $(RUN) tests/integrations/every_model/sweep.py $(ARGS)
 
 compat: ## the tests of integrations/ on older and newer releases, in .nox (ARGS: options of nox)
 	@$(READY) dev
@@ -62,7 +56,7 @@ deepspeed: ## the tests of ZeRO on this machine's CPU, in .nox (ARGS: options of
 faults: ## kill a fine-tuning at 100 places where it writes, go on, and count (STR_FAULTS: how many)
 	@$(READY) dev
 	STR_FAULTS=$(or $(STR_FAULTS),100) OMP_NUM_THREADS=1 $(RUN) -m pytest -q -s -k kill_at_any_write \
-	  tests/integrations/test_finetune_faults.py
+	  tests/integrations/finetune/test_finetune_faults.py
 
 ptx: ## the kernels' PTX executed, all codes and every test marked gpu; goes on (ARGS: --minutes 30 ...)
 	@$(READY) dev
@@ -70,7 +64,7 @@ ptx: ## the kernels' PTX executed, all codes and every test marked gpu; goes on 
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev
-	PYTHONPATH=.:tests $(RUN) tests/integrations/support.py
+	PYTHONPATH=.:tests $(RUN) tests/integrations/pages/support.py
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers
@@ -79,7 +73,7 @@ GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && printf '%s'
 gpu: ## kernel tests and a timing table on this machine's GPU, in PYTHON as it is, nothing installed
 	@$(GPU_PYTHON) -c "$$NEEDS_GPU"
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -W default -m 'gpu and not slow' $(GPU_WORKERS) \
-	  $(or $(shell grep -l 'mark\.gpu' tests/*.py),$(error no test is marked gpu))
+	  $(or $(shell grep -l 'mark\.gpu' -r tests),$(error no test is marked gpu))
 	PYTHONPATH=. $(GPU_PYTHON) -m bench.gpu $(RESULTS)
 
 define NEEDS_GPU

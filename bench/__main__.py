@@ -9,9 +9,11 @@ from typing import Annotated
 import torch
 import typer
 
-from . import kernel_commands, results, step_commands, tables
-from .heads import HEADS, HeadShape
+from . import results, tables
+from .compiled import kernel_commands
 from .results import Row
+from .steps import step_commands
+from .steps.heads import HEADS, HeadShape
 from .tables import Column, megabytes, number, seconds, times
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -73,7 +75,7 @@ def speed(
     as_json: Json = False,
 ) -> None:
     """Time the whole loss, forward and backward, against eager and the bare products."""
-    from .speed import Job, measure, penalty_pairs
+    from .steps.speed import Job, measure, penalty_pairs
 
     device = _device()
     head = head or ("llama-3" if device == "cuda" else "smollm2")
@@ -124,7 +126,7 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Peak memory against the number of tokens, on the CPU: by hand and ours."""
-    from .memory import LONG, TOKENS, measure
+    from .memory.memory import LONG, TOKENS, measure
 
     # given N are the whole list: someone who asks for 64 tokens does not want 131,072 as well
     long_tokens = long or (() if tokens else (LONG,))
@@ -162,7 +164,7 @@ def attach(
     as_json: Json = False,
 ) -> None:
     """A training step of the built-in model: its own loss, attached, the reference's pass."""
-    from .attach_cost import measure
+    from .steps.attach_cost import measure
 
     device = _device()
     # not every CPU multiplies bfloat16, and one that does not takes minutes for a step
@@ -198,7 +200,7 @@ def growth(
     as_json: Json = False,
 ) -> None:
     """Growth of our time with N, V and D, and of our memory with N: a table and a figure."""
-    from .growth import SIZES, draw, measure
+    from .memory.growth import SIZES, draw, measure
 
     sizes = {k: tuple(s // 16 for s in v[:2]) for k, v in SIZES.items()} if small else SIZES
     rows = measure(sizes, rounds, _device())
@@ -233,7 +235,7 @@ def trainers(
     as_json: Json = False,
 ) -> None:
     """A LoRA run in a plain loop, Accelerate, Trainer and TRL: the same losses, step by step."""
-    from .trainers import TRAINERS, draw, measure
+    from .steps.trainers import TRAINERS, draw, measure
 
     rows = measure(steps)
     _keep(rows, save, results, "trainers")
@@ -266,7 +268,7 @@ def traffic(
     as_json: Json = False,
 ) -> None:
     """Count the bytes that the kernels ask for, per row, in Triton's interpreter."""
-    from .traffic import bound, interpret, measure
+    from .memory.traffic import bound, interpret, measure
 
     interpret()
     rows = measure(vocab, ids, tokens)
@@ -313,7 +315,7 @@ def compile_kernels(
     """Compile the kernels for GPUs that are not here: registers, spills, width of the loads."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
-    from . import compile_report as made
+    from .compiled import compile_report as made
     from .results import origin
 
     with tables.progress("compiling") as (started, advanced):

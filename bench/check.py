@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .providers import Provider, by_hand, missing
-from .timing import one_line
+from .steps.providers import Provider, by_hand, missing
+from .steps.timing import one_line
 
 ROWS = 256  # compared; several chunks of ours at V = 49,152 on a CPU
 

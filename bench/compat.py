@@ -15,8 +15,8 @@ from pathlib import Path
 from .results import FOLDER, Row, append_rows, origin
 
 PROTOCOL = (
-    "pytest -m 'not slow' on tests/integrations (without test_support.py), tests/test_cli.py and "
-    "the doctests of str_kernels"
+    "pytest -m 'not slow' on tests/integrations (without test_support.py), tests/cli/test_cli.py "
+    "and the doctests of str_kernels"
 )
 
 

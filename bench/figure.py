@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from str_kernels.atomic import replacing
 
-from .child import FLOOR
-from .providers import EAGER
+from .memory.child import FLOOR
+from .steps.providers import EAGER
 
 _OURS, _OTHERS, _NOTHING = "#1b6ca8", "#b8b8b8", "#e3c16f"
 _LONGEST = 2.5  # bars of time are cut at this many times eager, or one outlier hides the others

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 
 from str_kernels import SafetyPenalty, safety_cross_entropy
-from str_kernels.chunks import row_bytes, rows_per_chunk
 from str_kernels.loss_memory import measure_peak
+from str_kernels.op.chunks import row_bytes, rows_per_chunk
 
-from .heads import HeadShape
 from .inputs import WEIGHT
 from .results import FOLDER, Row, append_rows, device_name, origin
-from .speed import Job, measure
-from .timing import one_line, quartiles, rounds
+from .steps.heads import HeadShape
+from .steps.speed import Job, measure
+from .steps.timing import one_line, quartiles, rounds
 
 _IDS, _ROUNDS, _DEADLINE = 64, 15, 300.0
 _COMPILED = "torch.compile"

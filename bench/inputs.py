@@ -9,7 +9,7 @@ from torch import Tensor
 
 from str_kernels import project
 
-from .heads import HeadShape
+from .steps.heads import HeadShape
 
 WEIGHT = 0.1  # of the penalty
 _ROWS_PER_BLOCK = 256  # of the reference's log-probabilities: bounds their (rows, V) in float32

@@ -15,7 +15,7 @@ import torch
 
 from str_kernels.atomic import replacing
 
-from .providers import version_of
+from .steps.providers import version_of
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench.heads import HeadShape
 from bench.inputs import Inputs, draw_inputs
+from bench.steps.heads import HeadShape
 from str_kernels import (
     SafetyPenalty,
     project,
     safety_cross_entropy,
     safety_linear_cross_entropy,
 )
-from str_kernels.contracts import RowOptions
-from str_kernels.rows_torch import row_step_torch
+from str_kernels.op.contracts import RowOptions
+from str_kernels.op.rows.rows_torch import row_step_torch
 
 pytest.importorskip("pytest_benchmark", reason="`make bench` installs it")
 

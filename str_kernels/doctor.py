@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose_backend, missing_for
-from .functional import safety_linear_cross_entropy
 from .loss_memory import random_inputs
+from .op.backends import choose_backend, missing_for
+from .op.functional import safety_linear_cross_entropy
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "safetensors")
 # float32 sums of 96 products in another order, relative to the largest entry

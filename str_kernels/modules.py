@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .contracts import SafetyLoss, SafetyPenalty
-from .functional import safety_cross_entropy, safety_linear_cross_entropy
-from .safety_tokens import SafetyTokens
+from .op.contracts import SafetyLoss, SafetyPenalty
+from .op.functional import safety_cross_entropy, safety_linear_cross_entropy
+from .tokens.safety_tokens import SafetyTokens
 
 
 class _SafetyModule(nn.Module):

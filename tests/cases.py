@@ -18,7 +18,7 @@ from str_kernels import (
     safety_cross_entropy,
     safety_linear_cross_entropy,
 )
-from str_kernels.contracts import PenaltyKind
+from str_kernels.op.contracts import PenaltyKind
 
 SEED_VARIABLE = "STR_TEST_SEED"
 PENALTY_WEIGHT = 0.3

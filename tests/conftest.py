@@ -101,7 +101,7 @@ def only_where_clusters_run(request: pytest.FixtureRequest, device: torch.device
     asked = getattr(request.node, "callspec", None)
     values = [] if asked is None else asked.params.values()
     if "triton_cluster" in values or "cluster" in values:
-        from str_kernels.backends import missing_for
+        from str_kernels.op.backends import missing_for
 
         if missing := missing_for("triton_cluster", device, torch.float32):
             pytest.skip(missing)

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from cases import KINDS, SEED_VARIABLE, Case, Result, detached, generator_of, make_case, pairwise
 from ranks import counted_bytes, poisoned_memory
 
-from str_kernels import parallel, safety_linear_cross_entropy
-from str_kernels.functional import safety_log_probs
-from str_kernels.projection import project
+from str_kernels import safety_linear_cross_entropy
+from str_kernels.op import parallel
+from str_kernels.op.functional import safety_log_probs
+from str_kernels.op.projection import project
 
 VOCAB, ROWS, DIM, IDS, RANK = 131, 11, 24, 5, 3
 OF_HEAD = ("linear_weight", "linear_bias", "low_rank_b")

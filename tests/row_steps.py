@@ -8,8 +8,8 @@ import torch
 from cases import PENALTY_WEIGHT, Case, make_case
 from tolerance import FACTOR, FACTOR_TRUNCATED, Sizes, compare, interpreted, parts_of
 
-from str_kernels.contracts import RowOptions, RowStep, RowTerms
-from str_kernels.rows_torch import row_step_torch
+from str_kernels.op.contracts import RowOptions, RowStep, RowTerms
+from str_kernels.op.rows.rows_torch import row_step_torch
 
 EVERYTHING = {
     "transform": "scale+cap",

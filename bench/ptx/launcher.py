@@ -13,9 +13,10 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from str_kernels import backends, rows_triton
+from str_kernels.op import backends
+from str_kernels.op.rows import rows_triton
 
-from ..compiling import TARGETS, Launch, Specialized, specialize
+from ..compiled.compiling import TARGETS, Launch, Specialized, specialize
 from .arithmetic import Array
 from .lanes import Noise
 from .machine import Machine, Order
@@ -45,7 +46,7 @@ class Settings:
     """How launches are executed, and what became of them.
 
     Attributes:
-        target: a GPU, by its name in `bench.compiling.TARGETS`.
+        target: a GPU, by its name in `bench.compiled.compiling.TARGETS`.
         order: of the warps; see `machine`.
         seed: of a random order.
         noise: seed of the errors of approximate instructions, None for none.

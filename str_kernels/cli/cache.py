@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..cache_format import DTYPES, read_plan
-from ..checks import read_json_object
-from ..contracts import Backend, PenaltyKind
-from ..reference_cache import DATED, OF_A_DAY, CachedReference, read_timings, verify_cache
+from ..op.checks import read_json_object
+from ..op.contracts import Backend, PenaltyKind
+from ..reference_cache.format import DTYPES, read_plan
+from ..reference_cache.reader import DATED, OF_A_DAY, CachedReference, read_timings, verify_cache
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..contracts import Backend, PenaltyKind
+from ..op.contracts import Backend, PenaltyKind
 from .console import (
     JSON_OPTION,
     import_integration,

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..safety_tokens import SafetyTokens
-from ..token_comparison import compare_tokens
+from ..tokens.comparison import compare_tokens
+from ..tokens.safety_tokens import SafetyTokens
 from .console import JSON_OPTION, Command, import_integration, print_json, progress, readable_errors
 
 tokens = typer.Typer(help="Choose safety tokens, look at them, compare them.", no_args_is_help=True)

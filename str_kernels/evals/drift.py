@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..op.checks import check_tensor
 
 
 class DriftStatistics(NamedTuple):

@@ -13,7 +13,7 @@ from tiny_models import batch_of
 from torch import Tensor, nn
 
 from str_kernels import SafetyPenalty, attach
-from str_kernels.contracts import PenaltyKind
+from str_kernels.op.contracts import PenaltyKind
 
 BUSY = {"anchors": True, "micro_steps": 2}
 ALONE = {**BUSY, "positions": "none", "kind": "coarse_kl"}

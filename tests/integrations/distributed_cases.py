@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from str_kernels import SafetyPenalty, SafetyTokens, attach
-from str_kernels.integrations.anchors import AnchorPrompts, AnchorRow
+from str_kernels.integrations.anchors.prompts import AnchorPrompts, AnchorRow
 
 TOKENS = SafetyTokens(ids=[3, 40, 66, 130])  # on several ranks
 PENALTY = SafetyPenalty(weight=0.3)
@@ -196,7 +196,7 @@ def spread_since(seed: int) -> str:
     """Ask for the operands of a head that somebody spread after it was looked at."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    from str_kernels.integrations.heads import head_at
+    from str_kernels.integrations.models.heads import head_at
 
     head = head_at(base_model("llama", seed).lm_head)
     linear: Any = head.module

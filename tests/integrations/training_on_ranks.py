@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from test_trainer import Padding, Rows
 from tiny_models import fresh_lora, tiny_model
+from tiny_rows import Padding, Rows
 from transformers import TrainerCallback, TrainingArguments
 
 from str_kernels import SafetyPenalty, SafetyTokens
-from str_kernels.integrations.anchors import AnchorPrompts, AnchorRow
-from str_kernels.integrations.hf_trainer import SafetyTrainer
+from str_kernels.integrations.anchors.prompts import AnchorPrompts, AnchorRow
+from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
 
 GLOBAL_BATCH = 8
 

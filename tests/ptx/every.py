@@ -49,7 +49,7 @@ def portions(targets: Sequence[str]) -> Iterator[Portion]:
             name = f"codes {target} {n + 1}/{CODES}"
             yield Portion(name, ("tests/ptx/test_executed_codes.py",), env | more)
         yield Portion(f"mutants {target}", ("tests/ptx/test_executed_mutants.py",), env)
-    files = sorted((ROOT / "tests").glob("*.py"))
+    files = sorted((ROOT / "tests").rglob("*.py"))
     marked = [path for path in files if "mark.gpu" in path.read_text("utf-8")]
     for target in targets:
         for order, noise in WAYS[target]:
@@ -63,8 +63,9 @@ def portions(targets: Sequence[str]) -> Iterator[Portion]:
 def sources() -> str:
     """Identify all that a result depends on."""
     found = hashlib.sha256()
-    for start in ("str_kernels/", "bench/ptx/", "bench/compil", "tests/", "tests/ptx/"):
-        for path in sorted(ROOT.glob(f"{start}*.py")):
+    for pattern in ("str_kernels/op/**/*.py", "bench/ptx/*.py", "bench/compiled/*.py", "tests/*.py",
+                    "tests/kernels/*.py", "tests/ptx/*.py"):  # fmt: skip
+        for path in sorted(ROOT.glob(pattern)):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -9,11 +9,11 @@ import torch
 from cases import Case, make_case
 from row_steps import arguments, compare_gradient, compare_terms, scales
 
-from bench import compile_report
-from bench.compiling import TARGETS, Variant, launch_of, specialize
+from bench.compiled import compile_report
+from bench.compiled.compiling import TARGETS, Variant, launch_of, specialize
 from bench.ptx.launcher import Execution, Settings, executing
-from str_kernels.rows_torch import row_step_torch
-from str_kernels.rows_triton import row_step_triton
+from str_kernels.op.rows.rows_torch import row_step_torch
+from str_kernels.op.rows.rows_triton import row_step_triton
 
 TARGET = os.environ.get("STR_PTX", "")
 ROWS = 2  # of one launch: that a block stays in its own row shows with two

@@ -11,9 +11,9 @@ import pytest
 import torch
 from shipped import TARGET, codes, execute, portion_of
 
-from bench.compiling import Variant
+from bench.compiled.compiling import Variant
 from bench.ptx.launcher import Settings
-from str_kernels import rows_triton
+from str_kernels.op.rows import rows_triton
 
 EVERY = os.environ.get("STR_PTX_CODES") == "every"
 CODES = portion_of(list(codes(TARGET, EVERY).items()))

@@ -14,11 +14,11 @@ import torch
 from shipped import TARGET, execute
 from test_mutants import load
 
-from bench.compiling import Variant
+from bench.compiled.compiling import Variant
 from bench.ptx.launcher import DataRace, Settings, executing
 from bench.ptx.memory import Fault
-from str_kernels import row_kernel, rows_triton
-from str_kernels.contracts import RowOptions
+from str_kernels.op.contracts import RowOptions
+from str_kernels.op.rows import row_kernel, rows_triton
 
 EVERY = os.environ.get("STR_PTX_CODES") == "every"
 HELD = Variant("linear", "float32", 5008, 20, "mse", False, TARGET)

@@ -16,8 +16,8 @@ def test_portions_are_all_codes_mutants_and_marked_files() -> None:
         assert codes == {f"{n}/{every.CODES}" for n in range(every.CODES)}
         assert f"mutants {target}" in names
         files = {p.arguments[0] for p in mine if p.name.startswith("gpu")}
-        assert {"tests/test_triton.py", "tests/test_ops.py"} <= files
-        assert "tests/test_bench.py" not in files
+        assert {"tests/kernels/test_triton.py", "tests/kernels/test_ops.py"} <= files
+        assert "tests/bench/test_bench.py" not in files
 
 
 def test_what_has_passed_is_not_run_again(tmp_path, monkeypatch, capsys) -> None:

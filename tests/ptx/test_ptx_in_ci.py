@@ -31,7 +31,7 @@ class Portion(NamedTuple):
 
 
 CODES, MUTANTS = "tests/ptx/test_executed_codes.py", "tests/ptx/test_executed_mutants.py"
-KERNEL = ("tests/test_triton.py", "-m", "gpu", "-k")
+KERNEL = ("tests/kernels/test_triton.py", "-m", "gpu", "-k")
 PORTIONS = [
     Portion("sm_90", (CODES,), 40),
     Portion("sm_90", (MUTANTS,), 18),
@@ -40,7 +40,9 @@ PORTIONS = [
     # some of the tests marked gpu, as `make gpu` runs them
     Portion("sm_100", (*KERNEL, "every_kind and (held or streamed)"), 28, noise="7"),
     Portion("sm_90", (*KERNEL, "nothing_outside or far_apart or padding"), 15, order="random"),
-    Portion("sm_80", ("tests/test_penalty_kinds.py", "-k", "triton and one_id"), 14, noise="-1"),
+    Portion(
+        "sm_80", ("tests/kernels/test_penalty_kinds.py", "-k", "triton and one_id"), 14, noise="-1"
+    ),
 ]
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="an optional dependency outside Linux")
 from bench.ptx.launcher import View, executing
 from bench.ptx.memory import Fault
 from bench.ptx.program import Unsupported
-from str_kernels import backends, rows_triton
+from str_kernels.op import backends
+from str_kernels.op.rows import rows_triton
 
 
 def reaches(view: View, name: str, element: int, size: int = 4) -> bool:

@@ -1,0 +1,372 @@
+"""attach(): a Hugging Face causal LM trains with the safety loss, and nothing else changes."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...op.checks import check_backend
+from ...op.contracts import SafetyLoss, SafetyPenalty
+from ...tokens.safety_tokens import SafetyTokens
+from ..anchors.passes import AnchorPass
+from ..anchors.prompts import AnchorPrompts
+from ..models.adapters import (
+    base_of,
+    check_adapters,
+    check_start,
+    check_student,
+    has_adapters,
+    is_prompt_learning,
+)
+from ..models.loss_paths import LossPath, PathName, check_path, make_path
+from ..models.positions import Positions, check_positions, default_penalty
+from ..models.probe import check_own_forward
+from ..models.references import (
+    AdaptersAtStart,
+    AdaptersOff,
+    FrozenModel,
+    PromptOff,
+    Reference,
+    ReferenceFunction,
+    Shortened,
+    read_safety_logits,
+)
+from ..models.sharded_weights import check_not_sharded
+from ..reference_cache.reading import given_reference
+from .forward import FusedOutput, SafetyForward
+
+
+def attach(
+    model: nn.Module,
+    safety_tokens: SafetyTokens,
+    *,
+    penalty: SafetyPenalty | None = None,
+    ref_model: nn.Module | None = None,
+    reference: ReferenceFunction | Literal["start"] | None = None,
+    positions: Positions = "none",
+    anchors: AnchorPrompts | Literal["default"] | None = None,
+    tokenizer: Any = None,
+    ref_every: int = 1,
+    ref_tokens: int | None = None,
+    path: PathName = "linear",
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> SafetyHandle:
+    """Make `model(..., labels=...)` return the safety loss while training.
+
+    In training mode with labels the model's forward computes
+
+        loss = ce / num_items + weight * mean penalty at the anchors   (+ its own auxiliary loss)
+
+    from the hidden states, a chunk of rows at a time. The anchors are prompts without answers, read
+    in a short pass of their own, once by the frozen model and a few of them in each step by this
+    one; the training rows have no penalty and no reference pass. With `positions="response"`, the
+    paper's form, it is
+
+        loss = (ce + weight * penalty) / num_items
+
+    with reference logits of each batch from one more pass without gradient. num_items is
+    `num_items_in_batch` where the caller passes it (Trainer does) and else the number of labels in
+    the batch, so gradient accumulation equals one large batch. Without labels, in eval mode and in
+    generate() the model is unchanged.
+
+    Args:
+        model: a Hugging Face causal LM, or a PeftModel around one. Attach before it is wrapped
+            by DDP, FSDP or torch.compile.
+        safety_tokens: the ids to hold; their vocabulary must be the model's.
+        penalty: kind and weight. When None, "coarse_kl" at anchors alone, and on rows the
+            paper's form, "mse"; either with 0.1. Its id_weights, when None, are those of
+            `safety_tokens`.
+        ref_model: the frozen aligned model, on any device. None takes `model` with its adapters
+            off, which costs no memory and needs adapters on frozen base weights.
+        reference: instead of a model, a function from the safety ids (K,) and the batch without
+            labels to the frozen model's logits on them, (B, T, K); log-probabilities for penalty
+            kinds "logprob" and "coarse_kl". Or "start": the model with its adapters as they are
+            now, kept as a second adapter, for adapters that were trained before.
+        positions: where the penalty is taken on the training rows: "none", "response" (every label,
+            the paper's form), "all" (every position whose next token is not padding) or the first m
+            labels of each response.
+        anchors: prompts without answers at which the model is held, a few of them in each step;
+            see AnchorPrompts. "default" is the 132 that come with the package, 2 harmful and 2
+            harmless ones a step, and what None means with `positions="none"`.
+        tokenizer: of the model, with a chat template; needed for the default anchors alone.
+        ref_every: the reference's pass is made, and the penalty taken, in every n-th training
+            forward (a micro-step) only, where it counts n times. Anchors are held in each all the
+            same.
+        ref_tokens: the reference reads so many of the batch's first columns and no more; nothing
+            is compared after them. For rows padded on the right, each by itself: of packed rows
+            the later ones would have no penalty, which raises where `cu_seq_lens_*`, or
+            `position_ids` on a CPU, show them.
+        path: "linear" reads the head's weight and never makes the full logits; "logits" takes
+            the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
+            or DoRA), and keeps them all in memory. docs/support.md says which model needs which.
+        chunk_bytes: memory for one chunk's logits, bytes; None picks a size for the device.
+        backend: as in `safety_linear_cross_entropy`.
+
+    Returns:
+        A handle: `.last` has the terms of the last step, `.weight` can be set between steps,
+        `.remove()` puts the model back; also a context manager.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the model cannot be attached to exactly; the message says why and what to use.
+
+    Notes:
+        On the linear path the output's `logits` are None in training, since they are never made.
+        In 16 bits the logits path sees drifts no smaller than a step of the logits, 0.125 at 20.
+        A cache with labels is refused: its keys are not the reference's. That the reference still
+        is one is checked in each step.
+        nn.DataParallel, which Trainer falls back to with several GPUs and no launcher, does not
+        work: use torchrun. Under torch.compile the model's layers are compiled, the loss is an op
+        of its own.
+
+    References:
+        Bach and Tran 2026, arXiv:2604.17210.
+
+    Examples:
+        >>> handle = attach(model, SafetyTokens.from_templates(tokenizer))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> handle.remove()  # doctest: +SKIP
+    """
+    if not isinstance(safety_tokens, SafetyTokens):
+        raise TypeError(f"`safety_tokens` must be SafetyTokens; got {type(safety_tokens).__name__}")
+    check_positions(positions)
+    penalty = safety_tokens.weigh(default_penalty(positions) if penalty is None else penalty)
+    _check_schedule(model, positions, ref_every, ref_tokens, reference)
+    if is_prompt_learning(model) and (anchors is not None or positions == "none"):
+        raise ValueError(
+            "`anchors` must be None and `positions` not 'none' for prompt learning: anchors would "
+            "reach the model without its virtual tokens. Pass positions='response'"
+        )
+    anchors = _given_anchors(anchors, positions, tokenizer)
+    check_backend(backend)
+    check_path(path)
+    inner = base_of(model)
+    if isinstance(vars(inner).get("forward"), SafetyForward):
+        raise ValueError(
+            "`model` must not be attached twice; call remove() on the first handle. (A deepcopy of "
+            "an attached model is attached, for good: copy it before.)"
+        )
+    check_student(model)
+    check_not_sharded("model", model)
+    check_own_forward(inner)
+    if reference == "start":
+        check_start(model)
+    elif reference is None and ref_model is None and has_adapters(model):
+        check_adapters(model)
+    elif is_prompt_learning(model):
+        raise ValueError(
+            "`ref_model` and `reference` must be None for prompt learning: they would be given the "
+            "virtual tokens too. Without them the reference is the model without the tokens."
+        )
+    student = make_path(inner, path, chunk_bytes, backend)
+    _check_vocabulary("model", student.vocab_size, safety_tokens)
+    frozen: Reference
+    if reference == "start":
+        if ref_model is not None:
+            raise ValueError("`ref_model` must be None beside reference='start'; got a model")
+        frozen = AdaptersAtStart(model, inner, inner.forward, student)
+    elif reference is not None:
+        if ref_model is not None or not callable(reference):
+            raise ValueError(
+                "`reference` must be a function or 'start', and given without `ref_model`; got "
+                f"{reference!r:.60}, ref_model {type(ref_model).__name__}"
+            )
+        frozen = given_reference(reference, model, safety_tokens, penalty.kind)
+    elif ref_model is not None:
+        frozen = _second_model(inner, ref_model, safety_tokens, path, chunk_bytes, backend)
+    elif has_adapters(model):
+        off = PromptOff if is_prompt_learning(model) else AdaptersOff
+        frozen = off(model, inner, inner.forward, student)
+    else:
+        raise ValueError(
+            "`ref_model` must be given for a model without adapters: the frozen aligned model to "
+            "compare with (a copy made before training); got None"
+        )
+    if isinstance(frozen, (AdaptersOff, FrozenModel)):
+        _warn_if_moved(inner, frozen, student)
+    in_rows = frozen if ref_tokens is None else Shortened(frozen, ref_tokens)
+    forward = SafetyForward(inner, student, in_rows, safety_tokens, penalty, positions)
+    forward.ref_every = ref_every
+    if anchors is not None:
+        forward.anchor_pass = AnchorPass(anchors, inner, student, frozen)
+    return SafetyHandle(model, inner, forward)
+
+
+def _second_model(
+    inner: nn.Module, ref_model: nn.Module, safety_tokens: SafetyTokens, *path: Any
+) -> FrozenModel:
+    """Look at a frozen second model as the reference."""
+    ref_inner = base_of(ref_model)
+    if ref_inner is inner:
+        raise ValueError("`ref_model` must be another model than `model`; got the same one")
+    if is_prompt_learning(ref_model):
+        raise ValueError(
+            "`ref_model` must not have virtual tokens in front of its input; got a PeftModel with "
+            "prompt learning. Pass a function that calls it as `reference`."
+        )
+    check_not_sharded("ref_model", ref_model)
+    ref_path = make_path(ref_inner, *path)
+    _check_vocabulary("ref_model", ref_path.vocab_size, safety_tokens)
+    return FrozenModel(ref_inner, ref_path, inner)
+
+
+class SafetyHandle:
+    """What `attach` returns: the last terms, the weight, and the way back."""
+
+    def __init__(self, model: nn.Module, inner: nn.Module, forward: SafetyForward) -> None:
+        self._inner = inner
+        self._forward = forward
+        self._previous = vars(inner).get("forward")  # set by somebody before us, or None
+        inner.forward = forward
+        # of the PeftModel: until PEFT 0.19 it calls inner.forward and no hook of inner
+        self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
+        forward.path.open()
+        forward.reference.open()
+        if forward.anchor_pass is not None:
+            forward.anchor_pass.open()
+        forward.gradients.open()
+
+    @property
+    def last(self) -> SafetyLoss | None:
+        """The detached terms of the last training forward; None before the first.
+
+        A micro-step's, where gradients are accumulated, and without the anchors' part.
+        """
+        return self._forward.last
+
+    @property
+    def weight(self) -> float | Tensor:
+        """The penalty's weight; setting it takes effect at the next step."""
+        return self._forward.penalty.weight
+
+    @weight.setter
+    def weight(self, weight: float | Tensor) -> None:
+        self._forward.penalty = self._forward.penalty.with_weight(weight)
+
+    @property
+    def last_anchors(self) -> SafetyLoss | None:
+        """The detached terms of the anchors in it, their weight among the rows included."""
+        return None if self._forward.anchor_pass is None else self._forward.anchor_pass.last
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, which says whose turn it is among the anchors.
+
+        Counted by itself: a forward after an optimizer's step, or after a write to the trained
+        weights, is in the next one. Setting it, as SafetyTrainer does for the sake of resumed
+        runs, puts that in your hands.
+        """
+        return 0 if self._forward.anchor_pass is None else self._forward.anchor_pass.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if self._forward.anchor_pass is not None:
+            self._forward.anchor_pass.set_step(step)
+
+    def for_trl(self, output: FusedOutput, num_items: Any) -> None:
+        """Answer TRL's fused_lm_head calls by `output`, with this divisor in the next forward."""
+        self._forward.fused_output = output
+        self._forward.num_items = num_items
+
+    def remove(self) -> None:
+        """Put the model's own forward back. A second call does nothing."""
+        self._watch.remove()
+        self._forward.active = False  # for those who wrapped it meanwhile, as accelerate does
+        self._forward.path.close()
+        self._forward.reference.close()
+        if self._forward.anchor_pass is not None:
+            self._forward.anchor_pass.close()
+        self._forward.gradients.close()
+        if vars(self._inner).get("forward") is not self._forward:
+            return
+        if self._previous is None:
+            del self._inner.forward
+        else:
+            self._inner.forward = self._previous
+
+    def __enter__(self) -> SafetyHandle:
+        if not self._forward.active:
+            raise RuntimeError("this handle was removed; call attach() again")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -> None:
+    largest = int(safety_tokens.ids.max()) if len(safety_tokens) else -1
+    if largest >= vocab_size:
+        raise ValueError(
+            f"`safety_tokens` must lie inside the vocabulary of `{name}`, {vocab_size} "
+            f"tokens; got id {largest}"
+        )
+
+
+def _given_anchors(anchors: Any, positions: Positions, tokenizer: Any) -> AnchorPrompts | None:
+    """Return the anchors that are held: the package's where some must be and none are named."""
+    if anchors is None and positions != "none":
+        return None
+    if isinstance(anchors, AnchorPrompts):
+        return anchors
+    if anchors not in (None, "default"):
+        raise TypeError(
+            f"`anchors` must be AnchorPrompts or 'default'; got {anchors!r:.60}: read a file by "
+            "AnchorPrompts.from_prompts(tokenizer, file)"
+        )
+    if tokenizer is None:
+        raise ValueError(
+            "`tokenizer` must be given (a trainer's `processing_class`) for the package's anchors, "
+            "where the penalty stands by default; or pass `anchors`, or neither and "
+            "positions='response', the paper's form"
+        )
+    return AnchorPrompts.default(tokenizer)
+
+
+def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> None:
+    """Say so where the model is not its reference already before the first step."""
+    device = next(inner.parameters()).device
+    batch = {"input_ids": torch.arange(1, 9, device=device).unsqueeze(0)}
+    ids = torch.arange(min(8, student.vocab_size), device=student.device or device)
+    student.open()
+    frozen.open()
+    try:
+        before = frozen(ids, batch, False)
+        now = read_safety_logits(inner, inner.forward, student, ids, batch).to(before.device)
+    finally:
+        student.close()
+        frozen.close()
+    size = before.float().abs().max().clamp(min=1.0)
+    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)  # a copy's other kernels
+    if bool((now.float() - before.float()).abs().max() > eps * size):
+        warnings.warn(
+            "`model` differs from its reference already: it is held to what it was without its "
+            "adapters (or to `ref_model`), and not to what it is now. For adapters that were "
+            "trained before pass reference='start'",
+            stacklevel=3,
+        )
+
+
+def _check_schedule(
+    model: nn.Module, positions: Positions, ref_every: object, ref_tokens: object, given: object
+) -> None:
+    if positions == "none" and (ref_every, ref_tokens) != (1, None):
+        raise ValueError(
+            "`ref_every` and `ref_tokens` must be left out with positions='none', where the "
+            f"reference does not read the rows; got {ref_every!r} and {ref_tokens!r}"
+        )
+    for name, value in (("ref_every", ref_every), ("ref_tokens", ref_tokens)):
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not number and (name, value) != ("ref_tokens", None):
+            raise ValueError(f"`{name}` must be an int >= 1; got {value!r}")
+    if ref_tokens is not None and (given is not None or is_prompt_learning(model)):
+        raise ValueError("`ref_tokens` must be None for prompt learning or beside `reference`")

@@ -1,0 +1,216 @@
+"""Greedy answers to many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...evals.thoughts import has_marks, opened_thought, without_thought
+from ..models.adapters import base_of
+from ..models.probe import contiguous_head_input, evaluation_mode
+from .rendering import render_prompts
+
+ENOUGH_TOKENS = 24  # of an answer, to tell a refusal that opens politely
+
+
+class Answer(NamedTuple):
+    """What a model answered.
+
+    Attributes:
+        text: without special tokens and without the thought before it; the thought, with its
+            mark, where there is no more.
+        unfinished: it was cut inside a thought, or so soon after one that no refusal shows yet
+            need not mean that none was coming.
+    """
+
+    text: str
+    unfinished: bool
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Answer each prompt as one chat turn, greedily.
+
+    Args:
+        model: as for `answer_ids`, and so is the rest.
+        tokenizer: with a chat template.
+        prompts: the questions.
+        max_new_tokens: answers are cut there, tokens.
+        batch_size: prompts at a time.
+        progress: called with the number of prompts just answered.
+
+    Returns:
+        The answers without special tokens and without the thought before them, one per prompt;
+        one that ended inside its thought is that thought, with its mark.
+    """
+    return answer_texts(
+        model,
+        tokenizer,
+        render_prompts(tokenizer, prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def answer_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return [a.text for a in answers_to(model, tokenizer, texts, progress=progress, **options)]
+
+
+def answers_to(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Continue texts as `answer_texts` does, and tell which answers say too little to judge."""
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    ids = continuations(model, tokenizer, texts, progress=progress, **options)
+    return [
+        _read(tokenizer, text, answer, cut=len(answer) == max_new_tokens)
+        for text, answer in zip(texts, ids, strict=True)
+    ]
+
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> str:
+    """Return the beginning of a text, so many tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False)[:count]
+    return str(tokenizer.decode(ids))
+
+
+def _read(tokenizer: Any, prompt: str, ids: list[int], *, cut: bool) -> Answer:
+    """Return an answer as text, without the thought before it, unless that is all there is.
+
+    Marks of thoughts may be special tokens, so they are looked for before those are removed.
+    """
+    whole = opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=False))
+    if not has_marks(whole):
+        return Answer(str(tokenizer.decode(ids, skip_special_tokens=True)), unfinished=False)
+    answer = without_thought(whole)
+    if answer is None:
+        return Answer(whole, unfinished=True)
+    told = len(tokenizer.encode(answer, add_special_tokens=False))
+    unfinished = cut and told < ENOUGH_TOKENS and len(answer) < len(whole)
+    for token in tokenizer.all_special_tokens:
+        answer = answer.replace(token, "")
+    return Answer(answer, unfinished)
+
+
+def answer_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Answer each prompt as one chat turn, greedily, in ids.
+
+    Prompts are batched by length, so that little is padded; the answers come back in order.
+
+    Args:
+        model: a causal LM; its training mode is put back.
+        tokenizer: with a chat template.
+        prompts: the questions.
+        max_new_tokens: answers are cut there, tokens.
+        batch_size: prompts at a time.
+        progress: called with the number of prompts just answered.
+
+    Returns:
+        The answers' ids, one list per prompt, up to the token that ends it and without that.
+    """
+    texts = render_prompts(tokenizer, prompts)
+    options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return continuations(model, tokenizer, texts, progress=progress, **options)
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Return the ids that end an answer: those of the model's generate(), and the tokenizer's.
+
+    A base model's config beside an instruct tokenizer does not have the end of a turn.
+    """
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {end for end in (*listed, tokenizer.eos_token_id) if end is not None}
+
+
+def continue_greedily(
+    model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int
+) -> tuple[Any, Tensor]:
+    """Continue one batch of rendered texts.
+
+    Args:
+        model: a causal LM; its training mode is put back.
+        tokenizer: of the model.
+        texts: with all the special tokens they need.
+        max_new_tokens: continuations are cut there, tokens.
+
+    Returns:
+        The batch as the model got it, padded on the left, and the new ids (B, at most
+        max_new_tokens), padded on the right.
+    """
+    batch = tokenizer(
+        list(texts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    ).to(model.device)
+    head_is_fast = contiguous_head_input(base_of(model))
+    with torch.inference_mode(), evaluation_mode(model), head_is_fast:
+        generated = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(end_ids(model, tokenizer)) or None,
+        )
+    return batch, generated[:, batch["input_ids"].shape[1] :]
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Continue texts, those of like length together; an answer's end is left out."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    answers: list[list[int]] = [[] for _ in texts]
+    ends = end_ids(model, tokenizer)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        _, new = continue_greedily(model, tokenizer, [texts[i] for i in part], max_new_tokens)
+        for i, ids in zip(part, new.tolist(), strict=True):
+            end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+            answers[i] = ids[:end]
+        if progress is not None:
+            progress(len(part))
+    return answers

@@ -1,0 +1,331 @@
+"""What the demo is made of: the plan, the lesson, the questions, the stages on disk.
+
+Each stage's result is written when it is done, under a key of everything that determines it; a
+killed run goes on where it stopped. The stages are removed when the report is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ... import __version__
+from ...atomic import replacing_folder, write_json
+from ...evals.prompt_sets import data_digest
+from ...evals.refusals import RefusalCounts, evaluate_refusals, load_prompts
+from ...loss_memory import cpu_dtype
+from ...op.contracts import SafetyPenalty
+from ...tokens.safety_tokens import SafetyTokens
+from ..anchors.prompts import AnchorPrompts
+from ..chat.generation import answer_prompts
+from ..chat.rows import Example, encode_examples
+from ..evaluation.measures import combine_drift, drift_by_position, held_out_loss
+from ..loading.builtin_model import builtin_model_folder
+from ..models.adapters import is_peft_model
+from ..models.positions import Positions, default_penalty
+from .data import is_right, lesson, sums
+from .report import share
+from .training import TrainingOptions, train_lora
+
+ANSWER_TOKENS = 32  # of an answer to a probe, to tell a refusal; no answer is ever stored
+MAX_LENGTH = 256
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How much the demo does; step counts are fixed, never set by the clock.
+
+    Attributes:
+        lesson_steps: optimizer steps of the lesson in refusing.
+        lesson_rows: harmful and benign rows of one such step.
+        task_steps: optimizer steps of each fine-tuning.
+        task_rows: rows of one such step.
+        learning_rate: of both.
+        probes: held-out probes of each class.
+        task_probes: held-out sums.
+        answer_tokens: length of the model's own answers to the lesson's benign prompts.
+        memory_tokens: length at which loss memory is measured.
+        seed: of everything drawn.
+    """
+
+    lesson_steps: int = 60
+    lesson_rows: tuple[int, int] = (6, 6)
+    task_steps: int = 40
+    task_rows: int = 8
+    learning_rate: float = 5e-4
+    probes: int = 104
+    task_probes: int = 100
+    answer_tokens: int = 24
+    memory_tokens: int = 2048
+    seed: int = 0
+
+
+FULL = DemoPlan()
+QUICK = DemoPlan(
+    lesson_steps=2,
+    lesson_rows=(2, 2),
+    task_steps=2,
+    task_rows=2,
+    probes=4,
+    task_probes=4,
+    answer_tokens=4,
+    memory_tokens=64,
+)
+
+Watcher = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The held-out questions that every model is asked."""
+
+    harmful: list[str]
+    benign: list[str]
+    task: list[Example]
+
+    @classmethod
+    def load(cls, plan: DemoPlan, trained: list[Example]) -> Probes:
+        """Take as many as the plan says; no sum is one of `trained`, whatever opens its answer."""
+        harmful, benign = (
+            [row.prompt for row in load_prompts(name)[: plan.probes]]
+            for name in ("harmful_probes", "benign_probes")
+        )
+        return cls(harmful, benign, sums(plan.task_probes, plan.seed + 1, exclude=trained))
+
+
+class DemoRun:
+    """The taught model, its questions, and fine-tunings of it.
+
+    Attributes:
+        plan: how much to do.
+        tokens: the safety tokens, and control: as many random ones.
+        sums: the rows of the task.
+        stages: results on disk.
+    """
+
+    def __init__(self, output: Path, plan: DemoPlan, watch: Watcher | None) -> None:
+        self.plan = plan
+        self.watch: Watcher = watch or (lambda stage, done, total: None)
+        source = builtin_model_folder(progress=lambda text: self.watch(text, 0, 1))
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.stages = Stages(output / "stages", plan)
+        self.tokens = SafetyTokens.from_templates(self.tokenizer)
+        count = len(self.tokens)
+        self.control = SafetyTokens.random(
+            self.tokenizer, count, seed=plan.seed, exclude=self.tokens
+        )
+        self.sums = sums(plan.task_steps * plan.task_rows, plan.seed)
+        self.probes = Probes.load(plan, self.sums)
+        self._taught = self.stages.folder(
+            "taught", lambda folder: teach(source, self.tokenizer, folder, plan, self.watch)
+        )
+
+    def base(self) -> dict[str, Any]:
+        """Return what the taught model is measured by."""
+        found = self.stages.result("base", lambda: self._evaluate(load(self._taught), "base"))
+        return {"name": "taught base", "log": [], **found}
+
+    def fine_tune(
+        self,
+        name: str,
+        held: SafetyTokens,
+        positions: Positions,
+    ) -> dict[str, Any]:
+        """Return the log and the measures of one fine-tuning of the taught model on the sums.
+
+        Args:
+            name: of the run.
+            held: the ids of the penalty; none for cross-entropy alone. The drift is always that
+                of the safety tokens.
+            positions: of the penalty on the rows, as in `attach`; its kind and weight are the
+                default ones of these positions.
+        """
+        found = self.stages.result(
+            name.replace(" ", "-"), lambda: self._fine_tune(name, held, positions)
+        )
+        return {"name": name, **found}
+
+    def _fine_tune(self, name: str, held: SafetyTokens, positions: Positions) -> dict[str, Any]:
+        steps = self.plan.task_steps
+        options = TrainingOptions(
+            steps=steps,
+            batch_size=self.plan.task_rows,
+            learning_rate=self.plan.learning_rate,
+            seed=self.plan.seed,
+            positions=positions,
+        )
+        anchors = None
+        if positions == "none":
+            anchors = AnchorPrompts.default(self.tokenizer, seed=self.plan.seed)
+        start = time.perf_counter()
+        model, log = train_lora(
+            load(self._taught),
+            self.tokenizer,
+            encode_examples(self.tokenizer, self.sums, MAX_LENGTH),
+            held,
+            default_penalty(positions),
+            options,
+            anchors=anchors,
+            on_step=lambda step: self.watch(f"fine-tune: {name}", step, steps),
+        )
+        seconds = (time.perf_counter() - start) / steps
+        return {"log": log, "seconds_per_step": seconds, **self._evaluate(model, name)}
+
+    def _evaluate(self, model: Any, name: str) -> dict[str, Any]:
+        return evaluate(model, self.tokenizer, self.tokens, self.probes, name, self.watch)
+
+    def about(self) -> dict[str, Any]:
+        """Return what a report says before its results."""
+        return {
+            "schema_version": 1,
+            "version": __version__,
+            "torch": torch.__version__,
+            "plan": asdict(self.plan),
+            "safety_tokens": {"count": len(self.tokens), "source": self.tokens.source},
+            "random_tokens": {"count": len(self.control), "source": self.control.source},
+        }
+
+
+def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Watcher) -> None:
+    """Make the aligned model: LoRA on refusals and on the model's own benign answers, merged."""
+    model = load(source)
+    harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
+    harmful, benign = (
+        prompts[: plan.lesson_steps * rows]
+        for prompts, rows in zip((harmful, benign), plan.lesson_rows, strict=True)
+    )
+    answers = answer_prompts(
+        model,
+        tokenizer,
+        [row.prompt for row in benign],
+        max_new_tokens=plan.answer_tokens,
+        progress=_counter(watch, "the model's own answers to benign prompts", len(benign)),
+    )
+    examples = lesson(harmful, benign, answers, plan.lesson_steps, plan.lesson_rows, plan.seed)
+    options = TrainingOptions(
+        steps=plan.lesson_steps,
+        batch_size=sum(plan.lesson_rows),
+        learning_rate=plan.learning_rate,
+        lora_rank=16,
+        seed=plan.seed,
+        positions="response",
+    )
+    taught, _ = train_lora(
+        model,
+        tokenizer,
+        encode_examples(tokenizer, examples, MAX_LENGTH),
+        SafetyTokens(ids=[]),  # nothing to hold yet
+        SafetyPenalty(0.0),
+        options,
+        on_step=lambda step: watch("teach it to refuse", step, plan.lesson_steps),
+    )
+    taught.merge_and_unload().save_pretrained(folder)
+
+
+def evaluate(
+    model: Any, tokenizer: Any, tokens: SafetyTokens, probes: Probes, name: str, watch: Watcher
+) -> dict[str, Any]:
+    """Ask a model everything that the report compares."""
+    total = len(probes.harmful) + len(probes.benign) + len(probes.task)
+    progress = _counter(watch, f"evaluate: {name}", total)
+
+    def answer(prompts: Any) -> list[str]:
+        return answer_prompts(
+            model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, progress=progress
+        )
+
+    questions = [(example.messages or ())[0]["content"] for example in probes.task]
+    right = [
+        is_right(example, text)
+        for example, text in zip(probes.task, answer(questions), strict=True)
+    ]
+    encoded = encode_examples(tokenizer, probes.task, MAX_LENGTH)
+    return {
+        "harmful": _counts(evaluate_refusals(answer, probes.harmful, batch_size=128)),
+        "benign": _counts(evaluate_refusals(answer, probes.benign, batch_size=128)),
+        "accuracy": share(sum(right), len(right)),
+        "task_loss": held_out_loss(model, tokenizer, encoded),
+        "drift": _drift_at_answer_start(model, tokenizer, tokens, probes.harmful),
+    }
+
+
+def _drift_at_answer_start(
+    model: Any, tokenizer: Any, tokens: SafetyTokens, prompts: list[str]
+) -> dict[str, float] | None:
+    """Return the drift where an answer begins; None for a model without adapters, unmoved."""
+    if not is_peft_model(model):
+        return None
+    found = combine_drift(
+        [
+            drift_by_position(model, tokenizer, tokens, prompts[start : start + _BATCH], 1)
+            for start in range(0, len(prompts), _BATCH)
+        ]
+    )
+    return {"rms": found[0].rms, "mean_abs": found[0].mean_abs, "max_abs": found[0].max_abs}
+
+
+def _counts(counts: RefusalCounts) -> dict[str, Any]:
+    return {
+        "refusal": counts.refusal,
+        "other": counts.other,
+        "degenerate": counts.degenerate,
+        "total": counts.total,
+        "interval": list(counts.interval),
+        "outcomes": list(counts.outcomes),
+    }
+
+
+def load(folder: Path) -> Any:
+    """Load the model of a folder in the dtype that this CPU is fast in."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=cpu_dtype(), use_safetensors=True)
+
+
+def _counter(watch: Watcher, stage: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        watch(stage, done, total)
+
+    return advance
+
+
+class Stages:
+    """Results of finished stages on disk, under a key of plan, version and the package's data."""
+
+    def __init__(self, root: Path, plan: DemoPlan) -> None:
+        key = json.dumps([__version__, torch.__version__, str(cpu_dtype()), asdict(plan)])
+        digest = hashlib.sha256(key.encode() + data_digest())
+        self.root = root
+        self.folder_of_plan = root / digest.hexdigest()[:16]
+        self.folder_of_plan.mkdir(parents=True, exist_ok=True)
+
+    def result(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return a finished stage's JSON, or make it."""
+        path = self.folder_of_plan / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def folder(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Return a finished stage's folder, or make it."""
+        path = self.folder_of_plan / name
+        if not path.exists():
+            with replacing_folder(path) as new:
+                make(new)
+        return path
+
+    def remove(self) -> None:
+        """Delete all stages: the report has what they found."""
+        shutil.rmtree(self.root, ignore_errors=True)

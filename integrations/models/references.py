@@ -1,0 +1,319 @@
+"""Where the reference's safety logits come from: adapters off, a second model, or a callable.
+
+The two models run in eval mode and without gradient, and are met where the student is (see
+loss_paths): on the path of the hidden states the reference never holds logits of all tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from .adapters import (
+    AT_START,
+    adapter_at_start,
+    adapters_off,
+    check_adapters,
+    check_start,
+    check_student,
+    keep_start,
+)
+from .loss_paths import LossPath
+from .probe import evaluation_mode, not_compiled, runs_the_model
+
+ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
+"""From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
+
+Logits, or for penalty kinds "logprob" and "coarse_kl" log-probabilities. Called without gradient.
+"""
+
+
+class Reference(ABC):
+    """Anything that says what the frozen model thinks of the safety ids in a batch."""
+
+    @abstractmethod
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        """Return (B, T, K), logits or log-probabilities."""
+
+    has_fewer_positions = False
+    """Whether the student has virtual tokens in front that this reference has not."""
+
+    reads_tokens: int | None = None
+    """How many columns of a batch it reads; None for all."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise where it is no reference any more; at each step, asked or not."""
+
+    def skip(self, batch: dict[str, Any]) -> None:  # noqa: B027 - most need nothing
+        """Take out of a batch what was meant for this, whether it was asked or not."""
+
+    def open(self) -> None:  # noqa: B027
+        """Put in place what has to be there while the student is attached."""
+
+    def close(self) -> None:  # noqa: B027
+        """Undo it."""
+
+
+@runs_the_model
+def read_safety_logits(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    path: LossPath,
+    ids: Tensor,
+    batch: dict[str, Any],
+    log_probs: bool = False,
+) -> Tensor:  # (B, T, K)
+    """Run `forward` without gradient in eval mode and read the safety logits off it.
+
+    The batch is left as it is. `use_cache=False` would save the cache that is made and thrown away,
+    but transformers takes position_ids that start again for packed rows only without a cache, and
+    the reference must see the rows as the student does.
+    """
+    with torch.no_grad(), evaluation_mode(model):
+        _, states = path.run(forward, {**batch, "return_dict": True})
+        return path.safety_logits(states, ids, log_probs)
+
+
+def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Return where a tensor's memory begins; None where it has none (meta, a shard put away)."""
+    if hasattr(tensor, "placements"):  # a DTensor
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
+    start = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return (tensor.device, start) if start else None
+
+
+class AdaptersOff(Reference):
+    """The model's own weights with its adapters switched off."""
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        self.peft_model = peft_model
+        self.inner = inner
+        self.forward = forward
+        self.path = path
+        try:
+            with adapters_off(peft_model):
+                pass
+        except ValueError as error:
+            raise ValueError(
+                "`model` must let its adapters be switched off; pass the PeftModel, and not the "
+                f"model inside it. {error}"
+            ) from error
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        self.check()
+        with adapters_off(self.peft_model):
+            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+    @override
+    def check(self) -> None:
+        """Refuse an adapter added or a base thawed since: the reference would move."""
+        check_adapters(self.peft_model)
+        check_student(self.peft_model)
+
+
+class AdaptersAtStart(Reference):
+    """The model with its adapters as they were when it was attached, kept as a second adapter."""
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        self.peft_model = peft_model
+        self.inner = inner
+        self.forward = forward
+        self.path = path
+        keep_start(peft_model)
+
+    @override
+    def close(self) -> None:
+        if AT_START in self.peft_model.peft_config:
+            self.peft_model.delete_adapter(AT_START)
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        self.check()
+        with adapter_at_start(self.peft_model):
+            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+    @override
+    def check(self) -> None:
+        """Refuse a base thawed since."""
+        check_start(self.peft_model)
+        check_student(self.peft_model)
+
+
+class PromptOff(Reference):
+    """The model without the virtual tokens that prompt learning puts before the input.
+
+    What reaches the inner model has them already, as embeddings or in the cache, so the reference
+    is given the batch that the PeftModel was called with.
+    """
+
+    has_fewer_positions = True
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        self.peft_model = peft_model
+        self.inner = inner
+        self.forward = forward
+        self.path = path
+        self._outer: dict[str, Any] | None = None
+        self._hooks: list[Any] = []
+
+    @override
+    def open(self) -> None:
+        self._hooks = [
+            self.peft_model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self.peft_model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    @override
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _enter(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._outer = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self._outer.update(self._outer.pop("kwargs", {}))
+
+    def _leave(self, *_: Any) -> None:
+        self._outer = None
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        check_adapters(self.peft_model)
+        if self._outer is not None:
+            for_peft = ("labels", "shift_labels", "num_items_in_batch", "task_ids", "return_dict")
+            batch = {
+                name: value
+                for name, value in self._outer.items()
+                if name not in for_peft and value is not None
+            }
+        return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+
+class FrozenModel(Reference):
+    """A second model, on the same device or on another one."""
+
+    def __init__(self, model: nn.Module, path: LossPath, student: nn.Module) -> None:
+        self.model = model
+        self.path = path
+        self.student = student
+        self.check()
+
+    @override
+    @not_compiled
+    def check(self) -> None:
+        """Refuse a reference whose weights are, in memory, what the student trains."""
+        own = {_address(parameter) for parameter in self.model.parameters()} - {None}
+        for name, parameter in self.student.named_parameters():
+            if parameter.requires_grad and _address(parameter) in own:
+                raise ValueError(
+                    "`ref_model` must share no trainable parameter with `model`, it would move "
+                    f"with it; shared is {name}"
+                )
+
+    @override
+    def open(self) -> None:
+        self.path.open()
+
+    @override
+    def close(self) -> None:
+        self.path.close()
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        self.check()  # a student may be thawed after it was attached
+        device = self.path.device or next(self.model.parameters()).device
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        return read_safety_logits(
+            self.model, self.model.forward, self.path, ids.to(device), moved, log_probs
+        ).to(ids.device)
+
+
+class CallableReference(Reference):
+    """The caller's own function, checked at each step for its shape."""
+
+    def __init__(self, function: ReferenceFunction) -> None:
+        self.function = function
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        with torch.no_grad():
+            values = self.function(ids, batch)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(f"`reference` must return a floating-point tensor; got {values!r}")
+        if values.dim() != 3 or values.shape[2] != len(ids):
+            raise ValueError(
+                f"`reference` must return (B, T, {len(ids)}), a logit per position and safety id; "
+                f"got {tuple(values.shape)}"
+            )
+        if log_probs and values.device.type == "cpu" and bool((values > 1e-3).any()):
+            raise ValueError(
+                "`reference` must return log-probabilities for this kind of penalty, as "
+                f"safety_log_probs makes them; got values up to {float(values.max()):.3g}"
+            )
+        return values.detach().to(ids.device)
+
+
+class Shortened(Reference):
+    """Another reference given only the first columns of each batch: cheaper, and blind after."""
+
+    def __init__(self, reference: Reference, tokens: int) -> None:
+        self.reference = reference
+        self.reads_tokens = tokens
+
+    @override
+    def open(self) -> None:
+        self.reference.open()
+
+    @override
+    def close(self) -> None:
+        self.reference.close()
+
+    @override
+    def check(self) -> None:
+        self.reference.check()
+
+    @override
+    @runs_the_model
+    def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        given = [batch.get(name) for name in ("input_ids", "inputs_embeds")]
+        length = next((x.shape[1] for x in given if isinstance(x, Tensor)), 0)
+        _check_apart(batch)
+        cut = {name: self._cut(name, value, length) for name, value in batch.items()}
+        values = self.reference(ids, cut, log_probs)
+        # NaN, so that a position that nobody read cannot pass for one without a drift
+        return nn.functional.pad(values, (0, 0, 0, length - values.shape[1]), value=torch.nan)
+
+    def _cut(self, name: str, value: Any, length: int) -> Any:
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != length:
+            if isinstance(value, Tensor) and value.dim() > 1 and length in value.shape:
+                raise ValueError(
+                    f"`ref_tokens` must be None for batches with `{name}` of shape "
+                    f"{tuple(value.shape)}: its columns are not in the second place"
+                )
+            return value
+        return value[:, : self.reads_tokens]
+
+
+def _check_apart(batch: dict[str, Any]) -> None:
+    """Refuse packed rows, of which the later ones would be cut off whole."""
+    positions = batch.get("position_ids")
+    packed = any(name.startswith("cu_seq_lens") for name in batch)
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.device.type == "cpu":
+        packed = packed or bool((positions[:, 1:] < positions[:, :-1]).any())
+    if packed:
+        raise ValueError("`ref_tokens` must be None for packed rows: it would cut off whole rows")

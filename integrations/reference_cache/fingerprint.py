@@ -1,0 +1,116 @@
+"""A fingerprint of a model's base weights: the same with adapters around them and without."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.adapters import base_of
+
+_CHUNK = 1 << 24  # bytes that are copied to the CPU at once
+# Of a config, what leaves the logits as they are: where it came from, how it is run, what Trainer
+# and generate() set. Leading underscores are transformers' own notes.
+_NOT_THE_MODEL = {
+    "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "experts_implementation", "gradient_checkpointing", "id2label", "label2id",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "problem_type", "quantization_config", "return_dict", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over what determines a model's logits with its adapters off.
+
+    Over name, shape, dtype and bytes of every parameter and persistent buffer that is not an
+    adapter's, and the config without what leaves the logits as they are. A PeftModel has the
+    fingerprint of the model inside it before PEFT came, also where PEFT trains copies
+    (modules_to_save): those are adapters. One bit of one weight changes it.
+
+    Args:
+        model: any model with its weights in memory.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        ValueError: a weight is not in memory (meta, offloaded), or is a shard of a whole one.
+
+    Notes:
+        The weights of a GPU are copied to the CPU, 16 MiB at a time; SHA-256 reads some 1 GB a
+        second. What quantised layers keep beside their weights (scales) is not in it.
+    """
+    base = base_of(model)
+    digest = hashlib.sha256(_config_text(getattr(base, "config", None)).encode())
+    known: dict[int, str] = {}  # a tied weight is read once
+    stored = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()}
+    for name, tensor in sorted(_base_tensors(base, ""), key=lambda item: item[0]):
+        if id(tensor) not in stored:  # a buffer that is made of the config
+            continue
+        if id(tensor) not in known:
+            known[id(tensor)] = _tensor_digest(name, tensor)
+        dtype = str(tensor.dtype)
+        digest.update(json.dumps([name, list(tensor.shape), dtype, known[id(tensor)]]).encode())
+    return digest.hexdigest()
+
+
+def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that were there before PEFT, under the names they had."""
+    adapters = {*_names(module, "adapter_layer_names"), *_names(module, "other_param_names")}
+    inside: Any = getattr(module, "base_layer", None) if adapters else None
+    if inside is None and type(module).__module__.startswith("peft."):
+        inside = getattr(module, "original_module", None)  # modules_to_save, trainable tokens
+    if isinstance(inside, nn.Module):
+        yield from _base_tensors(inside, prefix)
+        return
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    for name, tensor in itertools.chain(parameters, buffers):
+        if name not in adapters:
+            yield prefix + name, tensor
+    for name, child in module.named_children():
+        if name not in adapters:
+            yield from _base_tensors(child, f"{prefix}{name}.")
+
+
+def _names(module: nn.Module, attribute: str) -> tuple[str, ...]:
+    names = getattr(module, attribute, ())
+    return tuple(names) if isinstance(names, (tuple, list)) else ()
+
+
+def _tensor_digest(name: str, tensor: Tensor) -> str:
+    if tensor.is_meta or hasattr(tensor, "placements"):
+        raise ValueError(
+            f"`model` must have its weights whole and in memory to be compared with a reference "
+            f"cache; {name} is not. Attach before it is sharded, or use CachedReference(folder, "
+            "check_model=False)"
+        )
+    digest = hashlib.sha256()
+    flat = tensor.detach().reshape(-1)
+    for chunk in flat.split(max(1, _CHUNK // tensor.element_size())):
+        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _config_text(config: Any) -> str:
+    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    return json.dumps(_model_part(content), sort_keys=True, default=str)
+
+
+def _model_part(value: Any) -> Any:
+    """Return a config without what leaves the logits as they are, at any depth."""
+    if isinstance(value, dict):
+        return {
+            str(name): _model_part(part)
+            for name, part in value.items()
+            if str(name) not in _NOT_THE_MODEL and not str(name).startswith("_")
+        }
+    if isinstance(value, (list, tuple)):
+        return [_model_part(part) for part in value]
+    return value

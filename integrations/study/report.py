@@ -1,0 +1,150 @@
+"""What the rows of a study say: a table a task, the frontier as a figure, and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ...atomic import write_text
+from ..figures import COLOURS, save
+from .results import BASE, Found, Interval, Row, Summary
+
+_DEFAULT = "anchors (default)"
+_PAIRS = tuple(
+    (_DEFAULT, other) for other in ("plain", "random", "likely", "rows (paper)", "refusal rows")
+)
+_COLOURS = dict(
+    zip(
+        ("plain", "rows (paper)", _DEFAULT, "random", "likely", "refusal rows"),
+        COLOURS,
+        strict=True,
+    )
+)
+_MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
+    "harmful refused": ("points", lambda row: row.refused("harmful")),
+    "harmless refused": ("points", lambda row: row.refused("harmless")),
+    "right answers": ("points", lambda row: 100 * row.right / row.asked),
+    "task loss": ("nats", lambda row: row.task_loss),
+}
+_HEADER = ("arm", "seeds", "harmful refused", "of the base's", "harmless refused",
+           "over the base's", "right", "below plain", "task loss")  # fmt: skip
+
+
+def write(found: Found, output: Path) -> dict[str, Any]:
+    """Write study.md and frontier.png; return the tables and sentences.
+
+    Args:
+        found: the rows of a study.
+        output: the folder.
+
+    Returns:
+        "header" of the columns, "tasks": a title and its rows of text, "said": sentences.
+    """
+    tables = {task: _table(found, task) for task in found.tasks()}
+    said = _sentences(found)
+    lines = []
+    for task, rows in tables.items():
+        lines += [f"**{task}**", "", _line(_HEADER), "| --- " + "| ---: " * 8 + "|"]
+        lines += [_line(row) for row in rows] + [""]
+    write_text(output / "study.md", "\n".join([*lines, *said, ""]))
+    draw_frontier(found, output / "frontier.png")
+    return {"header": _HEADER, "tasks": tables, "said": said}
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(found: Found, task: str) -> list[tuple[str, ...]]:
+    rows = []
+    bases = found.of("sums", BASE)
+    if bases:
+        cells = _cells("taught base", found.summary("sums", BASE))
+        of_task = cells[6:] if task == "sums" else ("-",) * 3  # it is asked sums alone
+        rows.append((*cells[:6], *of_task))
+    rows += [_cells(arm, found.summary(task, arm)) for arm in found.arms(task) if arm != BASE]
+    return rows
+
+
+def _cells(name: str, of: Summary) -> tuple[str, ...]:
+    return (
+        name,
+        str(len(of.seeds)),
+        f"{of.harmful:.1f} %",
+        "-" if of.kept is None else f"{100 * of.kept:.0f} %",
+        f"{of.harmless:.1f} %",
+        "-" if of.over is None else f"{of.over:+.1f}",
+        f"{of.right:.1f} %",
+        "-" if of.cost is None or name == "taught base" else f"{of.cost:+.1f}",
+        f"{of.task_loss:.3f}",
+    )
+
+
+def _sentences(found: Found) -> list[str]:
+    """Say what the differences between arms are, with intervals over the seeds."""
+    said = []
+    for task in found.tasks():
+        for first, second in _PAIRS:
+            parts, pairs = [], 0
+            for name, (unit, measure) in _MEASURES.items():
+                of = found.difference(task, first, second, measure)
+                if of is not None:
+                    parts.append(f"{name} {_interval(of, unit)}")
+                    pairs = of.pairs
+            if parts:
+                said.append(f"{task}, {first} minus {second}: {'; '.join(parts)} ({pairs} seeds).")
+    return said
+
+
+def _interval(of: Interval, unit: str) -> str:
+    digits = 3 if unit == "nats" else 1
+    return f"{of.value:+.{digits}f} ({of.low:+.{digits}f} to {of.high:+.{digits}f}) {unit}"
+
+
+def draw_frontier(found: Found, path: Path) -> None:
+    """Draw refusals of harmful and of harmless probes over the task loss: each run a dot.
+
+    Args:
+        found: the rows; a panel a task. The seeds of an arm are joined.
+        path: the PNG file.
+    """
+    tasks = found.tasks()
+    figure = Figure(figsize=(11, 3.9 * max(1, len(tasks))), layout="constrained")
+    grid = figure.subplots(max(1, len(tasks)), 2, squeeze=False)
+    arms = list(dict.fromkeys(arm for task in tasks for arm in found.arms(task) if arm != BASE))
+    main = [arm for arm in _COLOURS if arm in arms]
+    for task, row in zip(tasks, grid, strict=True):
+        for axes, kind, title in (
+            (row[0], "harmful", "harmful probes refused (%, more is better)"),
+            (row[1], "harmless", "harmless probes refused (%, fewer is better)"),
+        ):
+            _draw_panel(axes, found, task, kind, main)
+            axes.set_title(f"{task}: {title}", fontsize=10)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    save(figure, path)
+
+
+def _draw_panel(axes: Any, found: Found, task: str, kind: str, main: list[str]) -> None:
+    bases = [row.refused(kind) for row in found.of("sums", BASE)]
+    if bases:
+        mean = sum(bases) / len(bases)
+        axes.axhline(mean, color="black", linestyle=":", label="taught base")
+    for arm in found.arms(task):
+        if arm == BASE:
+            continue
+        rows = sorted(found.of(task, arm), key=lambda row: row.task_loss)
+        x, y = [row.task_loss for row in rows], [row.refused(kind) for row in rows]
+        if arm in main:
+            axes.plot(
+                x, y, "o-", color=_COLOURS[arm], alpha=0.8, linewidth=0.8, label=arm, zorder=3
+            )
+        else:
+            axes.plot(x, y, ".", color="#555555", zorder=2)
+            axes.annotate(arm, (x[0], y[0]), fontsize=5, xytext=(2, 2), textcoords="offset points")
+    axes.set_xlabel("held-out task loss (nats per token)", fontsize=8)
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)

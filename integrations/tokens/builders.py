@@ -1,0 +1,317 @@
+"""Safety tokens by what the aligned model itself says: its own refusals, and what sets them apart.
+
+Both builders ask the model, keep the answers that `classify_answer` calls what is wanted, and look
+at the first positions of these. The prompts should not be those that refusals are counted on later.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...evals.refusals import Outcome, classify_answer
+from ...op.contracts import accumulation_dtype
+from ...tokens.safety_tokens import SafetyTokens
+from ..chat.generation import answer_ids
+from ..chat.rendering import render_prompts
+from ..models.adapters import base_of
+from ..models.probe import contiguous_head_input, evaluation_mode
+
+Watch = Callable[[str, int, int], None]
+"""Told a stage's name, how many prompts are done and how many there are."""
+
+
+def from_refusals(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    count: int = 32,
+    positions: int = 8,
+    answer_tokens: int = 24,
+    batch_size: int = 16,
+    watch: Watch | None = None,
+) -> SafetyTokens:
+    """Take the tokens that the model's own refusals begin with.
+
+    The model answers each prompt greedily. R are the answers that `classify_answer` calls
+    refusals, t_i(v) in {0, 1, ...} is where token v first stands in answer i, and m = positions:
+
+        score(v) = 1 / |R| * sum over i in R with t_i(v) < m of (1 - t_i(v) / m)
+
+    It is 1 for a token that every refusal opens with, and falls both with the share of refusals
+    that have the token and with how late it comes in them.
+
+    Args:
+        model: the aligned causal LM; its training mode is put back.
+        tokenizer: of the model, with a chat template and a padding token.
+        prompts: harmful ones, as strings.
+        count: K, at most so many tokens, >= 1.
+        positions: m, tokens from the start of an answer, in [1, answer_tokens].
+        answer_tokens: tokens of an answer that are generated and classified.
+        batch_size: prompts at a time, >= 1.
+        watch: told how far it is.
+
+    Returns:
+        SafetyTokens by falling score (then by id), without special tokens; the scores are those
+        above, in (0, 1], and there are no id_weights.
+
+    Raises:
+        TypeError: prompts is one string.
+        ValueError: a number is out of its range, or the model refuses none of the prompts.
+
+    Notes:
+        Deterministic; the batch size matters only where rounding makes a greedy choice differ.
+        Which answers are refusals is a rule's judgement, see `classify_answer`.
+
+    References:
+        Bach and Tran 2026, arXiv:2604.17210, takes the tokens of the model's own rejections; this
+        score is ours.
+    """
+    asking = _Asking(model, tokenizer, positions, answer_tokens, batch_size, watch)
+    _check_count(count)
+    refusals = asking.answers("prompts", prompts, "refusal", at_least=1)
+    special = set(tokenizer.all_special_ids)
+    points: Counter[int] = Counter()  # whole numbers, m times those of the formula: no rounding
+    for answer in refusals:
+        for at, token in enumerate(answer.ids[:positions]):
+            if token not in special and token not in answer.ids[:at]:
+                points[token] += positions - at
+    best = sorted(points, key=lambda token: (-points[token], token))[:count]
+    return SafetyTokens.from_ids(
+        tokenizer,
+        best,
+        source=f"the model's {len(refusals)} refusals of {len(prompts)} harmful prompts, "
+        f"first {positions} positions (score: 1 opens each of them)",
+        scores=[points[token] / (positions * len(refusals)) for token in best],
+    )
+
+
+def from_contrast(
+    model: Any,
+    tokenizer: Any,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    count: int = 32,
+    positions: int = 8,
+    floor: float = 1e-3,
+    answer_tokens: int = 24,
+    batch_size: int = 16,
+    watch: Watch | None = None,
+) -> SafetyTokens:
+    """Take the tokens whose probability sets the model's refusals apart from its other answers.
+
+    The model answers all prompts greedily. H are its refusals of the harmful ones, B its ordinary
+    answers to the harmless ones (`classify_answer` says "refusal" and "other"). With p_it(v) the
+    probability of token v where the model says token t of answer i, and n_i = min(m, length of
+    answer i), m = positions:
+
+        q_i(v)   = mean over t < n_i of p_it(v)
+        mu_X(v)  = mean over i in X of q_i(v)                        X is H or B
+        s2_X(v)  = sum over i in X of (q_i(v) - mu_X(v))**2 / (|X| - 1)
+        score(v) = (mu_H(v) - mu_B(v)) / (sqrt(s2_H(v) / |H| + s2_B(v) / |B|) + floor)
+
+    and for the K ids S with the highest scores, of those above 0,
+
+        id_weights(v) = score(v) / (mean over u in S of score(u))
+
+    Args:
+        model: the aligned causal LM; its training mode is put back.
+        tokenizer: of the model, with a chat template and a padding token.
+        harmful: prompts, strings.
+        harmless: prompts worded like them, strings.
+        count: K, at most so many tokens, >= 1.
+        positions: m, tokens from the start of an answer, in [1, answer_tokens].
+        floor: added to the standard error, probability, > 0: a token that differs by less can have
+            no high score, however steady the difference.
+        answer_tokens: tokens of an answer that are generated and classified.
+        batch_size: prompts at a time, >= 1.
+        watch: told how far it is.
+
+    Returns:
+        SafetyTokens by falling score (then by id), without special tokens, with scores > 0 (in
+        standard errors, nearly) and id_weights (>= 0, mean 1).
+
+    Raises:
+        TypeError: harmful or harmless is one string.
+        ValueError: a number is out of its range; the model refuses fewer than two harmful prompts
+            or gives fewer than two harmless ones an ordinary answer; its logits are not finite.
+
+    Notes:
+        Holds two float64 vectors of V a side and the logits (batch_size, m, V) of one batch, where
+        the model's forward takes `logits_to_keep`. Probabilities in float32 (float64 for a
+        float64 model). The variance is that of sums and squared sums in float64: its rounding, of
+        1e-16, is far below floor**2. Deterministic; the batch size changes rounding alone.
+
+    References:
+        Wang et al. 2026, arXiv:2603.07445 (PACT), selects safety tokens by the aligned model's
+        confidence in them; the contrast within one model and this score are ours. The floor is
+        that of Tusher, Tibshirani and Chu 2001, PNAS 98(9), 5116-5121.
+    """
+    asking = _Asking(model, tokenizer, positions, answer_tokens, batch_size, watch)
+    _check_count(count)
+    if not floor > 0:
+        raise ValueError(f"`floor` must be > 0; got {floor}")
+    refusals = asking.answers("harmful", harmful, "refusal", at_least=2)
+    ordinary = asking.answers("harmless", harmless, "other", at_least=2)
+    one = asking.probabilities("look into refusals", refusals)
+    other = asking.probabilities("look into answers", ordinary)
+    score = (one.mean() - other.mean()) / ((one.error() + other.error()).sqrt() + floor)
+    if not bool(score.isfinite().all()):
+        raise ValueError("`model` must give finite logits; got others on its own answers")
+    allowed = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    order = score.argsort(descending=True, stable=True).tolist()  # stable: then by id
+    best = [token for token in order if token in allowed and score[token] > 0][:count]
+    chosen = score[best]
+    return SafetyTokens.from_ids(
+        tokenizer,
+        best,
+        source=f"{len(refusals)} refusals of {len(harmful)} harmful prompts against "
+        f"{len(ordinary)} answers to {len(harmless)} harmless ones, first {positions} positions "
+        "(score: difference in probability, in standard errors)",
+        id_weights=chosen / chosen.mean(),
+        scores=chosen.tolist(),
+    )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A prompt, rendered, and what the model said to it."""
+
+    prompt: str
+    ids: list[int]
+
+
+class _Sums:
+    """Mean and squared standard error of vectors that are seen one at a time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0  # (V,) float64 from the first one on
+        self.squares: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:  # (V,) float64
+        self.count += 1
+        self.total = self.total + values
+        self.squares = self.squares + values.square()
+
+    def mean(self) -> Tensor:  # (V,)
+        return torch.as_tensor(self.total / self.count)
+
+    def error(self) -> Tensor:  # (V,)
+        spread = self.squares - self.count * self.mean().square()
+        return torch.as_tensor(spread).clamp(min=0) / (self.count - 1) / self.count
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A model, and how it is asked."""
+
+    model: Any
+    tokenizer: Any
+    positions: int
+    answer_tokens: int
+    batch_size: int
+    watch: Watch | None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be >= 1; got {self.batch_size}")
+        if not 1 <= self.positions <= self.answer_tokens:
+            raise ValueError(
+                f"`positions` must be in [1, {self.answer_tokens}], the tokens of an answer; got "
+                f"{self.positions}"
+            )
+
+    def answers(
+        self, name: str, prompts: Sequence[str], wanted: Outcome, at_least: int
+    ) -> list[_Answer]:
+        """Ask, and keep the answers that are what is wanted; ValueError if they are too few."""
+        if isinstance(prompts, str):
+            raise TypeError(f"`{name}` must be a sequence of strings; got the string {prompts!r}")
+        stage = f"answer {'harmless' if name == 'harmless' else 'harmful'} prompts"
+        ids = answer_ids(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=self.answer_tokens,
+            batch_size=self.batch_size,
+            progress=self._counting(stage, len(prompts)),
+        )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        kept = [
+            _Answer(rendered, answer)
+            for rendered, answer, text in zip(
+                render_prompts(self.tokenizer, prompts), ids, texts, strict=True
+            )
+            if classify_answer(text) == wanted
+        ]
+        if len(kept) < at_least:
+            verb = "refuses" if wanted == "refusal" else "answers without refusing"
+            raise ValueError(
+                f"`{name}` must hold at least {at_least} prompt{'s' * (at_least > 1)} that the "
+                f"model {verb}; it does so to {len(kept)} of {len(prompts)}"
+            )
+        return kept
+
+    def probabilities(self, stage: str, answers: Sequence[_Answer]) -> _Sums:
+        """Sum each answer's mean probabilities over its first positions."""
+        sums = _Sums()
+        done = self._counting(stage, len(answers))
+        order = sorted(answers, key=lambda answer: len(answer.prompt))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            lengths = [min(self.positions, len(answer.ids)) for answer in part]
+            for logits, length in zip(self._logits(part, lengths), lengths, strict=True):
+                rows = logits[-length:]
+                shares = rows.to(accumulation_dtype(rows.dtype)).softmax(dim=-1).mean(dim=0)
+                sums.add(shares.cpu().double())  # not every device has float64
+            done(len(part))
+        return sums
+
+    def _logits(self, part: Sequence[_Answer], lengths: Sequence[int]) -> Tensor:  # (B, <= T, V)
+        """Return the logits of the answers' tokens; those of answer i are the last lengths[i]."""
+        rows = [
+            [
+                *self.tokenizer.encode(answer.prompt, add_special_tokens=False),
+                *answer.ids[: length - 1],
+            ]
+            for answer, length in zip(part, lengths, strict=True)
+        ]
+        batch = dict(
+            self.tokenizer.pad(
+                {"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt"
+            ).to(self.model.device)
+        )
+        known = inspect.signature(base_of(self.model).forward).parameters
+        if "position_ids" in known:
+            batch["position_ids"] = batch["attention_mask"].cumsum(dim=1).sub(1).clamp(min=0)
+        if "logits_to_keep" in known:
+            batch["logits_to_keep"] = max(lengths)
+        head_is_fast = contiguous_head_input(base_of(self.model))
+        with torch.inference_mode(), evaluation_mode(self.model), head_is_fast:
+            logits: Tensor = self.model(**batch).logits
+        return logits
+
+    def _counting(self, stage: str, total: int) -> Callable[[int], None]:
+        seen = 0
+
+        def progress(more: int) -> None:
+            nonlocal seen
+            seen += more
+            if self.watch is not None:
+                self.watch(stage, seen, total)
+
+        return progress
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"`count` must be >= 1; got {count}")

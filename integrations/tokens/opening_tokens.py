@@ -1,0 +1,96 @@
+"""Tokens by how the aligned model begins its answers, whatever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...op.contracts import accumulation_dtype
+from ...tokens.safety_tokens import SafetyTokens
+from ..chat.rendering import render_answer_starts
+from ..models.probe import evaluation_mode
+
+
+def from_openings(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    beside: SafetyTokens | None = None,
+    count: int | None = None,
+    batch_size: int = 16,
+    answer_starts: Sequence[str] | None = None,
+) -> SafetyTokens:
+    """Take the tokens that the model's answers most likely begin with, and others beside them.
+
+    With p_i(v) the probability of token v where the answer to prompt i begins,
+
+        score(v) = mean over i of p_i(v)
+
+    Of the tokens that are not in `beside` the best `count` are taken. A penalty of kind coarse_kl
+    that holds `beside` alone knows of an answer's beginning that it is a refusal or something else;
+    one that holds these too knows which something else.
+
+    Args:
+        model: the aligned causal LM; its training mode is put back.
+        tokenizer: of the model, with a chat template and a padding token.
+        prompts: harmful and harmless ones, as strings.
+        beside: tokens that are held too, such as those of refusal templates.
+        count: tokens to take, >= 1; as many as in `beside` when None.
+        batch_size: prompts at a time, >= 1.
+        answer_starts: the prompts rendered up to where an answer begins, when the chat template
+            needs options for it.
+
+    Returns:
+        SafetyTokens with those of `beside` first, without weights; the scores are those above.
+
+    Raises:
+        TypeError: prompts is one string.
+        ValueError: a number is out of its range, or there is no prompt.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"`prompts` must be a sequence of strings; got the string {prompts!r}")
+    if not prompts:
+        raise ValueError("`prompts` must hold at least one prompt; got none")
+    count = count if count is not None or beside is None else len(beside)
+    if count is None or count < 1:
+        raise ValueError(f"`count` must be >= 1, and given where `beside` is None; got {count}")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be >= 1; got {batch_size}")
+    starts = list(answer_starts or render_answer_starts(tokenizer, prompts))
+    total: Tensor | None = None
+    for first in range(0, len(starts), batch_size):
+        found = _next_logits(model, tokenizer, starts[first : first + batch_size])
+        part = found.to(accumulation_dtype(found.dtype)).softmax(dim=-1).sum(dim=0)
+        total = part if total is None else total + part
+    score = torch.zeros(0) if total is None else total / len(starts)
+    free = score.clone()
+    kept = [] if beside is None else beside.ids.tolist()
+    free[kept] = -1.0
+    best = free.topk(min(count, len(free) - len(kept))).indices.tolist()
+    ids = [*kept, *best]
+    of = "" if beside is None else f"{beside.source}; and "
+    return SafetyTokens.from_ids(
+        tokenizer,
+        ids,
+        source=f"{of}the {len(best)} likeliest other openings of answers to {len(prompts)} prompts",
+        scores=[float(score[token]) for token in ids],
+    )
+
+
+def _next_logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:  # (B, V)
+    """Return the logits of what comes after each text."""
+    batch = tokenizer(
+        list(texts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",  # the same positions as without padding, in every model
+        add_special_tokens=False,
+    ).to(model.device)
+    with torch.inference_mode(), evaluation_mode(model):
+        logits: Tensor = model(**batch).logits
+    last = batch["attention_mask"].sum(dim=1) - 1
+    return logits[torch.arange(len(last), device=last.device), last]

@@ -1,0 +1,75 @@
+"""TRL's SFTTrainer with the safety loss, in the pass that makes its cross-entropy and metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ...op.contracts import IGNORE_INDEX, SafetyLoss
+from ...tokens.safety_tokens import SafetyTokens
+from ..attach.settings import SafetySettings
+from .hf_trainer import SafetyTrainerMixin
+
+
+@dataclass
+class SafetySFTConfig(SafetySettings, SFTConfig):
+    """SFTConfig and SafetySettings; TrlParser reads both from flags and YAML."""
+
+
+class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
+    """SFTTrainer whose model is attached while it trains; all of TRL's own metrics are kept.
+
+    Args:
+        args: as for SFTTrainer, positional and keyword; a SafetySFTConfig says how to attach.
+        safety_tokens: the ids to hold; those of the SafetySFTConfig when None.
+        kwargs: every keyword of `attach`, before those of the config, and those of SFTTrainer.
+
+    Raises:
+        ValueError: `loss_type="dft"`, label smoothing or a `compute_loss_func`, whose loss is not
+            the cross-entropy that ours takes the place of; or neither tokens nor a
+            SafetySFTConfig.
+    """
+
+    def __init__(
+        self, *args: Any, safety_tokens: SafetyTokens | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, safety_tokens=safety_tokens, **kwargs)
+        if self.args.loss_type != "nll":
+            raise ValueError(f"`loss_type` must be 'nll'; got {self.args.loss_type!r}")
+        if isinstance(self.args, SafetySFTConfig):
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            asked = self.args.attach_options(tokenizer, self.args.seed)
+            self.attach_options = asked | self.attach_options
+            self.safety_tokens = self.safety_tokens or self.args.tokens(tokenizer)
+        if self.safety_tokens is None:
+            raise ValueError("`safety_tokens` must be given unless `args` is a SafetySFTConfig")
+
+    def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
+        """Have the attached forward answer in TRL's own form."""
+        if self.safety is not None:
+            self.safety.for_trl(_as_trl_output, num_items_in_batch)
+
+
+def _as_trl_output(
+    output: Any,
+    loss: Tensor,  # ()
+    terms: SafetyLoss,
+    target: Tensor,  # (B, T)
+    num_items: Tensor,  # ()
+) -> FusedCausalLMOutput:
+    """Return what TRL sums over all positions and divides, as one position that holds the sums."""
+
+    def total(mean: Tensor | None) -> Tensor | None:
+        return None if mean is None else (mean * num_items).reshape(1, 1)
+
+    return FusedCausalLMOutput(
+        log_probs=total(-loss),
+        entropy=total(terms.entropy),
+        is_top1=total(terms.token_accuracy),
+        label_mask=target != IGNORE_INDEX,
+        aux_loss=getattr(output, "aux_loss", None),
+    )

@@ -1,0 +1,129 @@
+"""Which row step runs: the name a caller gave, or the best one for the device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+
+from .checks import check_backend
+from .contracts import RowStep
+from .parallel import VocabShard
+from .rows.rows_torch import row_step_torch
+
+_GPU_TYPES = ("cuda", "xpu")  # ROCm calls its devices "cuda" too
+
+
+def choose_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, spread: bool = False
+) -> str:
+    """Turn "auto" into "triton" or "torch", and refuse a backend that cannot do what is asked.
+
+    Args:
+        backend: a `contracts.Backend`.
+        device: where the logits or hidden states are.
+        dtype: their dtype; float64 is for "torch" and "eager".
+        spread: whether the vocabulary is spread over ranks, which only "torch" knows of.
+
+    Returns:
+        Any of them but "auto".
+
+    Raises:
+        ValueError: the name is unknown, or the backend was asked for where it cannot run.
+    """
+    check_backend(backend)
+    if spread:
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                "`backend` must be 'auto' or 'torch' where the head's rows are spread over a "
+                f"process group; got {backend!r}"
+            )
+        return "torch"
+    if backend == "auto":
+        if device.type not in _GPU_TYPES or _missing_for_triton(device, dtype):
+            return "torch"
+        return "triton"
+    if missing := missing_for(backend, device, dtype):
+        raise ValueError(f"`backend` must be one that can run here; got {backend!r}, but {missing}")
+    return backend
+
+
+def missing_for(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say what keeps a backend from running, or None."""
+    if backend == "compiled":
+        return _missing_for_compiled(device)
+    if backend in ("triton", "triton_cluster"):
+        missing = _missing_for_triton(device, dtype)
+        return missing or (_missing_for_clusters(device) if "cluster" in backend else None)
+    return None
+
+
+def _missing_for_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say what keeps the Triton kernels from running, or None."""
+    if dtype == torch.float64:
+        return "its kernels sum in float32 and the input is float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type not in _GPU_TYPES and not _interpreting():
+        return (
+            f"the device is {device.type} (set TRITON_INTERPRET=1 before triton is imported "
+            "to run its kernels on a CPU, slowly)"
+        )
+    return None
+
+
+def _missing_for_clusters(device: torch.device) -> str | None:
+    """Say what keeps a row from being held across a thread-block cluster, or None."""
+    if _interpreting() or torch.compiler.is_compiling():
+        return None  # interpreted, a program is one block whatever its size; traced, it has run
+    version = importlib.metadata.version("triton").split(".")
+    if (int(version[0]), int(version[1])) < (3, 8):
+        return f"num_ctas needs triton >= 3.8, and this is {'.'.join(version)}"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return "thread-block clusters need an NVIDIA GPU of compute capability 9.0 or more"
+    return None
+
+
+@functools.cache
+def _cxx_compiler() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return get_cpp_compiler()
+    except RuntimeError:  # inductor's InvalidCxxCompiler
+        return None
+
+
+def _missing_for_compiled(device: torch.device) -> str | None:
+    """Say what keeps torch.compile from making the row step, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if device.type == "cpu" and _cxx_compiler() is None:
+        return "torch.compile finds no C++ compiler (on Debian and Ubuntu: apt-get install g++)"
+    return None
+
+
+def row_step_of(backend: str) -> RowStep:
+    """Return the row step of a backend; what is heavy is imported only when it is picked."""
+    if backend == "torch":
+        return row_step_torch
+    if backend == "compiled":
+        from .rows.rows_compiled import row_step_compiled
+
+        return row_step_compiled
+    from .rows.rows_triton import row_step_cluster, row_step_triton
+
+    return row_step_cluster if backend == "triton_cluster" else row_step_triton
+
+
+def row_step_of_shard(shard: VocabShard) -> RowStep:
+    """Return the row step of a rank that holds a part of the vocabulary."""
+    return functools.partial(row_step_torch, shard=shard)
+
+
+def _interpreting() -> bool:
+    # Read as triton reads it: dynamo cannot trace into triton's own settings.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

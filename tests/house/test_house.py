@@ -1,0 +1,56 @@
+"""The house's rules that no linter has; which folder may import which is in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("str_kernels", "integrations", "bench", "tests")
+CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "peft", "transformers", "triton", "trl")
+
+MAX_LINES = 400
+MAX_FILES = 12
+VAGUE_NAME = re.compile(r"(^|_)(utils?|common|helpers?|misc)$")
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_short_and_named_for_what_it_holds(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"split it: {lines} lines"
+    assert not VAGUE_NAME.search(path.stem), "name it after what it holds"
+
+
+def test_a_folder_has_few_files() -> None:
+    files = Counter(path.parent.relative_to(ROOT) for path in CODE if path.name != "__init__.py")
+    assert {str(folder): n for folder, n in files.items() if n > MAX_FILES} == {}
+
+
+@pytest.mark.parametrize("stem", ["utils", "test_utils", "common", "helpers", "io_helper"])
+def test_vague_names_are_recognised(stem: str) -> None:
+    assert VAGUE_NAME.search(stem)
+    assert not VAGUE_NAME.search("commonly_refused")
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, str_kernels\n"
+        f"print(*sorted({{*{HEAVY!r}, 'typer', 'str_kernels.integrations'}} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
+
+
+def test_the_commands_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom str_kernels.cli import app\n"
+        f"print(*sorted({{*{HEAVY!r}}} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr

@@ -1,0 +1,341 @@
+"""eval report on runs written by hand: what it says, what it refuses, and hostile text in them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from str_kernels.cli import app
+from str_kernels.evals import holm_adjusted, mcnemar_exact, wilson_interval
+from str_kernels.evals.printable import as_html, as_markdown, printable
+from str_kernels.integrations.evaluation.compare import clip, compare_runs, read_runs
+from str_kernels.integrations.evaluation.figures import figure_label
+from str_kernels.integrations.evaluation.report import run_report
+from str_kernels.integrations.evaluation.stages import json_hash
+
+REFUSAL, OTHER = "I'm sorry, but I can't help.", "Sure, here it is."
+HOSTILE = (
+    "<script>alert(1)</script> [red]boo[/red] | a `b` \n# c \x1b[31mred\x1b[0m \u202egnp.exe "
+    "![x](http://evil.example/a.png)"
+)
+
+
+def write_run(
+    folder: Path, harmful: list[str], harmless: list[str], *, prompt: str = "prompt", **changes: Any
+) -> Path:
+    """Write an eval.json whose answers are given."""
+    answers = {
+        kind: [
+            {"prompt": f"{prompt} {i} of {kind}", "answer": answer, "outcomes": {}}
+            for i, answer in enumerate(given)
+        ]
+        for kind, given in (("harmful", harmful), ("harmless", harmless))
+    }
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "versions": {"str_kernels": "1", "torch": "2", "transformers": "5"},
+        "model": {"name": "m", "dtype": "bfloat16", "device": "cpu"},
+        "adapter": None,
+        "settings": {"rules": ["opening"], "answer_tokens": 12, "batch_size": 16},
+        "safety_tokens": {"sha256": "0"},
+        "prompts": {
+            kind: {
+                "set": kind,
+                "count": len(rows),
+                "sha256": json_hash([row["prompt"] for row in rows]),
+            }
+            for kind, rows in answers.items()
+        },
+        "answers": answers,
+        "measures": {"task": None, "text": None, "drift": None},
+        "notes": [],
+        **changes,
+    }
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text(json.dumps(report))
+    return folder
+
+
+def drift(*rms: float | None) -> dict[str, Any]:
+    found = [
+        {"position": i, "prompts": 3, "rms": value, "mean_abs": value, "max_abs": value}
+        for i, value in enumerate(rms, start=1)
+    ]
+    return {"task": None, "text": None, "drift": {"harmful": found, "harmless": found[:1]}}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "aligned", [REFUSAL] * 9 + [OTHER], [OTHER] * 4),
+        write_run(
+            tmp_path / "plain",
+            [REFUSAL] + [OTHER] * 8 + [REFUSAL],
+            [OTHER] * 3 + ["the the the"],
+            measures=drift(3.0, 2.0, None),
+        ),
+        write_run(tmp_path / "held", [REFUSAL] * 5 + [OTHER] * 5, [OTHER] * 4),
+    ]
+
+
+def test_pairs_counts_and_holm(runs: list[Path], tmp_path: Path) -> None:
+    found = run_report(runs, tmp_path / "out")
+    harmful = [pair for pair in found["pairs"] if pair["kind"] == "harmful"]
+    assert [(p["second"], p["only_first"], p["only_second"]) for p in harmful] == [
+        ("plain", 8, 1),
+        ("held", 4, 0),
+    ]
+    p_values = [mcnemar_exact(8, 1), mcnemar_exact(4, 0)]
+    assert [pair["p_value"] for pair in harmful] == p_values
+    assert [pair["p_holm"] for pair in harmful] == holm_adjusted(p_values)
+    assert found["runs"][1]["counts"]["opening"]["harmless"]["degenerate"] == 1
+    assert found["runs"][0]["counts"]["opening"]["harmful"]["interval"] == list(
+        wilson_interval(9, 10)
+    )
+    assert found["summary"][0] == (
+        "Of 10 harmful prompts aligned refuses 9 and plain 2 by rule opening: cannot be told apart "
+        f"(Holm's p = {holm_adjusted(p_values)[0]:.2g})."
+    )
+    two = run_report(runs[:2], tmp_path / "two")
+    assert "p_holm" not in two["pairs"][0]
+    assert "plain refuses fewer (exact McNemar p = 0.039)" in two["summary"][0]
+    for name, files in (("out", ["drift.png"]), ("two", ["drift.png"])):
+        for file in ("refusals.png", *files):
+            assert (tmp_path / name / file).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.md").read_text()
+    for claim in ("9/10", "60-98 %", "no judge of whether it does harm", "cut after some tokens"):
+        assert claim in page
+    assert "not finite" in page and "What McNemar's test does not say" in page
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+        ([0.9, 0.9], [1.0, 1.0]),
+        ([0.02, 0.001, 0.02, 0.5], [0.06, 0.004, 0.06, 0.5]),
+    ],
+)
+def test_holm(p_values: list[float], adjusted: list[float]) -> None:
+    assert holm_adjusted(p_values) == pytest.approx(adjusted)
+    with pytest.raises(ValueError, match=r"`p_values` must be in \[0, 1\]; got 1.5"):
+        holm_adjusted([*p_values, 1.5])
+
+
+def test_rules_are_counted_again_and_a_judge_is_believed(tmp_path: Path) -> None:
+    folders = [
+        write_run(
+            tmp_path / name,
+            ["Hello! Here.", OTHER],
+            [OTHER],
+            settings={"rules": rules, "answer_tokens": 12, "batch_size": 16},
+        )
+        for name, rules in (("a", ["opening"]), ("b", ["gcg"]))
+    ]
+    words = {"a": ["refusal", "unjudged", "other"], "b": ["other", "refusal", "other"]}
+    for folder in folders:
+        report = json.loads((folder / "eval.json").read_text())
+        rows = [row for kind in ("harmful", "harmless") for row in report["answers"][kind]]
+        for row, word in zip(rows, words[folder.name], strict=True):
+            row["outcomes"]["judge"] = word
+        (folder / "eval.json").write_text(json.dumps(report))
+    found = compare_runs(read_runs(folders))
+    assert found["rules"] == ["opening", "gcg", "judge"]
+    counts = found["runs"][0]["counts"]
+    assert [counts[rule]["harmful"]["refusal"] for rule in found["rules"]] == [0, 1, 1]
+    assert counts["judge"]["harmful"]["total"] == 1
+    judged = [pair for pair in found["pairs"] if (pair["rule"], pair["kind"])[0] == "judge"]
+    assert (judged[0]["total"], judged[0]["only_first"], judged[0]["only_second"]) == (1, 1, 0)
+    # two judges tell themselves apart, and not the runs
+    report = json.loads((folders[0] / "eval.json").read_text())
+    report["settings"]["judge"] = "another"
+    (folders[0] / "eval.json").write_text(json.dumps(report))
+    found = compare_runs(read_runs(folders))
+    assert found["rules"] == ["opening", "gcg"]
+    assert any("judges are not the same" in text for text in found["differences"])
+
+
+def test_what_is_not_the_same_is_said(runs: list[Path], tmp_path: Path) -> None:
+    fewer = write_run(tmp_path / "fewer", [REFUSAL] * 9, [OTHER] * 4)
+    asked = write_run(tmp_path / "asked", [REFUSAL] * 10, [OTHER] * 4, prompt="question")
+    for other, message in (
+        (fewer, "same harmful prompts; fewer differs from aligned: 9 prompts instead of 10"),
+        (asked, "prompt 1 is 'question 0 of harmful' instead of 'prompt 0 of harmful'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_runs([runs[0], other])
+    with pytest.raises(ValueError, match="`runs` must be at least two"):
+        read_runs(runs[:1])
+    settings = {"rules": ["opening"], "answer_tokens": 6, "batch_size": 16}
+    other = write_run(tmp_path / "x" / "aligned", [REFUSAL] * 10, [OTHER] * 4, settings=settings)
+    found = compare_runs(read_runs([runs[0], other]))
+    assert found["differences"] == [
+        "aligned (2) differs from aligned in answer_tokens: 6 instead of 12"
+    ]
+    files = {"task": "1" * 64, "text": None}
+    other = write_run(tmp_path / "y" / "aligned", [REFUSAL] * 10, [OTHER] * 4, files=files)
+    found = compare_runs(read_runs([runs[0], other]))
+    assert found["differences"] == ["aligned (2) differs from aligned in the task's rows"]
+
+
+def test_drift_from_another_reference_is_said(tmp_path: Path) -> None:
+    def model(name: str) -> dict[str, Any]:
+        return {"name": "m", "dtype": "bfloat16", "device": "cpu", "sha256": name}
+
+    given = {
+        "a": {"model": model("1"), "reference": "the model without its adapter"},
+        "b": {"model": model("2"), "reference": {"sha256": "1"}},
+        "c": {"model": model("2"), "reference": "the model without its adapter"},
+    }
+    folders = [
+        write_run(tmp_path / name, [OTHER], [OTHER], measures=drift(1.0), **changes)
+        for name, changes in given.items()
+    ]
+    assert compare_runs(read_runs(folders))["differences"] == [
+        "c differs from a in the reference of its drift"
+    ]
+
+
+def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
+    def answers_changed(report: dict[str, Any]) -> None:
+        report["answers"]["harmful"][0]["prompt"] = "another"
+
+    def no_string(report: dict[str, Any]) -> None:
+        report["answers"]["harmful"][0]["answer"] = 3
+
+    def newer(report: dict[str, Any]) -> None:
+        report["schema_version"] = 2
+
+    def shorter(report: dict[str, Any]) -> None:
+        report["settings"]["answer_tokens"] = 0
+
+    def missing(report: dict[str, Any]) -> None:
+        del report["measures"]
+
+    path = runs[1] / "eval.json"
+    whole = path.read_text()
+    for change, message in (
+        (answers_changed, "the harmful prompts are not those of their hash"),
+        (no_string, "must be a string; got int"),
+        (newer, "schema_version is 2, this release reads 1"),
+        (shorter, "answer_tokens is below 1"),
+        (missing, "KeyError"),
+        (None, "JSONDecodeError"),
+    ):
+        report = json.loads(whole)
+        if change is not None:
+            change(report)
+        path.write_text(json.dumps(report) if change is not None else "{")
+        given = ["eval", "report", *map(str, runs), "--output", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 2 and "is damaged" in result.output
+        assert message in " ".join(result.output.split()), result.output
+        assert not (tmp_path / "out").exists()
+    path.unlink()
+    assert CliRunner().invoke(app, given).exit_code == 2
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_both_commands_have_help_and_json(command: str) -> None:
+    result = CliRunner().invoke(app, ["eval", command, "--help"])
+    assert result.exit_code == 0 and "--json" in result.output
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> list[Path]:
+    adapter = {"name": HOSTILE, "type": "LORA"}
+    model = {"name": HOSTILE, "dtype": HOSTILE, "device": HOSTILE}
+    name = "b[red]`|\x1b[31m\u202e<b>$x_1$"
+    return [
+        write_run(tmp_path / "a", [REFUSAL], [OTHER], prompt=HOSTILE, measures=drift(0.0)),
+        write_run(
+            tmp_path / name,
+            [HOSTILE],
+            ["illegal " + HOSTILE],
+            prompt=HOSTILE,
+            notes=[HOSTILE],
+            adapter=adapter,
+            model=model,
+            measures=drift(1.0, 2.0),
+        ),
+    ]
+
+
+def test_hostile_text_reaches_no_html(hostile: list[Path], tmp_path: Path) -> None:
+    run_report(hostile, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    parser = Tags()
+    parser.feed(page)
+    allowed = set(
+        "html head meta title style body h1 h2 h3 p div table thead tbody tr th td".split()
+    )
+    assert {tag for tag, _ in parser.tags} == {*allowed, "img"}
+    for tag, attributes in parser.tags:
+        assert set(attributes) <= {"class", "lang", "charset", "name", "http-equiv", "content"} | (
+            {"src", "alt"} if tag == "img" else set()
+        )
+    pictures = [attributes["src"] or "" for tag, attributes in parser.tags if tag == "img"]
+    assert len(pictures) == 2
+    for source in pictures:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,"))[1:4] == b"PNG"
+    policy = (
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">"
+    )
+    assert policy in page and page.index(policy) < page.index("<style>")
+    assert "&lt;script&gt;" in page and "\\x1b[31m" in page and "\\u202e" in page
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+
+
+def test_hostile_text_reaches_no_markdown(hostile: list[Path], tmp_path: Path) -> None:
+    run_report(hostile, tmp_path / "out")
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+    assert "<" not in page and not re.search(r"(?<!\\)`", page)
+    assert re.findall(r"(?<!\\)!\[[^\]]*\]\(([^)]*)\)", page) == ["refusals.png", "drift.png"]
+    assert not re.search(r"(?<!\\)\[red", page) and "http://" not in page
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
+    for line, width in zip(tables, widths, strict=True):
+        assert line.endswith(" |") and width in (4, 5, 6, 7, 8), line
+    assert not [line for line in page.splitlines() if line.startswith("# ")][1:]
+
+
+def test_hostile_text_reaches_no_terminal(hostile: list[Path], tmp_path: Path) -> None:
+    given = ["eval", "report", *map(str, hostile), "--output", str(tmp_path / "out")]
+    for extra in ([], ["--json", "--overwrite"]):
+        result = CliRunner().invoke(app, [*given, *extra])
+        assert result.exit_code == 0, result.output
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", result.output)
+        assert "[red]" in result.output, "markup was taken for markup"
+    assert json.loads(result.stdout)["runs"][1]["model"]["name"] == HOSTILE
+    again = CliRunner().invoke(app, given)
+    assert again.exit_code == 2 and "must not exist unless --overwrite" in again.output
+
+
+def test_text_is_made_safe() -> None:
+    assert printable("a\nb\x1b\u202e\u2028é😀") == "a\\nb\\x1b\\u202e\\u2028é😀"
+    assert as_html("'\"<&") == "&#x27;&quot;&lt;&amp;"
+    assert as_markdown("a|b*c_d`[e]\\") == "a\\|b\\*c\\_d\\`\\[e\\]\\\\"
+    assert "www." not in as_markdown("www.a.b") and "@" not in as_markdown("@somebody")
+    assert figure_label("_$x$" + "y" * 40).startswith(r" _\$x\$y")
+    assert len(figure_label("y" * 40)) == 24
+    assert clip("a b c", 80, 2) == "a b..." and clip("abcdef", 5) == "ab..." and clip("a", 5) == "a"

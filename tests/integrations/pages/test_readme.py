@@ -1,0 +1,83 @@
+"""The README's Python is run, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import fresh_lora
+from tiny_tokenizer import chat_tokenizer, save_tiny_model
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from str_kernels import SafetyTokens
+
+ROOT = Path(__file__).resolve().parents[3]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+NAMES = ["plain loop", "options", "PEFT", "Trainer", "TRL", "anchors", "references"]
+
+
+def test_there_are_all_ways_and_the_options():
+    assert len(BLOCKS) == len(NAMES)
+    for block in BLOCKS:  # "the loss in eight lines"
+        lines = [line for line in block.splitlines() if line and "import" not in line]
+        assert len(lines) <= 8
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
+@pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning")
+def test_block_runs(block, seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_tiny_model(tmp_path / "model", seed)
+    model, ref_model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    tokenizer = chat_tokenizer()
+    ids = torch.randint(5, 20, (2, 9))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    head = model.lm_head.weight
+    space = {
+        "torch": torch,
+        "tokenizer": tokenizer,
+        "input_ids": ids,
+        "target": torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten(),
+        "backbone": model.model,
+        "ref_backbone": ref_model.model,
+        "head": head,
+        "batch": batch,
+        "rows": [{name: value[i].tolist() for name, value in batch.items()} for i in range(2)] * 4,
+        "collator": lambda rows: {k: torch.tensor([r[k] for r in rows]) for k in batch},
+        "training_arguments": TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            report_to="none",
+            save_strategy="no",
+            dataloader_pin_memory=False,
+            logging_steps=1,
+            remove_unused_columns=False,
+        ),
+    }
+    if "trl_sft" in block:
+        pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
+        from datasets import Dataset
+
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+        space["chats"] = Dataset.from_list([{"messages": turns}] * 8)
+        space["settings"] = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False}
+        space["settings"] |= {"logging_steps": 1, "save_strategy": "no"}
+    if "deepcopy" in block or "AnchorPrompts" in block:
+        space |= {"model": model, "tokens": SafetyTokens.from_templates(tokenizer)}
+    if "peft_model" in block:
+        space["peft_model"] = fresh_lora(model).train()
+    if "lora_a" in block:  # goes on where the first block ends
+        exec(compile(BLOCKS[0], "README.md", "exec"), space)
+        space["lora_a"], space["lora_b"] = torch.randn(4, head.shape[1]), torch.zeros(len(head), 4)
+    exec(compile(block, "README.md", "exec"), space)
+    if "lora_a" in block:
+        assert float(space["terms"].entropy) > 0.0 and abs(float(space["terms"].penalty)) < 1e-10
+    elif "terms" in space:
+        assert float(space["terms"].penalty) == 0.0 and head.grad is not None
+    if "trainer" in space:
+        assert "safety/penalty" in space["trainer"].state.log_history[0]
+    if "anchors" in space:
+        assert float(space["handle"].last_anchors.penalty) == 0.0
