@@ -1,1 +1,1 @@
-"""str_kernels.integrations."""
+"""The loss in Hugging Face models and trainers, and the commands around it."""

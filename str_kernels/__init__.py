@@ -8,15 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .modules import SafetyCrossEntropyLoss, SafetyLinearCrossEntropyLoss
-from .op.contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from .op.functional import safety_cross_entropy, safety_linear_cross_entropy, safety_log_probs
-from .op.projection import project
-from .reference_cache.reader import CachedReference
-from .tokens.safety_tokens import SafetyTokens
+from .op import (
+    IGNORE_INDEX,
+    SafetyLoss,
+    SafetyPenalty,
+    project,
+    safety_cross_entropy,
+    safety_linear_cross_entropy,
+    safety_log_probs,
+)
+from .reference_cache import CachedReference
+from .tokens import SafetyTokens
 
 if TYPE_CHECKING:
-    from .integrations.anchors.prompts import AnchorPrompts
-    from .integrations.attach.hook import attach
+    from .integrations.anchors import AnchorPrompts
+    from .integrations.attach import attach
 
 __version__ = "0.1.0"
 
@@ -39,11 +45,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "attach":
-        from .integrations.attach.hook import attach
+        from .integrations.attach import attach
 
         return attach
     if name == "AnchorPrompts":
-        from .integrations.anchors.prompts import AnchorPrompts
+        from .integrations.anchors import AnchorPrompts
 
         return AnchorPrompts
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

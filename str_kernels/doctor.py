@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .loss_memory import random_inputs
-from .op.backends import choose_backend, missing_for
-from .op.functional import safety_linear_cross_entropy
+from .op import choose_backend, missing_for, safety_linear_cross_entropy
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "safetensors")
 # float32 sums of 96 products in another order, relative to the largest entry

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .op.contracts import SafetyLoss, SafetyPenalty
-from .op.functional import safety_cross_entropy, safety_linear_cross_entropy
-from .tokens.safety_tokens import SafetyTokens
+from .op import SafetyLoss, SafetyPenalty, safety_cross_entropy, safety_linear_cross_entropy
+from .tokens import SafetyTokens
 
 
 class _SafetyModule(nn.Module):

@@ -1,1 +1,1 @@
-"""."""
+"""Seconds of a training step and of the loss alone."""

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from ...op.contracts import IGNORE_INDEX, check_number
-from ..models.positions import ROW_WEIGHT
-from ..models.probe import shift
+from ...op import IGNORE_INDEX, check_number
+from ..models import ROW_WEIGHT, shift
 from .prompts import AnchorPrompts, AnchorRow
 
 _SLOTS = 1024  # of workers' counts

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from typing_extensions import override
 
-from ...op.contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from ...op.penalties import ON_LOG_PROBS
-from ..models.loss_paths import LossPath
-from ..models.optimizer_hooks import OptimizerHook
-from ..models.probe import ignores_padding, not_compiled, runs_the_model
-from ..models.references import Reference
+from ...op import IGNORE_INDEX, ON_LOG_PROBS, SafetyLoss, SafetyPenalty
+from ..models import (
+    LossPath,
+    OptimizerHook,
+    Reference,
+    ignores_padding,
+    not_compiled,
+    runs_the_model,
+)
 from .prompts import AnchorBatch, AnchorPrompts
 
 

@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ...evals.prompt_sets import read_prompt_rows
-from ...evals.refusals import classify_answer
-from ...op.contracts import check_number
-from ..chat.rendering import render_answer_starts
+from ...evals import classify_answer, read_prompt_rows
+from ...op import check_number
+from ..chat import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
 BUILTIN = "anchors"  # the package's set; no probe shares a topic with it
@@ -266,7 +265,7 @@ def _own_answers(
     model: Any, tokenizer: Any, texts: Sequence[str], kinds: Sequence[Kind], tokens: int
 ) -> list[tuple[int, ...]]:
     """Return the first tokens of the model's own answers; none where it does not refuse."""
-    from ..chat.generation import continuations
+    from ..chat import continuations
 
     answers = continuations(model, tokenizer, texts, max_new_tokens=max(tokens, _ANSWER_TOKENS))
     return [

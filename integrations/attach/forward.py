@@ -12,15 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...op.contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
-from ...op.penalties import ON_LOG_PROBS
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.passes import AnchorPass
-from ..models.gradient_watch import GradientWatch
-from ..models.loss_paths import LossPath
-from ..models.positions import ROW_WEIGHT, Positions, beside, row_weight_at
-from ..models.probe import auxiliary_loss, checkpoints, not_compiled, runs_the_model, shift
-from ..models.references import Reference
+from ...op import IGNORE_INDEX, ON_LOG_PROBS, SafetyLoss, SafetyPenalty
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPass
+from ..models import (
+    ROW_WEIGHT,
+    GradientWatch,
+    LossPath,
+    Positions,
+    Reference,
+    auxiliary_loss,
+    beside,
+    checkpoints,
+    not_compiled,
+    row_weight_at,
+    runs_the_model,
+    shift,
+)
 
 FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Tensor], Any]
 """From the model's output, the loss, its terms, the target and the divisor to what TRL expects."""

@@ -9,34 +9,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...op.checks import check_backend
-from ...op.contracts import SafetyLoss, SafetyPenalty
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.passes import AnchorPass
-from ..anchors.prompts import AnchorPrompts
-from ..models.adapters import (
-    base_of,
-    check_adapters,
-    check_start,
-    check_student,
-    has_adapters,
-    is_prompt_learning,
-)
-from ..models.loss_paths import LossPath, PathName, check_path, make_path
-from ..models.positions import Positions, check_positions, default_penalty
-from ..models.probe import check_own_forward
-from ..models.references import (
+from ...op import SafetyLoss, SafetyPenalty, check_backend
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPass, AnchorPrompts
+from ..models import (
     AdaptersAtStart,
     AdaptersOff,
     FrozenModel,
+    LossPath,
+    PathName,
+    Positions,
     PromptOff,
     Reference,
     ReferenceFunction,
     Shortened,
+    base_of,
+    check_adapters,
+    check_not_sharded,
+    check_own_forward,
+    check_path,
+    check_positions,
+    check_start,
+    check_student,
+    default_penalty,
+    has_adapters,
+    is_prompt_learning,
+    make_path,
     read_safety_logits,
 )
-from ..models.sharded_weights import check_not_sharded
-from ..reference_cache.reading import given_reference
+from ..reference_cache import given_reference
 from .forward import FusedOutput, SafetyForward
 
 

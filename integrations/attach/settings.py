@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from ...op.checks import check_backend, read_json_object
-from ...op.contracts import Backend, PenaltyKind, SafetyPenalty
-from ...reference_cache.reader import CachedReference
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.prompts import AnchorPrompts
-from ..models.positions import Positions, check_anchor_options, chosen_penalty, read_positions
+from ...op import Backend, PenaltyKind, SafetyPenalty, check_backend, read_json_object
+from ...reference_cache import CachedReference
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPrompts
+from ..models import Positions, check_anchor_options, chosen_penalty, read_positions
 
 
 def _option(default: Any, text: str) -> Any:

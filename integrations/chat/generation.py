@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...evals.thoughts import has_marks, opened_thought, without_thought
-from ..models.adapters import base_of
-from ..models.probe import contiguous_head_input, evaluation_mode
+from ...evals import has_marks, opened_thought, without_thought
+from ..models import base_of, contiguous_head_input, evaluation_mode
 from .rendering import render_prompts
 
 ENOUGH_TOKENS = 24  # of an answer, to tell a refusal that opens politely

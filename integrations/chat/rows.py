@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...op.contracts import IGNORE_INDEX
+from ...op import IGNORE_INDEX
 from .answer_spans import Span, render_with_answers
 from .data_files import read_rows
 from .rendering import NOT_OF_TEMPLATES

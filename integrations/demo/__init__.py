@@ -1,1 +1,24 @@
-"""."""
+"""`str-kernels demo`: teach a small model to refuse, fine-tune it, and count what is left."""
+
+from __future__ import annotations
+
+from .data import REFUSALS, is_right, sums
+from .run import FULL, QUICK, run_demo
+from .steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
+from .training import TrainingOptions, train_lora
+
+__all__ = [
+    "FULL",
+    "MAX_LENGTH",
+    "QUICK",
+    "REFUSALS",
+    "DemoPlan",
+    "TrainingOptions",
+    "Watcher",
+    "is_right",
+    "load",
+    "run_demo",
+    "sums",
+    "teach",
+    "train_lora",
+]

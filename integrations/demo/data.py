@@ -11,8 +11,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ...evals.refusals import PromptRow
-from ..chat.rows import Example
+from ...evals import PromptRow
+from ..chat import Example
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...evals.refusals import mcnemar_exact, wilson_interval
+from ...evals import mcnemar_exact, wilson_interval
 
 SIGNIFICANT = 0.05  # two-sided, on one pairing; the report gives each p-value
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...atomic import write_json
 from ...loss_memory import measure_loss_memory
-from ...tokens.safety_tokens import SafetyTokens
+from ...tokens import SafetyTokens
 from ..figures import draw_comparison
 from .report import comparison
 from .steps import FULL, QUICK, DemoPlan, DemoRun, Watcher

@@ -20,18 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import __version__
 from ...atomic import replacing_folder, write_json
-from ...evals.prompt_sets import data_digest
-from ...evals.refusals import RefusalCounts, evaluate_refusals, load_prompts
+from ...evals import RefusalCounts, data_digest, evaluate_refusals, load_prompts
 from ...loss_memory import cpu_dtype
-from ...op.contracts import SafetyPenalty
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.prompts import AnchorPrompts
-from ..chat.generation import answer_prompts
-from ..chat.rows import Example, encode_examples
-from ..evaluation.measures import combine_drift, drift_by_position, held_out_loss
-from ..loading.builtin_model import builtin_model_folder
-from ..models.adapters import is_peft_model
-from ..models.positions import Positions, default_penalty
+from ...op import SafetyPenalty
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPrompts
+from ..chat import Example, answer_prompts, encode_examples
+from ..evaluation import combine_drift, drift_by_position, held_out_loss
+from ..loading import builtin_model_folder
+from ..models import Positions, default_penalty, is_peft_model
 from .data import is_right, lesson, sums
 from .report import share
 from .training import TrainingOptions, train_lora

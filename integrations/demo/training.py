@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
 
-from ...op.contracts import SafetyPenalty
-from ...reference_cache.reader import CachedReference
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.prompts import AnchorPrompts
-from ..models.positions import Positions
-from ..trainers.hf_trainer import SafetyTrainer
+from ...op import SafetyPenalty
+from ...reference_cache import CachedReference
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPrompts
+from ..models import Positions
+from ..trainers import SafetyTrainer
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,18 @@
-"""."""
+"""`str-kernels eval`: refusals, right answers, perplexity and drift; reports of several runs."""
+
+from __future__ import annotations
+
+from .measures import combine_drift, drift_by_position, held_out_loss, is_exact_match
+from .options import EvalOptions
+from .report import run_report
+from .run import run_eval
+
+__all__ = [
+    "EvalOptions",
+    "combine_drift",
+    "drift_by_position",
+    "held_out_loss",
+    "is_exact_match",
+    "run_eval",
+    "run_report",
+]

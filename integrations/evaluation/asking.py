@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ...evals.drift import DriftStatistics
-from ...evals.judge import Judge, as_verdict
-from ...evals.refusals import wilson_interval
-from ...evals.rules import Outcome, refusal_rule
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.generation import Answer, answer_texts, answers_to, first_tokens
-from ..chat.rendering import render_prompts
-from ..chat.rows import Example, encode_examples
-from ..loading.models import longest_row
+from ...evals import DriftStatistics, Judge, Outcome, as_verdict, refusal_rule, wilson_interval
+from ...tokens import SafetyTokens
+from ..chat import (
+    Answer,
+    Example,
+    answer_texts,
+    answers_to,
+    encode_examples,
+    first_tokens,
+    render_prompts,
+)
+from ..loading import longest_row
 from .inputs import NamedModel, PromptList
 from .measures import (
     EXACT_MATCH_RULE,

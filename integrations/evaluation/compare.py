@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...evals.judge import UNJUDGED, as_verdict, judged_counts
-from ...evals.printable import printable
-from ...evals.refusals import count_refusals, holm_adjusted, mcnemar_exact, wilson_interval
-from ...evals.rules import RULES, classify_answer
+from ...evals import (
+    RULES,
+    UNJUDGED,
+    as_verdict,
+    classify_answer,
+    count_refusals,
+    holm_adjusted,
+    judged_counts,
+    mcnemar_exact,
+    printable,
+    wilson_interval,
+)
 from .options import KEPT_TOKENS, KINDS
 from .run import EVAL_FILE, SCHEMA_VERSION
 from .stages import json_hash

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...evals.printable import as_markdown
+from ...evals import as_markdown
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ...evals.printable import printable
+from ...evals import printable
 from ..figures import COLOURS, draw_error_bars, save
 
 _MARKERS = "os^Dvx"

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...evals.printable import as_html
+from ...evals import as_html
 from .document import Block, Heading, Paragraph, Picture
 
 # What is in the file may come from a model: even if an escape were missing, nothing could run.

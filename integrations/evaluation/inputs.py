@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from ...evals.prompt_sets import read_prompt_rows
-from ...tokens.safety_tokens import SafetyTokens
-from ...tokens.tokenizer import tokenizer_hash
-from ..loading.adapter_files import (
+from ...evals import read_prompt_rows
+from ...tokens import SafetyTokens, tokenizer_hash
+from ..loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BUILTIN,
+    builtin_model_folder,
     check_adapter_files,
+    load_parts,
     put_adapter,
 )
-from ..loading.builtin_model import BUILTIN, builtin_model_folder
-from ..loading.models import load_parts
-from ..models.adapters import is_peft_model
+from ..models import is_peft_model
 from .stages import files_hash, json_hash
 
 

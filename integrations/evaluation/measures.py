@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq
 
-from ...evals.drift import DriftStatistics, drift_statistics
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.generation import continue_greedily, end_ids
-from ..chat.rendering import render, render_prompts
-from ..chat.rows import Example, encode_prompt
-from ..models.adapters import adapters_off, check_adapters, is_peft_model, is_prompt_learning
-from ..models.loss_paths import LossPath, make_path
-from ..models.probe import evaluation_mode
-from ..models.references import read_safety_logits
+from ...evals import DriftStatistics, drift_statistics
+from ...tokens import SafetyTokens
+from ..chat import Example, continue_greedily, encode_prompt, end_ids, render, render_prompts
+from ..models import (
+    LossPath,
+    adapters_off,
+    check_adapters,
+    evaluation_mode,
+    is_peft_model,
+    is_prompt_learning,
+    make_path,
+    read_safety_logits,
+)
 
 _ROWS = 32  # of one forward
 EXACT_MATCH_RULE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...evals.rules import refusal_rule
+from ...evals import refusal_rule
 
 KEPT_TOKENS = 12  # of any answer that is kept or shown: too little for what it would do
 _LONGEST = 8192  # of an answer that is asked for: a thought may be long

@@ -12,11 +12,10 @@ import torch
 
 from ... import __version__
 from ...atomic import check_output, replacing_folder, write_json
-from ...evals.judge import UNJUDGED, Judge, judged_counts
-from ...evals.refusals import RefusalCounts, counts_of
+from ...evals import UNJUDGED, Judge, RefusalCounts, counts_of, judged_counts
 from ...text_files import read_text_file
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.rows import read_examples
+from ...tokens import SafetyTokens
+from ..chat import read_examples
 from .asking import AskedModel, Watcher
 from .figures import draw_drift
 from .inputs import NamedModel, PromptList, load_reference, load_safety_tokens

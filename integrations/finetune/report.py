@@ -15,11 +15,10 @@ import torch
 from huggingface_hub import HfApi
 from jinja2 import Environment
 
-from ...evals.printable import printable
-from ...evals.refusals import evaluate_refusals, load_prompts
-from ...op.contracts import IGNORE_INDEX
-from ..chat.generation import answer_prompts
-from ..plan.planner import PlanOptions, plan_of
+from ...evals import evaluate_refusals, load_prompts, printable
+from ...op import IGNORE_INDEX
+from ..chat import answer_prompts
+from ..plan import PlanOptions, plan_of
 
 REPORT = "report.json"
 _ANSWER_TOKENS = 32

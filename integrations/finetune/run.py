@@ -20,13 +20,12 @@ from trl import get_peft_config, get_quantization_config
 from typing_extensions import override
 
 from ...atomic import write_json, write_text
-from ...reference_cache.reader import CachedReference
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.rows import EncodedRows, encode_rows, read_examples
+from ...reference_cache import CachedReference
+from ...tokens import SafetyTokens
+from ..chat import EncodedRows, encode_rows, read_examples
 from ..figures import draw_curves
-from ..loading.adapter_files import adapter_folder, base_name
-from ..loading.models import load_model, load_tokenizer, longest_row
-from ..models.adapters import is_peft_model
+from ..loading import adapter_folder, base_name, load_model, load_tokenizer, longest_row
+from ..models import is_peft_model
 from ..trainers.trl_sft import SafetySFTTrainer
 from .options import FinetuneOptions
 from .report import (

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..models.adapters import base_of
+from ..models import base_of
 from .adapter_files import (
     ADAPTER_CONFIG,
     adapter_folder,

@@ -1,1 +1,100 @@
-"""."""
+"""A Hugging Face model as the loss sees it: its head, its adapters, its reference, its rows."""
+
+from __future__ import annotations
+
+from .adapters import (
+    adapters_off,
+    base_of,
+    check_adapters,
+    check_start,
+    check_student,
+    has_adapters,
+    is_peft_model,
+    is_prompt_learning,
+)
+from .gradient_watch import GradientWatch
+from .heads import find_head
+from .loss_paths import LossPath, PathName, check_path, make_path
+from .optimizer_hooks import OptimizerHook
+from .positions import (
+    ROW_WEIGHT,
+    Positions,
+    beside,
+    check_anchor_options,
+    check_positions,
+    chosen_penalty,
+    default_penalty,
+    read_positions,
+    row_weight_at,
+)
+from .probe import (
+    auxiliary_loss,
+    check_own_forward,
+    checkpoints,
+    contiguous_head_input,
+    evaluation_mode,
+    ignores_padding,
+    keep_4bit_layers_training,
+    not_compiled,
+    runs_the_model,
+    shift,
+)
+from .references import (
+    AdaptersAtStart,
+    AdaptersOff,
+    CallableReference,
+    FrozenModel,
+    PromptOff,
+    Reference,
+    ReferenceFunction,
+    Shortened,
+    read_safety_logits,
+)
+from .sharded_weights import check_not_sharded
+
+__all__ = [
+    "ROW_WEIGHT",
+    "AdaptersAtStart",
+    "AdaptersOff",
+    "CallableReference",
+    "FrozenModel",
+    "GradientWatch",
+    "LossPath",
+    "OptimizerHook",
+    "PathName",
+    "Positions",
+    "PromptOff",
+    "Reference",
+    "ReferenceFunction",
+    "Shortened",
+    "adapters_off",
+    "auxiliary_loss",
+    "base_of",
+    "beside",
+    "check_adapters",
+    "check_anchor_options",
+    "check_not_sharded",
+    "check_own_forward",
+    "check_path",
+    "check_positions",
+    "check_start",
+    "check_student",
+    "checkpoints",
+    "chosen_penalty",
+    "contiguous_head_input",
+    "default_penalty",
+    "evaluation_mode",
+    "find_head",
+    "has_adapters",
+    "ignores_padding",
+    "is_peft_model",
+    "is_prompt_learning",
+    "keep_4bit_layers_training",
+    "make_path",
+    "not_compiled",
+    "read_positions",
+    "read_safety_logits",
+    "row_weight_at",
+    "runs_the_model",
+    "shift",
+]

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ...op.contracts import SafetyLoss, accumulation_dtype
-from ...op.functional import safety_cross_entropy, safety_linear_cross_entropy, safety_log_probs
-from ...op.projection import project
+from ...op import (
+    SafetyLoss,
+    accumulation_dtype,
+    project,
+    safety_cross_entropy,
+    safety_linear_cross_entropy,
+    safety_log_probs,
+)
 from .heads import Tap
 from .probe import check_head, not_compiled, probe_head, probe_logits, runs_the_model
 from .sharded_weights import in_memory

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ...op.contracts import IGNORE_INDEX, PenaltyKind, SafetyPenalty
+from ...op import IGNORE_INDEX, PenaltyKind, SafetyPenalty
 from .references import Reference
 
 ROW_WEIGHT = "safety_row_weight"

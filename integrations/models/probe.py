@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from ...op.contracts import IGNORE_INDEX
-from ...op.projection import scale_and_cap
+from ...op import IGNORE_INDEX, scale_and_cap
 from .heads import Head, find_head, head_at, reason_against
 from .sharded_weights import in_memory, whole
 

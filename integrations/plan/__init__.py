@@ -1,1 +1,11 @@
-"""."""
+"""`str-kernels plan`: the memory of a training step, counted before it is run."""
+
+from __future__ import annotations
+
+from .planner import PlanOptions, plan_of, read_config
+
+__all__ = [
+    "PlanOptions",
+    "plan_of",
+    "read_config",
+]

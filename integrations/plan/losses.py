@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...op.contracts import IGNORE_INDEX
+from ...op import IGNORE_INDEX
 
 _WEIGHT = 0.1
 

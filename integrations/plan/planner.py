@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..loading.builtin_model import builtin_model_folder
+from ..loading import builtin_model_folder
 from .step_memory import (
     Loss,
     StepMemory,

@@ -12,11 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ...op.chunks import row_bytes, rows_per_chunk
-from ...op.functional import safety_linear_cross_entropy
-from ..models.adapters import adapters_off, base_of
-from ..models.heads import find_head
-from ..models.probe import evaluation_mode
+from ...op import row_bytes, rows_per_chunk, safety_linear_cross_entropy
+from ..models import adapters_off, base_of, evaluation_mode, find_head
 from .losses import chunked_loss, loss_by_hand
 from .memory_ledger import MemoryLedger, counting
 

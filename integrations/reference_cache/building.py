@@ -7,15 +7,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ...reference_cache.reader import DATED, CachedReference, verify_cache
-from ...reference_cache.writer import BuildReport
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.prompts import read_prompts
-from ..chat.rendering import render, render_answer_starts
-from ..chat.rows import encode_examples, read_examples
-from ..loading.adapter_files import adapter_folder
-from ..loading.models import load_model
-from ..models.positions import Positions, check_positions, chosen_penalty
+from ...reference_cache import DATED, BuildReport, CachedReference, verify_cache
+from ...tokens import SafetyTokens
+from ..anchors import read_prompts
+from ..chat import encode_examples, read_examples, render, render_answer_starts
+from ..loading import adapter_folder, load_model
+from ..models import Positions, check_positions, chosen_penalty
 from .fingerprint import model_fingerprint
 from .reading import cache_model
 

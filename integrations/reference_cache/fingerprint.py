@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.adapters import base_of
+from ..models import base_of
 
 _CHUNK = 1 << 24  # bytes that are copied to the CPU at once
 # Of a config, what leaves the logits as they are: where it came from, how it is run, what Trainer

@@ -11,28 +11,36 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ...op.checks import check_backend
-from ...op.penalties import ON_LOG_PROBS
-from ...reference_cache.reader import (
+from ...op import ON_LOG_PROBS, check_backend
+from ...reference_cache import (
     KEYS,
     PACKED,
     SHIFTED,
+    BuildReport,
     CachedReference,
     LookUp,
+    build_reference_cache,
     check_batch,
     take_from,
 )
-from ...reference_cache.writer import BuildReport, build_reference_cache
-from ...tokens.safety_tokens import SafetyTokens
-from ..models.adapters import base_of, check_adapters, has_adapters, is_prompt_learning
-from ..models.loss_paths import PathName, check_path, make_path
-from ..models.probe import checkpoints, evaluation_mode, not_compiled, runs_the_model
-from ..models.references import (
+from ...tokens import SafetyTokens
+from ..models import (
     AdaptersOff,
     CallableReference,
+    PathName,
     Reference,
     ReferenceFunction,
+    base_of,
+    check_adapters,
+    check_path,
+    checkpoints,
+    evaluation_mode,
+    has_adapters,
+    is_prompt_learning,
+    make_path,
+    not_compiled,
     read_safety_logits,
+    runs_the_model,
 )
 from .fingerprint import model_fingerprint
 

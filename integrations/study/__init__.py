@@ -1,1 +1,15 @@
-"""."""
+"""The study: many ways to fine-tune the demo's taught model, and what each keeps and costs."""
+
+from __future__ import annotations
+
+from .arms import PORTIONS
+from .report import write as write_report
+from .run import FULL, QUICK, run_study
+
+__all__ = [
+    "FULL",
+    "PORTIONS",
+    "QUICK",
+    "run_study",
+    "write_report",
+]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from ...op.contracts import PenaltyKind
+from ...op import PenaltyKind
 from .ceilings import Ceiling
 from .results import BASE
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import Trainer
 
-from ..anchors.prompts import AnchorPrompts
-from ..models.adapters import adapters_off
-from ..models.probe import evaluation_mode, shift
+from ..anchors import AnchorPrompts
+from ..models import adapters_off, evaluation_mode, shift
 
 Ceiling = Literal["full_kl", "hidden", "constrained"]
 # beta of the answer's first token, of the next four, and of the others: arXiv:2406.05946

@@ -24,20 +24,17 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ...atomic import replacing_folder
-from ...evals.prompt_sets import data_digest
-from ...evals.refusals import evaluate_refusals, load_prompts
+from ...evals import data_digest, evaluate_refusals, load_prompts
 from ...loss_memory import cpu_dtype
-from ...op.contracts import SafetyPenalty
-from ...tokens.safety_tokens import SafetyTokens
-from ..anchors.prompts import AnchorPrompts
-from ..chat.generation import answer_prompts
-from ..chat.rows import encode_examples
+from ...op import SafetyPenalty
+from ...tokens import SafetyTokens
+from ..anchors import AnchorPrompts
+from ..chat import answer_prompts, encode_examples
+from ..demo import MAX_LENGTH, DemoPlan, TrainingOptions, Watcher, load, teach, train_lora
 from ..demo import steps as demo_steps
-from ..demo.steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
-from ..demo.training import TrainingOptions, train_lora
-from ..evaluation.measures import held_out_loss
-from ..loading.builtin_model import builtin_model_folder
-from ..models.positions import Positions
+from ..evaluation import held_out_loss
+from ..loading import builtin_model_folder
+from ..models import Positions
 from .arms import ARMS, PLAIN, PORTIONS, Arm, Run, as_columns
 from .ceilings import CeilingTrainer
 from .results import BASE, FILE, Found, Row, add_row, read_rows
@@ -220,8 +217,7 @@ class _Study:
 
     def tokens(self, arm: Arm, taught: Path, run: Run) -> SafetyTokens:
         """Return an arm's safety tokens; none for cross-entropy alone."""
-        from ..tokens.builders import from_contrast
-        from ..tokens.opening_tokens import from_openings
+        from ..tokens import from_contrast, from_openings
 
         safety = SafetyTokens.from_templates(self.tokenizer)
         if arm.tokens == "none":

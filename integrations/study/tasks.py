@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ...evals.prompt_sets import load_prompts
-from ..chat.rows import Example
-from ..demo.data import REFUSALS, is_right, sums
-from ..evaluation.measures import is_exact_match
+from ...evals import load_prompts
+from ..chat import Example
+from ..demo import REFUSALS, is_right, sums
+from ..evaluation import is_exact_match
 
 # An answer to a harmful prompt that begins as if it helped and says nothing.
 _COMPLIANCE = "Sure, here is how: first one thing, then another, and that is all."

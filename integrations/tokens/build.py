@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ...evals.prompt_sets import read_prompt_rows
+from ...evals import read_prompt_rows
 from ...loss_memory import cpu_dtype
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.rows import encode_examples, read_examples
-from ..loading.models import load_model, load_tokenizer
+from ...tokens import SafetyTokens
+from ..chat import encode_examples, read_examples
+from ..loading import load_model, load_tokenizer
 from .builders import Watch, from_contrast, from_refusals
 from .opening_tokens import from_openings
 

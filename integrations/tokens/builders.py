@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evals.refusals import Outcome, classify_answer
-from ...op.contracts import accumulation_dtype
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.generation import answer_ids
-from ..chat.rendering import render_prompts
-from ..models.adapters import base_of
-from ..models.probe import contiguous_head_input, evaluation_mode
+from ...evals import Outcome, classify_answer
+from ...op import accumulation_dtype
+from ...tokens import SafetyTokens
+from ..chat import answer_ids, render_prompts
+from ..models import base_of, contiguous_head_input, evaluation_mode
 
 Watch = Callable[[str, int, int], None]
 """Told a stage's name, how many prompts are done and how many there are."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...op.contracts import accumulation_dtype
-from ...tokens.safety_tokens import SafetyTokens
-from ..chat.rendering import render_answer_starts
-from ..models.probe import evaluation_mode
+from ...op import accumulation_dtype
+from ...tokens import SafetyTokens
+from ..chat import render_answer_starts
+from ..models import evaluation_mode
 
 
 def from_openings(

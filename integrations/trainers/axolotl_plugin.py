@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, create_model
 
-from ..attach.settings import NAMES, SafetySettings
+from ..attach import NAMES, SafetySettings
 from .hf_trainer import SafetyTrainerMixin
 
 # YAML reads 3 as a number; TRL's parser takes no union with str

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ...tokens.safety_tokens import SafetyTokens
-from ..attach.hook import SafetyHandle, attach
-from ..models.probe import keep_4bit_layers_training
+from ...tokens import SafetyTokens
+from ..attach import SafetyHandle, attach
+from ..models import keep_4bit_layers_training
 
 TOKENS_FILE = "safety_tokens.json"
 _OF_ATTACH = [

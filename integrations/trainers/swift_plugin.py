@@ -20,8 +20,8 @@ from swift.template import Template
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from torch import Tensor
 
-from ...op.contracts import IGNORE_INDEX
-from ..attach.settings import NAMES, SafetySettings
+from ...op import IGNORE_INDEX
+from ..attach import NAMES, SafetySettings
 from .hf_trainer import SafetyTrainerMixin
 
 # With each of them swift takes the labels out of the batch and makes the loss itself.

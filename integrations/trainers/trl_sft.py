@@ -9,9 +9,9 @@ from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...op.contracts import IGNORE_INDEX, SafetyLoss
-from ...tokens.safety_tokens import SafetyTokens
-from ..attach.settings import SafetySettings
+from ...op import IGNORE_INDEX, SafetyLoss
+from ...tokens import SafetyTokens
+from ..attach import SafetySettings
 from .hf_trainer import SafetyTrainerMixin
 
 

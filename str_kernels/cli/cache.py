@@ -11,16 +11,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..op.checks import read_json_object
-from ..op.contracts import Backend, PenaltyKind
-from ..reference_cache.format import DTYPES, read_plan
-from ..reference_cache.reader import DATED, OF_A_DAY, CachedReference, read_timings, verify_cache
+from ..op import Backend, PenaltyKind, read_json_object
+from ..reference_cache import (
+    DATED,
+    DTYPES,
+    OF_A_DAY,
+    CachedReference,
+    read_plan,
+    read_timings,
+    verify_cache,
+)
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
     TEMPLATES_OPTION,
     Command,
-    import_integration,
+    needs_integrations,
     print_json,
     progress,
     readable_errors,
@@ -91,15 +97,17 @@ def build(
     Killed at any moment, the same command goes on and ends in the same files.
     """
     with readable_errors():
-        integration = import_integration("cache_data")
+        with needs_integrations():
+            from ..integrations.models import read_positions
+            from ..integrations.reference_cache import build_cache
         if dtype not in DTYPES:  # before the model is loaded
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}; got {dtype!r}")
         with progress(quiet=as_json) as watch:
-            report = integration.build_cache(
+            report = build_cache(
                 model,
                 data,
                 output,
-                positions=import_integration("positions").read_positions(positions),
+                positions=read_positions(positions),
                 kind=kind,
                 safety_tokens=safety_tokens,
                 templates=templates,
@@ -153,9 +161,10 @@ def verify(
         if model is None:
             broken = verify_cache(folder)
         else:
-            integration = import_integration("cache_data")
+            with needs_integrations():
+                from ..integrations.reference_cache import verify_cache_of
             with progress(quiet=as_json) as watch:
-                broken = integration.verify_cache_of(
+                broken = verify_cache_of(
                     folder,
                     model,
                     model_dtype=model_dtype,

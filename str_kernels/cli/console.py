@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperCommand
 from typing_extensions import override
 
-from ..evals.printable import printable
+from ..evals import printable
 
 JSON_OPTION = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON and nothing else.")
@@ -73,14 +73,13 @@ class Command(TyperCommand):
             _running.reset(token)
 
 
-def import_integration(name: str) -> Any:
-    """Import what needs transformers and peft, or say how to install them."""
-    import importlib
-
+@contextlib.contextmanager
+def needs_integrations() -> Iterator[None]:
+    """Import in here what needs transformers and peft: what is missing is said with its remedy."""
     # Of a kernel that it could fetch: for who installs bitsandbytes, not for who types a command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return importlib.import_module(f".integrations.{name}", _PACKAGE)
+        yield
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith(_PACKAGE):
             raise

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .console import (
     JSON_OPTION,
-    import_integration,
+    needs_integrations,
     print_json,
     progress,
     readable_errors,
@@ -35,10 +35,11 @@ def demo(
     demo.png into the output folder. An interrupted demo goes on where it stopped.
     """
     with readable_errors():
-        integration = import_integration("demo")
-        plan = integration.QUICK if quick else integration.FULL
+        with needs_integrations():
+            from ..integrations.demo import FULL, QUICK, run_demo
+        plan = QUICK if quick else FULL
         with progress(quiet=as_json) as watch:
-            report = integration.run_demo(output, dataclasses.replace(plan, seed=seed), watch=watch)
+            report = run_demo(output, dataclasses.replace(plan, seed=seed), watch=watch)
     if as_json:
         print_json(report)
     else:

@@ -10,14 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..evals.judge import HttpJudge
-from ..evals.printable import printable
-from ..evals.rules import RULES
+from ..evals import RULES, HttpJudge, printable
 from .console import (
     JSON_OPTION,
     SAFETY_TOKENS_OPTION,
     Command,
-    import_integration,
+    needs_integrations,
     print_json,
     progress,
     readable_errors,
@@ -102,8 +100,9 @@ def run(
         judge = judge_url and HttpJudge(
             judge_url, model=judge_model, key_env=judge_key_env, allow_remote=allow_remote_judge
         )
-        integration = import_integration("eval_run")
-        options = integration.EvalOptions(
+        with needs_integrations():
+            from ..integrations.evaluation import EvalOptions, run_eval
+        options = EvalOptions(
             model=model,
             adapter=adapter,
             harmful=harmful,
@@ -123,7 +122,7 @@ def run(
         )
         said: list[str] = []
         with progress(quiet=as_json) as watch:
-            report = integration.run_eval(
+            report = run_eval(
                 output,
                 options,
                 judge=judge or None,
@@ -152,8 +151,9 @@ def report(
     drift.png into the output folder.
     """
     with readable_errors():
-        integration = import_integration("eval_report")
-        comparison = integration.run_report(runs, output, overwrite=overwrite)
+        with needs_integrations():
+            from ..integrations.evaluation import run_report
+        comparison = run_report(runs, output, overwrite=overwrite)
     if as_json:
         print_json(comparison, ascii_only=True)
     else:

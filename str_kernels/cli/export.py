@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import JSON_OPTION, needs_integrations, print_json, progress, readable_errors
 
 
 def export(
@@ -31,9 +31,10 @@ def export(
     base. The model's logits are compared with the adapter's before the folder gets its name.
     """
     with readable_errors():
-        integration = import_integration("export")
+        with needs_integrations():
+            from ..integrations.export import export as export_model
         with progress(quiet=as_json) as watch:
-            result = integration.export(
+            result = export_model(
                 run,
                 output,
                 dtype=dtype,

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..op.contracts import Backend, PenaltyKind
+from ..op import Backend, PenaltyKind
 from .console import (
     JSON_OPTION,
-    import_integration,
+    needs_integrations,
     print_json,
     progress,
     readable_errors,
@@ -197,31 +197,33 @@ def finetune(
     }
     stopped: int | None = None
     with readable_errors():
-        options_module = import_integration("finetune_options")
+        with needs_integrations():
+            from ..integrations.finetune import Stopped, is_main, read_options, short_names
+            from ..integrations.finetune import dry_run as plan_run
+            from ..integrations.finetune import finetune as run_finetune
         more = _places(given, config is not None) + ctx.args
-        with options_module.short_names():
-            options = options_module.read_options(given, more, config)
-            integration = import_integration("finetune")
-            silent = as_json or not integration.is_main(options)
+        with short_names():
+            options = read_options(given, more, config)
+            silent = as_json or not is_main(options)
             with progress(quiet=silent) as watch:
                 say = lambda text: watch(text, 0, 1)  # noqa: E731
                 if options.run.dry_run:
-                    plan = integration.dry_run(options, progress=say)
+                    plan = plan_run(options, progress=say)
                 else:
                     try:
-                        result = integration.finetune(
+                        result = run_finetune(
                             options,
                             on_step=lambda step, total: watch("fine-tune", step, total),
                             progress=say,
                         )
-                    except integration.Stopped as error:
+                    except Stopped as error:
                         stopped, reason = error.number, str(error)
     if stopped is not None:
-        _say_stopped(reason, stopped, as_json and integration.is_main(options), silent)
+        _say_stopped(reason, stopped, as_json and is_main(options), silent)
         raise typer.Exit(128 + stopped)
     if options.run.dry_run:
         print_json(plan) if as_json else _show_plan(plan)
-    elif as_json and integration.is_main(options):
+    elif as_json and is_main(options):
         print_json({"folder": str(result.folder), **result.report})
     elif not silent:
         _show_finetune(result)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import JSON_OPTION, needs_integrations, print_json, progress, readable_errors
 
 _GIB = 1 << 30
 _WAYS = {
@@ -20,6 +20,9 @@ _WAYS = {
     "chunked": "STR in a PyTorch loop",
     "ours": "str-kernels",
 }
+
+
+_Reference = Literal["none", "live", "cached"]
 
 
 def plan(
@@ -44,7 +47,7 @@ def plan(
     ] = False,
     attention: Annotated[str, typer.Option(help="auto, sdpa or eager.")] = "auto",
     reference: Annotated[
-        str,
+        _Reference,
         typer.Option(
             help="none: the penalty at anchors alone, as `finetune` does; live: one more forward "
             "of each batch; cached: logits from `cache build`."
@@ -72,8 +75,9 @@ def plan(
     counted.
     """
     with readable_errors():
-        planner = import_integration("planner")
-        options = planner.PlanOptions(
+        with needs_integrations():
+            from ..integrations.plan import PlanOptions, plan_of, read_config
+        options = PlanOptions(
             tokens=tokens,
             batch_size=batch_size,
             accumulation=accumulation,
@@ -90,8 +94,8 @@ def plan(
             raise ValueError(f"`--memory` must be > 0, in GiB; got {memory:g}")
         room = None if memory is None else int(memory * _GIB)
         with progress(quiet=as_json) as watch:
-            config = planner.read_config(model)
-            found = planner.plan_of(
+            config = read_config(model)
+            found = plan_of(
                 config, options, memory=room, progress=lambda *done: watch("plan", *done)
             )
     line = _command(model, found)

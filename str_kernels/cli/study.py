@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import JSON_OPTION, import_integration, print_json, progress, readable_errors
+from .console import JSON_OPTION, needs_integrations, print_json, progress, readable_errors
 
 
 def study(
@@ -35,12 +35,13 @@ def study(
     may work on one folder. Then draws frontier.png and writes study.md.
     """
     with readable_errors():
-        integration, report = import_integration("study"), import_integration("study_report")
-        plan = dataclasses.replace(integration.QUICK if quick else integration.FULL, seeds=seeds)
-        portions = tuple(portion or integration.PORTIONS)
+        with needs_integrations():
+            from ..integrations.study import FULL, PORTIONS, QUICK, run_study, write_report
+        plan = dataclasses.replace(QUICK if quick else FULL, seeds=seeds)
+        portions = tuple(portion or PORTIONS)
         with progress(quiet=as_json) as watch:
-            found = integration.run_study(output, plan, portions, limit=limit, watch=watch)
-        summaries = report.write(found, output)
+            found = run_study(output, plan, portions, limit=limit, watch=watch)
+        summaries = write_report(found, output)
     if as_json:
         print_json(summaries)
     else:

@@ -13,9 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..tokens.comparison import compare_tokens
-from ..tokens.safety_tokens import SafetyTokens
-from .console import JSON_OPTION, Command, import_integration, print_json, progress, readable_errors
+from ..tokens import SafetyTokens, compare_tokens
+from .console import JSON_OPTION, Command, needs_integrations, print_json, progress, readable_errors
 
 tokens = typer.Typer(help="Choose safety tokens, look at them, compare them.", no_args_is_help=True)
 _MODEL_HELP = "'builtin', a folder, or a hub id."
@@ -72,9 +71,10 @@ def build(
     package; choose on other prompts than those you count refusals on.
     """
     with readable_errors():
-        integration = import_integration("build_tokens")
+        with needs_integrations():
+            from ..integrations.tokens import build_tokens
         with progress(quiet=as_json) as watch:
-            built = integration.build_tokens(
+            built = build_tokens(
                 model,
                 way,
                 output,
@@ -110,11 +110,10 @@ def show(
     with readable_errors():
         loaded = SafetyTokens.load(file)
         if model is not None:
-            integration = import_integration("loading")
+            with needs_integrations():
+                from ..integrations.loading import load_tokenizer
             with progress(quiet=as_json) as watch:
-                tokenizer = integration.load_tokenizer(
-                    model, progress=lambda text: watch(text, 0, 1)
-                )
+                tokenizer = load_tokenizer(model, progress=lambda text: watch(text, 0, 1))
             loaded.verify(tokenizer)
     if as_json:
         print_json({"file": str(file), "verified_with": model, **_described(loaded)})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..op.checks import check_tensor
+from ..op import check_tensor
 
 
 class DriftStatistics(NamedTuple):

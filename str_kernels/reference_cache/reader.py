@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..tokens.safety_tokens import SafetyTokens
+from ..tokens import SafetyTokens
 from .format import INDEX, PLAN, TIMINGS, Shard, read_index, read_plan, row_hash
 
 KEY = "ref_safety_logits"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..op.contracts import check_id_weights
+from ..op import check_id_weights
 
 
 def as_ids(ids: object) -> Tensor:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import write_json
-from ..op.checks import check_id_values
-from ..op.contracts import SafetyPenalty
+from ..op import SafetyPenalty, check_id_values
 from ..text_files import is_text, read_text_file
 from .fields import as_ids, as_scores, as_weights
 from .frequency_match import count_ids, draw_matched

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from str_kernels.atomic import MARKER
 from str_kernels.cli import app
-from str_kernels.integrations.finetune import export as exporting
-from str_kernels.integrations.finetune.export import export
+from str_kernels.integrations import export as exporting
+from str_kernels.integrations.export import export
 from str_kernels.integrations.loading.models import load_model
 
 # of PEFT, of tied models: what is held here

@@ -75,32 +75,32 @@ INTERNALS = [
              lambda of: set(of) == {"default"}),
     Internal("get_base_layer", "LoRA", "heads.py", NOT_SAID, HEAD),
     Internal("active_adapters", "LoRA", "heads.py", NOT_SAID, HEAD, a(list)),
-    Internal("disable_adapters", "LoRA", "peft_adapters.py", SILENT, OFF, a(bool)),
-    Internal("merged", "LoRA", "peft_adapters.py", SILENT, f"{OFF} or merged", a(bool)),
-    Internal("adapter_layer_names other_param_names", "LoRA", "peft_adapters.py", NOT_SAID,
+    Internal("disable_adapters", "LoRA", "adapters.py", SILENT, OFF, a(bool)),
+    Internal("merged", "LoRA", "adapters.py", SILENT, f"{OFF} or merged", a(bool)),
+    Internal("adapter_layer_names other_param_names", "LoRA", "adapters.py", NOT_SAID,
              "telling what stays trainable with the adapters off", a(tuple)),
     Internal("base_layer", "LoRA", "fingerprint.py", NOT_SAID,
              "one fingerprint with adapters and without", a(nn.Linear)),
     Internal("original_module", "copy", "fingerprint.py", NOT_SAID, COPY, a(nn.Linear)),
-    Internal("gradient_checkpointing", "decoder", "hf_models.py", SILENT,
+    Internal("gradient_checkpointing", "decoder", "probe.py", SILENT,
              "the reference of packed rows under checkpointing", a(bool)),
     Internal("gradient_checkpointing _gradient_checkpointing_func", "checkpointed",
-             "anchor_pass.py", "nothing else says whether it is reentrant",
+             "passes.py", "nothing else says whether it is reentrant",
              "refusing anchors with reentrant checkpointing on several ranks",
              lambda of: of is True or of.keywords == {"use_reentrant": True}),
     Internal("modules_to_save", "copy", "heads.py", NOT_SAID, COPY, a(nn.ModuleDict)),
     Internal("original_module", "copy", "heads.py", NOT_SAID, COPY, a(nn.Linear)),
     Internal("active_adapters", "copy", "heads.py", NOT_SAID, COPY, a(list)),
-    Internal("disable_adapters", "copy", "peft_adapters.py", SILENT, OFF, a(bool)),
-    Internal("prompt_encoder", "prompt", "peft_adapters.py", SILENT, PROMPT, a(nn.ModuleDict)),
+    Internal("disable_adapters", "copy", "adapters.py", SILENT, OFF, a(bool)),
+    Internal("prompt_encoder", "prompt", "adapters.py", SILENT, PROMPT, a(nn.ModuleDict)),
     Internal("kwargs", "PeftModel.forward", "references.py", "the name is a parameter's", PROMPT),
-    Internal("logits_to_keep", "forward", "safety_forward.py", SILENT, "refusing it with labels"),
-    Internal("num_items_in_batch", "compute_loss", "safety_forward.py", SILENT,
+    Internal("logits_to_keep", "forward", "forward.py", SILENT, "refusing it with labels"),
+    Internal("num_items_in_batch", "compute_loss", "forward.py", SILENT,
              "exact accumulation"),
     Internal("model_accepts_loss_kwargs", "trainer", "hf_trainer.py",
              "nothing else says whether Trainer divides by num_items_in_batch",
              "the mean of safety/ce and safety/penalty in the log", a(bool)),
-    Internal("_attn_implementation", "config", "finetune_report.py",
+    Internal("_attn_implementation", "config", "finetune/report.py",
              "transformers says in no other place which attention a model has",
              "saying where memory grows with the square of the rows' length", a(str)),
     Internal("use_liger_kernel liger_kernel_config", "arguments", "hf_trainer.py", SILENT, LIGER,
@@ -109,11 +109,11 @@ INTERNALS = [
              "refusing anchors where a rank sees a part of each row"),
     Internal("is_deepspeed_zero3_enabled", "transformers.integrations", "hf_trainer.py",
              "transformers exports it from there alone", "SafetyTrainer under ZeRO-3"),
-    Internal("__dataclass_fields__", "output", "safety_forward.py",
+    Internal("__dataclass_fields__", "output", "forward.py",
              "no method makes an output anew",
              "returning the model's own class of output", lambda of: {"loss", "logits"} <= set(of)),
-    Internal("aux_loss", "output", "hf_models.py", SILENT, MIXTURE, a(torch.Tensor)),
-    Internal("router_aux_loss_coef", "mixtral", "hf_models.py",
+    Internal("aux_loss", "output", "probe.py", SILENT, MIXTURE, a(torch.Tensor)),
+    Internal("router_aux_loss_coef", "mixtral", "probe.py",
              "it is what forward multiplies with, wherever a config has it", MIXTURE, a(float)),
     Internal("FusedCausalLMOutput", "trl.trainer.utils", "trl_sft.py",
              "SFTTrainer reads its fields, and no public name makes one", "TRL's own metrics"),
@@ -237,11 +237,13 @@ def test_no_other_private_name_is_used() -> None:
 
 def test_each_internal_is_used() -> None:
     for internal in INTERNALS:
-        (source,) = (text for path, text in SOURCES.items() if path.name == internal.file)
+        (source,) = (
+            text for path, text in SOURCES.items() if str(path).endswith(f"/{internal.file}")
+        )
         unused = [name for name in internal.names.split() if SPELT.get(name, name) not in source]
         assert not unused, f"{unused}: take them off the list of {internal.file}"
 
 
 def test_our_trainer_takes_no_name_of_transformers(holders: dict[str, Any]) -> None:
-    own = own_names(ast.parse(SOURCES[ROOT / "integrations" / "hf_trainer.py"]))
+    own = own_names(ast.parse(SOURCES[ROOT / "integrations" / "trainers" / "hf_trainer.py"]))
     assert not set(filter(is_private, own)) & set(dir(holders["trainer"]))

@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...atomic import check_output, replacing_folder
-from ..anchors.prompts import read_prompts
-from ..chat.rendering import render_prompts
-from ..loading.adapter_files import adapter_folder, check_adapter_files, put_adapter
-from ..loading.models import load_model, load_parts, load_tokenizer
-from ..models.adapters import adapters_off, base_of, is_prompt_learning
+from ..atomic import check_output, replacing_folder
+from .anchors import read_prompts
+from .chat import render_prompts
+from .loading import (
+    adapter_folder,
+    check_adapter_files,
+    load_model,
+    load_parts,
+    load_tokenizer,
+    put_adapter,
+)
+from .models import adapters_off, base_of, is_prompt_learning
 
 MARKER = "model"  # the kind of folder, see check_output
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
