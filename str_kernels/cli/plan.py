@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,9 +20,6 @@ _WAYS = {
     "chunked": "STR in a PyTorch loop",
     "ours": "str-kernels",
 }
-
-
-_Reference = Literal["none", "live", "cached"]
 
 
 def plan(
@@ -47,7 +44,7 @@ def plan(
     ] = False,
     attention: Annotated[str, typer.Option(help="auto, sdpa or eager.")] = "auto",
     reference: Annotated[
-        _Reference,
+        str,
         typer.Option(
             help="none: the penalty at anchors alone, as `finetune` does; live: one more forward "
             "of each batch; cached: logits from `cache build`."
@@ -85,7 +82,7 @@ def plan(
             dtype=dtype,
             checkpointing=checkpointing,
             attention=attention,
-            reference=reference,
+            reference=cast(Any, reference),  # which PlanOptions checks
             padding=padding,
             ids=ids,
             device=device,

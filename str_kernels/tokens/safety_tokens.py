@@ -181,7 +181,7 @@ class SafetyTokens:
             rejection templates. Which templates, and how many tokens, is not known to us.
         """
         if templates is None:
-            built_in = resources.files(__package__).joinpath("data", _TEMPLATES_FILE)
+            built_in = resources.files("str_kernels").joinpath("data", _TEMPLATES_FILE)
             sentences, source = _lines(built_in.read_text("utf-8")), "built-in refusal templates"
         elif isinstance(templates, (str, Path)):
             sentences = _lines(read_text_file("`templates`", templates))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -92,7 +93,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "append_rows(pathlib.Path(sys.argv[1]), [{'a': 'new' * 9999}])\n"
     )
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script, path], cwd=root, capture_output=True, text=True
     )
@@ -139,7 +140,7 @@ def test_growth_fits_and_draws(monkeypatch, tmp_path):
 def test_traffic_counts_in_a_process_of_its_own():
     """Where nothing has imported triton yet, the command itself must switch the interpreter on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = os.path.dirname(os.path.dirname(__file__))
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "bench", "traffic", "--vocab", "500", "--ids", "3", "--json"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

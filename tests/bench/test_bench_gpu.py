@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -106,22 +107,22 @@ def test_targets_are_met_or_not():
 
 def test_needs_torch_alone():
     """What `make gpu` imports at import time, through bench: the standard library, torch, ours."""
-    seen, todo = set(), ["gpu"]
+    seen, todo = set(), ["bench.gpu"]
     while todo:
         module = todo.pop()
         seen.add(module)
-        tree = ast.parse((ROOT / "bench" / f"{module}.py").read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names = [node.module] if node.module else [a.name for a in node.names]
-                todo += [name for name in names if name not in seen]
-            elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                module_names = (
-                    [node.module]
-                    if isinstance(node, ast.ImportFrom)
-                    else [alias.name for alias in node.names]
-                )
-                for name in module_names:
-                    top = str(name).split(".")[0]
-                    assert top in {"torch", "str_kernels"} or top in sys.stdlib_module_names, name
-    assert {"speed", "check", "providers", "results"} <= seen
+        spec = importlib.util.find_spec(module)
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom):
+                named = "." * node.level + (node.module or "")
+                name = importlib.util.resolve_name(named, spec.parent)
+                inner = [f"{name}.{alias.name}" for alias in node.names] if node.level else []
+                found = [one for one in inner if (ROOT / f"{one.replace('.', '/')}.py").exists()]
+                names = found or [name]
+            else:
+                names = [alias.name for alias in getattr(node, "names", [])]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in {"torch", "str_kernels", "bench"} | sys.stdlib_module_names, name
+                todo += [name] * (top == "bench" and name not in seen)
+    assert {"bench.steps.speed", "bench.check", "bench.steps.providers", "bench.results"} <= seen

@@ -93,7 +93,7 @@ def test_where_nothing_fits_there_is_no_line(folder: Path) -> None:
     [
         (["no/such/folder"], "`model` must be 'builtin', a folder"),
         (["{folder}", "--dtype", "int8"], "dtype` must be one of auto"),
-        (["{folder}", "--reference", "both"], "'both' is not one of 'none'"),
+        (["{folder}", "--reference", "both"], "reference` must be one of none"),
         (["{folder}", "--memory", "-1"], "`--memory` must be > 0, in GiB; got -1"),
         (["{folder}", "--memory", "nan"], "`--memory` must be > 0, in GiB; got nan"),
         (["{folder}", "--memory", "inf"], "`--memory` must be > 0, in GiB; got inf"),

@@ -6,6 +6,7 @@ from typing import Any
 
 UNITS = "fsdp, head its own unit"
 TOGETHER = "fsdp, head and embedding one unit"
+REFUSED = ("refusals", "lora on the head")
 PRELOADED = (
     "peft",
     "peft.tuners.lora.model",

@@ -278,7 +278,7 @@ def test_a_killed_conversion_is_not_taken_for_a_model(fake: FakeConversion) -> N
     code = f"""
 import os, signal
 from pathlib import Path
-from str_kernels.integrations import builtin_model
+from str_kernels.integrations.loading import builtin_model
 builtin_model._GGUF_SHA256 = {builtin_model._GGUF_SHA256!r}
 builtin_model.find_gguf = lambda: Path({str(fake.gguf)!r})
 def convert(gguf, folder):

@@ -17,6 +17,7 @@ from adapters import LAYERS, LORA, PROMPTS, Adapter
 from str_kernels.atomic import replacing
 
 HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent
 ROOT = HERE.parents[2]
 PAGE = ROOT / "docs" / "support.md"
 MODELS = ROOT / "docs" / "support" / "models.csv"

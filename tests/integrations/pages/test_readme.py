@@ -57,7 +57,7 @@ def test_block_runs(block, seed, tmp_path, monkeypatch):
             remove_unused_columns=False,
         ),
     }
-    if "trl_sft" in block:
+    if "SafetySFTTrainer" in block:
         pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
         from datasets import Dataset
 

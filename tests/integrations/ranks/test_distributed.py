@@ -11,7 +11,7 @@ from typing import Any
 import distributed_cases as cases
 import pytest
 import torch.distributed as dist
-from distributed_calls import PRELOADED, calls
+from distributed_calls import PRELOADED, REFUSED, calls
 from ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no di
 LOSS, GRADIENTS = 2e-5, 1e-4  # as in docs/support.md, and a tenth of what is granted there
 
 
-REFUSED = ("refusals", "lora on the head")
 NAMES = [(ranks, name) for ranks in (2, 4) for name in calls(ranks, 0, "") if name not in REFUSED]
 
 
