@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, gradients
-from test_anchors import PENALTY, anchors_of
+from loss_checks import IDS, PENALTY, TOKENS, anchors_of, gradients
 from tiny_models import VOCAB, tiny_model, with_lora
 from torch.utils.data import DataLoader
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, assert_close, gradients
-from test_anchors import anchors_of, by_hand
+from loss_checks import IDS, TOKENS, WEIGHT, anchors_of, assert_close, by_hand, gradients
 from tiny_models import batch_of, fresh_lora, tiny_model, with_lora
 from tiny_tokenizer import chat_tokenizer
 from transformers import TrainingArguments

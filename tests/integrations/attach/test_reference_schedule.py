@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, assert_close, gradients
+from loss_checks import (
+    IDS,
+    PENALTY,
+    TOKENS,
+    WEIGHT,
+    anchors_of,
+    assert_close,
+    gradients,
+    reference_logits,
+)
 from peft import PromptTuningConfig, get_peft_model
-from test_anchors import PENALTY, anchors_of, reference_logits
 from tiny_models import batch_of, naive_loss, tiny_model, with_lora
 
 from str_kernels import attach

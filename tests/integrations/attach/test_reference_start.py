@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, assert_close, gradients
+from loss_checks import IDS, TOKENS, WEIGHT, anchors_of, assert_close, gradients
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_anchors import anchors_of
 from tiny_models import batch_of, fresh_lora, naive_loss, tiny_model, with_lora
 from torch import nn
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_anchors import anchors_of
+from loss_checks import anchors_of
 from test_demo import builtin  # noqa: F401 - a fixture
 from tiny_models import batch_of, tiny_model, with_lora
 from torch.nn.functional import kl_div

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from loss_checks import anchors_of
 from peft import LoraConfig, get_peft_model
-from test_anchors import anchors_of
 from test_models import TOKENS
 from tiny_models import VOCAB, batch_of, fresh_lora, tiny_model
 from torch import nn
