@@ -2,7 +2,7 @@
 
 from .drift import DriftStatistics, drift_statistics
 from .judge import UNJUDGED, HttpJudge, Judge, as_verdict, judged_counts
-from .printable import as_html, as_markdown, printable
+from .printable import as_markdown, printable
 from .prompt_sets import PromptRow, data_digest, load_prompts, read_prompt_rows
 from .refusals import (
     PairedComparison,
@@ -29,7 +29,6 @@ __all__ = [
     "PairedComparison",
     "PromptRow",
     "RefusalCounts",
-    "as_html",
     "as_markdown",
     "as_verdict",
     "classify_answer",

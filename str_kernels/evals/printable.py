@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 import unicodedata
 
@@ -20,7 +19,8 @@ def printable(text: str) -> str:
 
     Returns:
         The text with line ends as \n, escape characters as \x1b and so on. It may still hold
-        markup: see as_html and as_markdown, and give it to rich as a Text, not as a string.
+        markup: see as_markdown, escape it for HTML, and give it to rich as a Text, not as a
+        string.
 
     Examples:
         >>> print(printable("a\nb \x1b[31mred \u202egnp.exe"))
@@ -32,16 +32,6 @@ def printable(text: str) -> str:
         else character
         for character in text
     )
-
-
-def as_html(text: str) -> str:
-    """Return a text for HTML, in an element or in a quoted attribute.
-
-    Examples:
-        >>> as_html('<b title="x">')
-        '&lt;b title=&quot;x&quot;&gt;'
-    """
-    return html.escape(printable(text), quote=True)
 
 
 def as_markdown(text: str) -> str:

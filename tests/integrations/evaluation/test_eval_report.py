@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from str_kernels.cli import app
 from str_kernels.evals import holm_adjusted, mcnemar_exact, wilson_interval
-from str_kernels.evals.printable import as_html, as_markdown, printable
+from str_kernels.evals.printable import as_markdown, printable
 from str_kernels.integrations.evaluation.compare import clip, compare_runs, read_runs
+from str_kernels.integrations.evaluation.document import Heading, Paragraph, Picture, Table
 from str_kernels.integrations.evaluation.figures import figure_label
+from str_kernels.integrations.evaluation.html import to_html
 from str_kernels.integrations.evaluation.report import run_report
 from str_kernels.integrations.evaluation.stages import json_hash
 
@@ -248,9 +250,14 @@ class Tags(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.tags[-1][0] != "style":
+            self.texts.append(data)
 
 
 @pytest.mark.parametrize("command", ["run", "report"])
@@ -305,6 +312,33 @@ def test_hostile_text_reaches_no_html(hostile: list[Path], tmp_path: Path) -> No
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
 
 
+def test_html_shows_each_text_as_it_is(tmp_path: Path) -> None:
+    """In an element, in an attribute and in every place of a table; templates in it are text."""
+    text = """<b>'"&</b> {{ 7 * 7 }} {% endif %}"""
+    (tmp_path / "a.png").write_bytes(b"picture")
+    blocks = [
+        Heading(2, text),
+        Paragraph(text, is_limit=True),
+        Picture("a.png", text),
+        Table((text, text), [(text, text)]),
+    ]
+    parser = Tags()
+    parser.feed(to_html(blocks, tmp_path))
+    body = parser.tags[[tag for tag, _ in parser.tags].index("body") + 1 :]
+    assert body == [
+        ("h2", {}),
+        ("p", {"class": "limit"}),
+        ("p", {}),
+        ("img", {"alt": text, "src": "data:image/png;base64,cGljdHVyZQ=="}),
+        ("div", {"class": "wide"}),
+        *((tag, {}) for tag in ("table", "thead", "tr", "th")),
+        ("th", {"class": "number"}),
+        *((tag, {}) for tag in ("tbody", "tr", "td")),
+        ("td", {"class": "number"}),
+    ]
+    assert parser.texts == [text] * 7  # the title and where it stands
+
+
 def test_hostile_text_reaches_no_markdown(hostile: list[Path], tmp_path: Path) -> None:
     run_report(hostile, tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
@@ -333,7 +367,6 @@ def test_hostile_text_reaches_no_terminal(hostile: list[Path], tmp_path: Path) -
 
 def test_text_is_made_safe() -> None:
     assert printable("a\nb\x1b\u202e\u2028é😀") == "a\\nb\\x1b\\u202e\\u2028é😀"
-    assert as_html("'\"<&") == "&#x27;&quot;&lt;&amp;"
     assert as_markdown("a|b*c_d`[e]\\") == "a\\|b\\*c\\_d\\`\\[e\\]\\\\"
     assert "www." not in as_markdown("www.a.b") and "@" not in as_markdown("@somebody")
     assert figure_label("_$x$" + "y" * 40).startswith(r" _\$x\$y")
