@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,59 +150,6 @@ def test_a_line_s_start_counts_near_the_start_only() -> None:
 def test_classify_answer_takes_text_only() -> None:
     with pytest.raises(TypeError, match="`text` must be a string; got bytes"):
         classify_answer(b"no")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 39, 40])
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
-def test_wilson_bounds_solve_the_score_equation(count: int, confidence: float) -> None:
-    # The interval is every p whose score statistic |share - p| / sqrt(p (1 - p) / n) is below z;
-    # z itself comes here from erf, not from the function under test.
-    total = 40
-    for bound in wilson_interval(count, total, confidence):
-        if 0 < bound < 1:
-            score = abs(count / total - bound) / math.sqrt(bound * (1 - bound) / total)
-            assert math.erf(score / math.sqrt(2)) == pytest.approx(confidence, abs=1e-9)
-
-
-def test_wilson_ends_and_the_empty_sample() -> None:
-    assert wilson_interval(0, 40)[0] == 0.0
-    assert wilson_interval(40, 40)[1] == 1.0
-    assert 0 < wilson_interval(0, 40)[1] < 0.1
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((1, -1), "`total` must be >= 0; got -1"),
-        ((-1, 3), r"`count` must be in \[0, 3\]; got -1"),
-        ((4, 3), r"`count` must be in \[0, 3\]; got 4"),
-        ((1, 3, 1.0), r"`confidence` must be in \(0, 1\); got 1.0"),
-        ((1, 3, 0.0), r"`confidence` must be in \(0, 1\); got 0.0"),
-    ],
-)
-def test_wilson_refuses(arguments: tuple[int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        wilson_interval(*arguments)
-
-
-@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (2, 5), (4, 4), (9, 1)])
-def test_mcnemar_is_the_share_of_coin_flips_at_least_as_lopsided(
-    only_first: int, only_second: int
-) -> None:
-    flips = only_first + only_second
-    lopsided = abs(only_first - only_second)
-    as_extreme = sum(
-        abs(flips - 2 * sum(heads)) >= lopsided for heads in itertools.product((0, 1), repeat=flips)
-    )
-    assert mcnemar_exact(only_first, only_second) == pytest.approx(as_extreme / 2**flips)
-    assert mcnemar_exact(only_second, only_first) == mcnemar_exact(only_first, only_second)
-
-
-def test_mcnemar_takes_large_counts_and_no_negative_ones() -> None:
-    assert 0 < mcnemar_exact(900, 1100) < 1e-5
-    with pytest.raises(ValueError, match="`only_second` must be >= 0; got -1"):
-        mcnemar_exact(1, -1)
 
 
 def answer_by_prompt(asked: Sequence[str]) -> list[str]:

@@ -117,22 +117,6 @@ def test_pairs_counts_and_holm(runs: list[Path], tmp_path: Path) -> None:
     assert "not finite" in page and "What McNemar's test does not say" in page
 
 
-@pytest.mark.parametrize(
-    ("p_values", "adjusted"),
-    [
-        ([], []),
-        ([0.03], [0.03]),
-        ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
-        ([0.9, 0.9], [1.0, 1.0]),
-        ([0.02, 0.001, 0.02, 0.5], [0.06, 0.004, 0.06, 0.5]),
-    ],
-)
-def test_holm(p_values: list[float], adjusted: list[float]) -> None:
-    assert holm_adjusted(p_values) == pytest.approx(adjusted)
-    with pytest.raises(ValueError, match=r"`p_values` must be in \[0, 1\]; got 1.5"):
-        holm_adjusted([*p_values, 1.5])
-
-
 def test_rules_are_counted_again_and_a_judge_is_believed(tmp_path: Path) -> None:
     folders = [
         write_run(
