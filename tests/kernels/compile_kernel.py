@@ -8,50 +8,45 @@ is done by bench/compiled/compiling.py and bench/compiled/compile_report.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+
+from spoilt_source import (
+    NARROW_ROW_INDEX,
+    NO_FIRST_BARRIER,
+    NO_SECOND_BARRIER,
+    Change,
+    load_changed,
+)
 
 from bench.compiled.compile_report import launches_of_a_run
 from bench.compiled.compiling import TARGETS, Variant, compile_and_examine, launch_of, specialize
 from str_kernels.op.rows import row_kernel
 
-# Each must be in the source exactly once.
 PIECES = {
-    "first barrier": "        tl.debug_barrier()  # every warp has read",
-    "second barrier": "            tl.debug_barrier()  # other threads of this program wrote",
-    "int64": "pid_n = tl.program_id(0).to(tl.int64)",
-    "rows": '    do_not_specialize=["N"],\n',
-    "alignment": '"Target", "SafetyLogits", "Ref", "Norm", "Terms", "CeScale", "PenaltyScale", ',
-}
-INSTEAD = {
-    "first barrier": "        pass  #",
-    "second barrier": "            pass  #",
-    "int64": "pid_n = tl.program_id(0)",
+    "first barrier": NO_FIRST_BARRIER,
+    "second barrier": NO_SECOND_BARRIER,
+    "int64": NARROW_ROW_INDEX,
+    "rows": Change('["N"]', "[]", "row_step_kernel"),
+    "alignment": Change(
+        '["Target", "SafetyLogits", "Ref", "Norm", "Terms", "CeScale", "PenaltyScale", "Stash"]',
+        '["Stash"]',
+    ),
 }
 
 
-def kernels_without(piece: str, folder: str) -> Any:
+def kernels_without(piece: str, folder: Path) -> ModuleType:
     """Load the kernels' source without a piece of it."""
-    source, text = Path(row_kernel.__file__).read_text(encoding="utf-8"), PIECES[piece]
-    if source.count(text) != 1:
-        raise SystemExit(f"{text!r} is in {source.count(text)} places")
-    path = Path(folder, f"row_kernel_without_{piece.replace(' ', '_')}.py")
-    path.write_text(source.replace(text, INSTEAD.get(piece, "")), encoding="utf-8")
-    name = f"str_kernels.op.rows.{path.stem}"  # its imports are relative
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    (folder / piece).mkdir()
+    return load_changed(row_kernel.__name__, folder / piece, PIECES[piece])
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        kernels = {piece: kernels_without(piece, folder) for piece in PIECES}
+        kernels = {piece: kernels_without(piece, Path(folder)) for piece in PIECES}
         codes = []
         for fields, without in json.loads(sys.argv[1]):
             variant = Variant(*fields)

@@ -1,13 +1,12 @@
 """Row steps with one line spoilt: the comparison that the other tests make must notice each.
 
-A mutant is the module's source with one piece of text replaced, loaded as a module of its own. It
-runs inside the real ops, on a case with all options, and is judged by the real tolerance rule. Only
+A mutant is the module's source with one piece changed, loaded as a module of its own. It runs
+inside the real ops, on a case with all options, and is judged by the real tolerance rule. Only
 OutOfTolerance counts as caught: a crash would prove nothing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import Case, Result, make_case
+from spoilt_source import Change, changed, load_changed
 from tolerance import OutOfTolerance, assert_matches_truth, parts_of
 
 from str_kernels.op import autograd, chunks
@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     options: dict[str, Any] = {}  # noqa: RUF012 - of make_case, read only
+    inside: str = ""
 
     def __str__(self) -> str:
         return f"{self.module}-{self.what}"
@@ -46,9 +47,8 @@ COARSE = {"kind": "coarse_kl", "vocab": 23, "ids": 6}  # so few that the ids hav
 
 # The first five of each step are the ones of docs/loss.md.
 MUTANTS = [
-    Mutant("row_kernel", "the target term", "tl.where(is_y, (p - 1.0) + smoothing, p)", "p"),
-    # is_y of the safety columns alone
-    Mutant("row_kernel", "the S-lane of y", "x_s, s == y, rate", "x_s, s < 0, rate"),
+    Mutant("row_kernel", "the target term", "tl.where(is_y, p - 1.0 + smoothing, p)", "p"),
+    Mutant("row_kernel", "the S-lane of y", "s == y", "s < 0", inside="row_step_kernel"),
     Mutant("penalty_kernel", "1/K", "a = a * inv_k", "pass"),
     Mutant(
         "row_kernel",
@@ -57,21 +57,11 @@ MUTANTS = [
         "0.0",
         Z_LOSS,
     ),
+    Mutant("row_kernel", "0.1 % of d", "part * shrink", "1.001 * part * shrink"),
+    Mutant("row_kernel", "the rescale of d", "d * shrink", "d"),
+    Mutant("row_kernel", "the rescale of the threads' d", "part * shrink", "part"),
     Mutant(
-        "row_kernel",
-        "0.1 % of d",
-        "= masked_sum(part * shrink,",
-        "= masked_sum(1.001 * part * shrink,",
-    ),
-    Mutant("row_kernel", "the rescale of d", "d * shrink + _of_thread(e)", "d + _of_thread(e)"),
-    Mutant(
-        "row_kernel", "the rescale of the threads' d", "masked_sum(part * shrink", "masked_sum(part"
-    ),
-    Mutant(
-        "row_kernel",
-        "what is beyond the row",
-        'x = tl.where(inside, x, float("-inf"))',
-        "pass",
+        "row_kernel", "what is beyond the row", 'x = tl.where(inside, x, float("-inf"))', "pass"
     ),
     Mutant(
         "row_kernel",
@@ -80,12 +70,8 @@ MUTANTS = [
         "pass",
         CAP,
     ),
-    Mutant(
-        "row_kernel",
-        "the last nine columns",  # one alone may be a safety id, which is written again
-        "du, mask=at < v_padded)",
-        "du, mask=at < V - 9)",
-    ),
+    # one alone may be a safety id, which is written again
+    Mutant("row_kernel", "the last nine columns", "at < v_padded", "at < V - 9"),
     Mutant("row_kernel", "the last id", "mask_k = offs_k < K", "mask_k = offs_k < K - 1"),
     Mutant(
         "penalty_kernel",
@@ -94,13 +80,7 @@ MUTANTS = [
         "slope = a * drift",
         {"kind": "huber"},
     ),
-    Mutant(
-        "penalty_kernel",
-        "the side of hinge",
-        "drift > 0.0, 0.0",
-        "drift < 0.0, 0.0",
-        {"kind": "hinge"},
-    ),
+    Mutant("penalty_kernel", "the side of hinge", "drift > 0.0", "drift < 0.0", {"kind": "hinge"}),
     Mutant(
         "penalty_kernel",
         "the weights of centered's mean",
@@ -111,29 +91,52 @@ MUTANTS = [
     Mutant(
         "row_kernel", "logprob's pull on every token", "extra -= tl.sum(pull, 0)", "pass", LOGPROB
     ),
-    Mutant("penalty_kernel", "the rest", "phi += ref_rest", "phi += 0.9 * ref_rest", COARSE),
-    Mutant("penalty_kernel", "lse in logprob", "(z_s - lse) - r", "(z_s - 0.9 * lse) - r", LOGPROB),
+    Mutant(
+        "penalty_kernel",
+        "the rest",
+        "ref_rest * tl.log(ratio)",
+        "0.9 * ref_rest * tl.log(ratio)",
+        COARSE,
+    ),
+    Mutant("penalty_kernel", "lse in logprob", "z_s - lse - r", "z_s - 0.9 * lse - r", LOGPROB),
     Mutant(
         "penalty_kernel",
         "subset_kl's T in the slope",
-        "slope = temperature * (",
-        "slope = (",
+        "temperature * (tl.exp(log_s) - q)",
+        "tl.exp(log_s) - q",
         {"kind": "subset_kl"},
     ),
-    Mutant("row_kernel", "the smoothing at y", "(p - 1.0) + smoothing", "(p - 1.0)", SMOOTH),
+    Mutant("row_kernel", "the smoothing at y", "p - 1.0 + smoothing", "p - 1.0", SMOOTH),
     Mutant("row_kernel", "the smoothing elsewhere", "of_ce * (smoothing * inv_v)", "0.0", SMOOTH),
-    Mutant("row_kernel", "the smoothing at the ids", "p) - smoothing * inv_v", "p)", SMOOTH),
-    Mutant("row_kernel", "the mean in the loss", "+ smoothing * smooth", "", SMOOTH),
     Mutant(
-        "row_kernel", "the entropy's rescale", "* (plogp + moved) + _of", "* plogp + _of", METRICS
+        "row_kernel",
+        "the smoothing at the ids",
+        "smoothing * inv_v",
+        "0.0",
+        SMOOTH,
+        inside="_column",
     ),
-    Mutant("row_kernel", "the threads' entropies", "shrink * (plogp + moved),", "plogp,", METRICS),
+    Mutant("row_kernel", "the mean in the loss", "smoothing * smooth", "0.0", SMOOTH),
+    Mutant(
+        "row_kernel", "the entropy's rescale", "plogp + moved", "plogp", METRICS, inside="_online"
+    ),
+    Mutant(
+        "row_kernel",
+        "the threads' entropies",
+        "shrink * (plogp + moved)",
+        "plogp",
+        METRICS,
+        inside="row_step_kernel",
+    ),
     Mutant("row_kernel", "the slope of the cap", "du *= 1.0 - x * x", "pass", CAP),
-    Mutant("rows_torch", "the target term", "grad[row, column] =", "_ ="),
-    Mutant("rows_torch", "the S-lane of y", "is_target = (safety_ids ==", "is_target = (-1 =="),
+    Mutant("rows_torch", "the target term", "grad[row, column]", "_"),
     Mutant(
-        "penalties", "1/K in the slope", "return self.a / max(self.a.shape[0], 1)", "return self.a"
+        "rows_torch",
+        "the S-lane of y",
+        "safety_ids == target.unsqueeze(1)",
+        "-1 == target.unsqueeze(1)",
     ),
+    Mutant("penalties", "1/K in the slope", "self.a / max(self.a.shape[0], 1)", "self.a"),
     Mutant(
         "rows_torch",
         "the z-loss's correction of the softmax",
@@ -152,8 +155,8 @@ MUTANTS = [
     Mutant(
         "rows_torch",
         "logprob's pull on every token",
-        "at_0 = at_0 - _where_nonzero(share",
-        "_ = at_0 - _where_nonzero(share",
+        "at_0 = at_0 - _where_nonzero(share, of_0)",
+        "pass",
         LOGPROB,
     ),
     Mutant(
@@ -163,9 +166,15 @@ MUTANTS = [
         "0 * _where_nonzero(penalty_scale, pull)",
         COARSE,
     ),
-    Mutant("rows_torch", "the smoothing elsewhere", "z.sub_(soft.flat", "z.sub(soft.flat", SMOOTH),
-    Mutant("rows_torch", "the mean in the loss", "+ e * (log_total - wide.mean)", "", SMOOTH),
-    Mutant("penalties", "1/K in the value", ".sum(dim=1) / max(", ".sum(dim=1) / min(1, "),
+    Mutant(
+        "rows_torch",
+        "the smoothing elsewhere",
+        "z.sub_(soft.flat.unsqueeze(1))",
+        "z.sub(soft.flat.unsqueeze(1))",
+        SMOOTH,
+    ),
+    Mutant("rows_torch", "the mean in the loss", "e * (log_total - wide.mean)", "0.0", SMOOTH),
+    Mutant("penalties", "1/K in the value", "max(self.a.shape[0], 1)", "1", inside="mean"),
     Mutant(
         "penalties",
         "the factor of mse",
@@ -175,51 +184,41 @@ MUTANTS = [
     Mutant(
         "penalties",
         "the slope of huber",
-        "s.share() * _clipped(s),\n",
-        "s.share() * s.drift,\n",
+        "s.share() * _clipped(s)",
+        "s.share() * s.drift",
         {"kind": "huber"},
     ),
-    Mutant("penalties", "the side of hinge", "clamp(max=0.0)", "clamp(min=0.0)", {"kind": "hinge"}),
+    Mutant(
+        "penalties",
+        "the side of hinge",
+        "s.drift.clamp(max=0.0)",
+        "s.drift.clamp(min=0.0)",
+        {"kind": "hinge"},
+    ),
     Mutant(
         "penalties",
         "centered's mean",
-        "s.drift - (s.a * s.drift)",
-        "s.drift - 0 * (s.a * s.drift)",
+        "(s.a * s.drift).sum(dim=1, keepdim=True)",
+        "0 * s.drift",
         {"kind": "centered"},
     ),
     Mutant(
         "penalties",
         "T of subset_kl",
-        "temperature * (log_s",
-        "temperature**2 * (log_s",
+        "s.options.temperature * (log_s.exp() - log_q.exp())",
+        "s.options.temperature**2 * (log_s.exp() - log_q.exp())",
         {"kind": "subset_kl"},
     ),
-    Mutant("penalties", "the rest's value", "+ (rest - ref_rest)", "", COARSE),
+    Mutant("penalties", "the rest's value", "rest - ref_rest", "0.0", COARSE),
 ]
 
 
-def load(module: str, folder: Path, replace: tuple[str, str] | None = None) -> ModuleType:
+def load(module: str, folder: Path, change: Change | None = None) -> ModuleType:
     package = "str_kernels.op" if module == "penalties" else "str_kernels.op.rows"
-    original = importlib.util.find_spec(f"{package}.{module}")
-    assert original is not None and original.origin is not None
-    source = Path(original.origin).read_text(encoding="utf-8")
-    if replace is not None:
-        old, new = replace
-        assert source.count(old) == 1, f"{old!r} is in {source.count(old)} places"
-        source = source.replace(old, new)
-    path = folder / f"{module}_mutant.py"  # Triton reads a kernel's source from its file
-    path.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = mutant
-    try:
-        spec.loader.exec_module(mutant)
-        if module == "penalty_kernel":  # runs inside the other, which is loaded anew to find it
-            with mock.patch.dict(sys.modules, {"str_kernels.op.rows.penalty_kernel": mutant}):
-                return load("row_kernel", folder)
-    finally:
-        sys.modules.pop(spec.name, None)
+    mutant = load_changed(f"{package}.{module}", folder, change)
+    if module == "penalty_kernel":  # runs inside the other, which is loaded anew to find it
+        with mock.patch.dict(sys.modules, {f"{package}.{module}": mutant}):
+            return load("row_kernel", folder)
     return mutant
 
 
@@ -260,7 +259,7 @@ def case_of(path: str, module: str, options: dict[str, Any], rng, device) -> Cas
 @pytest.mark.parametrize("path", ["logits", "linear"])
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_mutant_is_caught(mutant, path, rng, device, tmp_path, monkeypatch):
-    spoilt = load(mutant.module, tmp_path, (mutant.old, mutant.new))
+    spoilt = load(mutant.module, tmp_path, Change(mutant.old, mutant.new, mutant.inside))
     with pytest.raises(OutOfTolerance):
         judge(case_of(path, mutant.module, mutant.options, rng, device), spoilt, monkeypatch)
 
@@ -316,15 +315,46 @@ def test_an_error_in_one_element_is_noticed(dtype, path, rng, device) -> None:
             assert_matches_truth(case, Result(terms, result.grads), "torch")
 
 
-def test_text_that_is_not_there_is_noticed(tmp_path) -> None:
-    with pytest.raises(AssertionError, match="in 0 places"):
-        load("rows_torch", tmp_path, ("no such line", ""))
+SOURCE = """
+def f(x):
+    y = (
+        x * 2  # twice
+    )
+    stop(); stop()
+    return y + (2 * x)
+
+def g(x): return 2 * x
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "there"),
+    [
+        (Change("(x) *2", "x * 3"), "y = x * 3\n"),
+        (Change("2 * x", "0", inside="f"), "return y + 0\n"),
+        (Change("x * 2", "x + 2"), "y = x + 2\n"),
+        (Change("y", "z", inside="g"), None),
+        (Change("y + 2", "0"), None),
+        (Change("2 * x", "0"), None),  # in two places
+        (Change("stop()", "pass"), None),
+        (Change("stop()\nreturn y + 2 * x", "return y"), "stop()\n    return y\n"),
+        (Change("y = x * 2\nreturn y + 2 * x", "pass"), None),  # not in a row
+    ],
+)
+def test_a_change_is_made_in_one_place_or_refused(change: Change, there: str | None) -> None:
+    if there is None:
+        with pytest.raises(ValueError, match=r"`old` must be in one place; got [02] of"):
+            changed(SOURCE, change)
+    else:
+        assert there in changed(SOURCE, change)
+        before, after = (changed(SOURCE, one).splitlines() for one in (None, change))
+        assert len([line for line in after if line not in before]) == 1
 
 
 def test_a_mutant_runs_in_place_of_the_real_step(rng, device, tmp_path, monkeypatch) -> None:
     """Else every mutant would pass for the real one, or the real one for every mutant."""
     mutant = load(
-        "rows_torch", tmp_path, ("norm_known = norm is not None", "raise KeyError('ran')")
+        "rows_torch", tmp_path, Change("norm_known = norm is not None", "raise KeyError('ran')")
     )
     with pytest.raises(KeyError, match="ran"):
         judge(make_case(rng, device), mutant, monkeypatch)

@@ -249,7 +249,8 @@ SPOILT = [
 def compiled(request: pytest.FixtureRequest) -> dict[str, Any]:
     program = Path(__file__).with_name("compile_kernel.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(str_kernels.__file__).parents[1])
+    root = Path(str_kernels.__file__).parents[1]
+    env["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests")))
     wanted = [
         ([*v, request.param], without) for v, without in [*((v, None) for v in VARIANTS), *SPOILT]
     ]

@@ -5,6 +5,7 @@ Of a process whose kernels are not interpreted: test_ptx_in_ci.py runs a sample,
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from shipped import TARGET, execute
-from test_mutants import load
+from spoilt_source import (
+    NARROW_ROW_INDEX,
+    NO_FIRST_BARRIER,
+    NO_SECOND_BARRIER,
+    Change,
+    load_changed,
+)
 
 from bench.compiled.compiling import Variant
 from bench.ptx.launcher import DataRace, Settings, executing
@@ -25,72 +32,67 @@ HELD = Variant("linear", "float32", 5008, 20, "mse", False, TARGET)
 STREAMED = Variant("linear", "bfloat16", 40000, 20, "mse", False, TARGET)
 IN_PLACE = Variant("backward", "float32", 5008, 20, "mse", False, TARGET)
 UNALIGNED = Variant("forward", "float32", 5001, 20, "mse", False, TARGET)
-FIRST = "        tl.debug_barrier()  # every warp has read its single columns\n"
-SECOND = "            tl.debug_barrier()  # other threads of this program wrote these columns"
-LOAD = "tl.load(Logits + start + offs, mask=start + offs < v_padded"
-STORE = "tl.store(Grad + at, du, mask=at < v_padded"
 
 
 class Mutant(NamedTuple):
     what: str
     variant: Variant
-    old: str
-    new: str
+    change: Change
     seen: str  # in the message
-    of: int = 1  # in how many places the old text stands; the last one is replaced
 
     def __str__(self) -> str:
         return self.what
 
 
 MUTANTS = [
-    Mutant("no first barrier", IN_PLACE, FIRST, "        pass\n", "warps: a .* a race"),
-    Mutant("no second barrier, held", HELD, SECOND, "#", "global, warps: .* a race"),
-    Mutant("no second barrier, streamed", STREAMED, SECOND, "#", "global, warps: .* a race"),
+    Mutant("no first barrier", IN_PLACE, NO_FIRST_BARRIER, "warps: a .* a race"),
+    Mutant("no second barrier, held", HELD, NO_SECOND_BARRIER, "global, warps: .* a race"),
+    Mutant("no second barrier, streamed", STREAMED, NO_SECOND_BARRIER, "global, warps: .* a race"),
     *(
         Mutant(
             f"a {what} past the row, {name}",
             variant,
-            old,
-            old.replace("<", "<="),
+            Change(f"{inside} < v_padded", f"{inside} <= v_padded"),
             f"{opcode}.* out of bounds, just past|blocks: a write .* a race",  # into the next row
         )
         for name, variant in (("held", HELD), ("streamed", STREAMED))
-        for what, old, opcode in (("load", LOAD, "ld.global"), ("store", STORE, "st.global"))
+        for what, inside, opcode in (
+            ("load", "start + offs", "ld.global"),
+            ("store", "at", "st.global"),
+        )
     ),
     Mutant(
         "an id past the last",
         HELD,
-        "mask_k = offs_k < K",
-        "mask_k = offs_k <= K",
+        Change("mask_k = offs_k < K", "mask_k = offs_k <= K"),
         "ld.global.* out of bounds",
     ),
     Mutant(
         "a false alignment",
         HELD,
-        LOAD,
-        LOAD.replace("start +", "tl.multiple_of(v_padded - 5007, 16) + start +", 1),  # which is 1
+        Change(
+            "tl.load(Logits + start + offs, mask=start + offs < v_padded, other=0)",
+            "tl.load(Logits + tl.multiple_of(v_padded - 5007, 16) + start + offs, "  # which is 1
+            "mask=start + offs < v_padded, other=0)",
+        ),
         "misaligned access of 16 bytes",
     ),
     Mutant(
         "the norm of the next row",
         HELD,
-        "tl.store(Norm + pid_n, m)",
-        "tl.store(Norm + pid_n + 1, m)",
+        Change("tl.store(Norm + pid_n, m)", "tl.store(Norm + pid_n + 1, m)"),
         "blocks: a write .* a race",
     ),
     Mutant(
         "two rows in one term",
         HELD,
-        "Terms += pid_n\n",
-        "Terms += pid_n // 2\n",
+        Change("Terms += pid_n", "Terms += pid_n // 2"),
         "blocks: a write .* a race",
     ),
     Mutant(
         "read back without a barrier",
         HELD._replace(kind="logprob"),
-        "    lse = m + log_d\n",
-        "    lse = tl.load(Norm + pid_n) + log_d\n",
+        Change("lse = m + log_d", "lse = tl.load(Norm + pid_n) + log_d"),
         "nobody has written|a race",
     ),
 ]
@@ -100,17 +102,15 @@ def settings() -> Settings:
     return Settings(target=TARGET)
 
 
-def spoilt(mutant: Mutant, folder: Path, monkeypatch) -> None:
-    """Let rows_triton launch the mutant."""
-    source = Path(row_kernel.__file__).read_text(encoding="utf-8")
-    assert source.count(mutant.old) == mutant.of, f"{source.count(mutant.old)} of {mutant.old!r}"
-    kernels = load("row_kernel", folder, (source, mutant.new.join(source.rsplit(mutant.old, 1))))
+def launch_changed(change: Change, folder: Path, monkeypatch) -> None:
+    """Let rows_triton launch the changed kernel."""
+    kernels = load_changed(row_kernel.__name__, folder, change)
     monkeypatch.setattr(rows_triton, "row_step_kernel", kernels.row_step_kernel)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_fault_of_the_kernel_is_seen(mutant: Mutant, rng, tmp_path, monkeypatch) -> None:
-    spoilt(mutant, tmp_path, monkeypatch)
+    launch_changed(mutant.change, tmp_path, monkeypatch)
     with pytest.raises((Fault, DataRace), match=mutant.seen):
         execute(mutant.variant, rng, settings(), in_place=True)
 
@@ -134,9 +134,7 @@ def far_apart() -> None:
 
 def test_a_row_index_of_32_bits_is_seen(tmp_path, monkeypatch) -> None:
     far_apart()
-    old = "pid_n = tl.program_id(0).to(tl.int64)"
-    mutant = Mutant("int32", HELD, old, "pid_n = tl.program_id(0)", "")
-    spoilt(mutant, tmp_path, monkeypatch)
+    launch_changed(NARROW_ROW_INDEX, tmp_path, monkeypatch)
     with pytest.raises(Fault, match="out of bounds"):
         far_apart()
 
@@ -153,10 +151,10 @@ def test_a_pad_that_is_not_there_is_seen() -> None:
             rows_triton.row_step_triton(logits, *given, padded=True)
 
 
-# Of each program every barrier is taken out in turn. One may be missing unseen, FIRST, where a sum
-# or maximum stands between the reads of single columns and the row's stores: its own barriers part
-# them. On the linear path there are always some, in the first pass; in backward only where a kind
-# sums over the ids ("no first barrier" above is one that does not).
+# Of each program every barrier is taken out in turn. One may be missing unseen, the first of the
+# source, where a sum or maximum stands between the reads of single columns and the row's stores:
+# its own barriers part them. On the linear path there are always some, in the first pass; in
+# backward only where a kind sums over the ids ("no first barrier" above is one that does not).
 PROGRAMS = [
     Variant("linear", "bfloat16", 32000, 64, "mse", False, TARGET),
     Variant("backward", "float32", 5008, 64, "mse", False, TARGET),
@@ -168,12 +166,18 @@ PROGRAMS = [
 NEEDS_FIRST = PROGRAMS[1]
 
 
+def first_barrier() -> int:
+    """Return the line of the first barrier that the source asks for."""
+    tree = ast.parse(Path(row_kernel.__file__).read_text(encoding="utf-8"))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return min(call.lineno for call in calls if ast.unparse(call) == "tl.debug_barrier()")
+
+
 @pytest.mark.parametrize("variant", PROGRAMS if EVERY else PROGRAMS[:2])
 def test_every_barrier_is_missed(variant: Variant, rng) -> None:
     state = rng.get_state()
     whole = execute(variant, rng, settings(), in_place=True).machine.program
     barriers = [pc for pc, i in enumerate(whole.code) if i.opcode.startswith("bar")]
-    lines = Path(row_kernel.__file__).read_text(encoding="utf-8").splitlines()
     unseen = []
     for pc in barriers:
         rng.set_state(state)
@@ -183,6 +187,7 @@ def test_every_barrier_is_missed(variant: Variant, rng) -> None:
             execute(variant, rng, without, in_place=True)
         except (Fault, DataRace):
             continue
-        unseen.append(f"{lines[whole.code[pc].line - 1]}\n")
+        unseen.append(whole.code[pc].line)
     assert len(barriers) > 1
-    assert unseen == ([] if variant == NEEDS_FIRST or variant.path == "evaluation" else [FIRST])
+    needs_every = variant == NEEDS_FIRST or variant.path == "evaluation"
+    assert unseen == ([] if needs_every else [first_barrier()])
