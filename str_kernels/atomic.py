@@ -9,6 +9,7 @@ it writes it:
         ...
 
 The marker is a file in the folder. Only a folder that has it, of the same kind, is ever replaced.
+The libraries for atomic writes replace single files; what the commands make are folders.
 """
 
 from __future__ import annotations

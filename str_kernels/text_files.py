@@ -1,4 +1,8 @@
-"""Text files of people's own, read strictly: UTF-8, with a byte order mark in front or without."""
+"""Text files of people's own, read strictly: UTF-8, with a byte order mark in front or without.
+
+`open(encoding="utf-8-sig")` reads the same, but its error names neither the file nor the line, and
+a library that guesses encodings would guess wrong in silence.
+"""
 
 from __future__ import annotations
 

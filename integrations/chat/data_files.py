@@ -1,8 +1,8 @@
 """Rows of training data from where they are: files, saved data sets, the hub; each knows its place.
 
-JSON Lines and CSV are read line by line and not by `datasets`, whose tables give every row the keys
-of all (a call's arguments would get those of the other calls, as nulls), guess at types, and forget
-the lines.
+JSON Lines and CSV are read line by line and not by `datasets`, which changes what is in them (5.2
+makes a date of the text "2024-01-02" and nothing of a CSV file's NA; older releases give every
+call the arguments of all the others, as nulls) and does not name the line that is broken.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A model as a judge of answers, instead of or beside a rule: optional, and off by default."""
+"""A model as a judge of answers, instead of or beside a rule: optional, and off by default.
+
+By urllib and not by the openai client, which follows redirects, takes a proxy from the environment
+and would be a dependency for one request: a judge gets harmful prompts and a key.
+"""
 
 from __future__ import annotations
 

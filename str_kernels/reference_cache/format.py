@@ -2,6 +2,9 @@
 
 A folder with index.json and shards. Nothing in it is believed: names are the ones we would give,
 sizes are compared before a file is mapped, tables when it is opened, and each row when it is read.
+
+The shards are safetensors files; a store of arrays such as zarr would be one dependency more and
+knows nothing of a plan: that a row is of this model, these ids and this text is checked here.
 """
 
 from __future__ import annotations
