@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -54,3 +56,21 @@ def test_the_commands_help_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
+
+
+def test_every_file_that_is_no_code_is_shipped() -> None:
+    """By pyproject.toml's package-data: a file without its line is missing from the wheel alone."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    shipped = set()
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / package.replace(".", "/")
+        for pattern in patterns:
+            found = glob.glob(pattern, root_dir=folder, recursive=True)
+            shipped |= {(folder / name).resolve() for name in found if (folder / name).is_file()}
+    there = {
+        path.resolve()
+        for folder in ("str_kernels", "integrations")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert there == shipped
