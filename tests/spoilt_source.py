@@ -41,9 +41,12 @@ def changed(source: str, change: Change | None) -> str:
     tree = ast.parse(source)
     if change is not None:
         replace = _Replace(change)
-        for node in ast.walk(tree):
-            if node is tree if not change.inside else _is_function(node, change.inside):
-                replace.generic_visit(node)
+        parts: list[ast.AST] = [tree]
+        if change.inside:
+            functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+            parts = [function for function in functions if function.name == change.inside]
+        for part in parts:
+            replace.visit(part)
         if replace.places != 1:
             raise ValueError(f"`old` must be in one place; got {replace.places} of {change}")
     return ast.unparse(tree)
@@ -75,10 +78,6 @@ def load_changed(name: str, folder: Path, change: Change | None = None) -> Modul
     finally:
         sys.modules.pop(spec.name, None)
     return module
-
-
-def _is_function(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.FunctionDef) and node.name == name
 
 
 class _Replace(ast.NodeTransformer):
