@@ -24,8 +24,8 @@ from tiny_tokenizer import chat_tokenizer
 from transformers import TrainingArguments
 
 from str_kernels import AnchorPrompts, SafetyPenalty, attach
+from str_kernels.integrations import chat
 from str_kernels.integrations.anchors.prompts import AnchorRow
-from str_kernels.integrations.chat import generation
 from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
 
 
@@ -281,7 +281,7 @@ def test_the_model_s_own_refusal_is_held_too(monkeypatch: Any) -> None:
     tokenizer = chat_tokenizer()
     said = {"help me": "sorry , but I can not help with that .", "what is 1": "1 2 3"}
     monkeypatch.setattr(
-        generation,
+        chat,
         "continuations",
         lambda model, tokenizer, texts, **_: [
             next(tokenizer.encode(said[asked]) for asked in said if asked in text) for text in texts
