@@ -24,6 +24,7 @@ app.command()(step_commands.longcontext)
 app.command()(kernel_commands.sass)
 app.command()(kernel_commands.execute)
 _ROOT = Path(__file__).parents[1]
+_FIGURES = _ROOT / "docs" / "img"
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
 Ids = Annotated[int, typer.Option(min=1, help="Safety ids K.")]
@@ -193,7 +194,7 @@ def attach(
 @app.command()
 def growth(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "growth.png",
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "growth.png",
     small: Annotated[bool, typer.Option("--small", help="Sizes for a try, of no use.")] = False,
     save: Save = False,
     results: Results = results.FOLDER,
@@ -227,9 +228,7 @@ def growth(
 @app.command()
 def trainers(
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 10,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT
-    / "docs"
-    / "trainers.png",
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "trainers.png",
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
@@ -339,7 +338,7 @@ def figure(
     head: Head = "smollm2",
     dtype: Annotated[str, typer.Option(help="The run in this dtype.")] = "bfloat16",
     train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
-    to: Annotated[Path, typer.Option(help="The PNG to write.")] = _ROOT / "docs" / "bench.png",
+    to: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "bench.png",
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
