@@ -342,7 +342,7 @@ def figure(
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Draw the README's figure from the last saved run of `speed`, and print its table."""
+    """Draw the figure of docs/benchmarks.md from the last saved run of `speed`; print its table."""
     from .figure import draw, last_run
     from .results import read_rows
 

@@ -1,4 +1,4 @@
-"""The README's figure and table: the last saved run of `python -m bench speed`."""
+"""The figure and table of docs/benchmarks.md: the last saved run of `python -m bench speed`."""
 
 from __future__ import annotations
 

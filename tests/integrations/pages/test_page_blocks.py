@@ -1,34 +1,60 @@
-"""The README's Python is run, on a tiny model."""
+"""Every Python block of the README and of docs/ is run, on a tiny model."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
+from doc_blocks import ROOT, python_blocks, run_block
 from tiny_models import fresh_lora
 from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from str_kernels import SafetyTokens
 
-ROOT = Path(__file__).resolve().parents[3]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+# Pages whose blocks need more than the names below, and the tests that run them.
+ELSEWHERE = {
+    "docs/own_losses.md": "attach/test_own_losses.py",
+    "docs/trainers.md": "trainers/test_trainer_recipes.py",
+}
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md"))]
+BLOCKS = [
+    pytest.param(page, place, id=f"{page}-{place}")
+    for page in PAGES
+    if page not in ELSEWHERE
+    for place, _ in enumerate(python_blocks(page))
+]
 
-NAMES = ["plain loop", "options", "PEFT", "Trainer", "TRL", "anchors", "references"]
+
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_a_page_left_out_here_is_run_elsewhere(page):
+    test = (ROOT / "tests" / "integrations" / ELSEWHERE[page]).read_text("utf-8")
+    assert f'PAGE = "{page}"' in test and "run_block(" in test
 
 
-def test_there_are_all_ways_and_the_options():
-    assert len(BLOCKS) == len(NAMES)
-    for block in BLOCKS:  # "the loss in eight lines"
-        lines = [line for line in block.splitlines() if line and "import" not in line]
-        assert len(lines) <= 8
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("docs/quickstart.md", ["attach(", "SafetyTrainer("]),
+        ("docs/attach.md", ["attach(", "AnchorPrompts.from_prompts(", "ref_model=", "reference="]),
+        ("docs/loss.md", ["safety_linear_cross_entropy(", "safety_log_probs("]),
+    ],
+)
+def test_a_page_shows_what_it_is_for(page, words):
+    blocks = "".join(python_blocks(page))
+    assert [word for word in words if word not in blocks] == []
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
+@pytest.mark.parametrize(("page", "place"), BLOCKS)
+def test_a_block_is_short(page, place):
+    block = python_blocks(page)[place]
+    lines = [line for line in block.splitlines() if line and "import" not in line]
+    assert len(lines) <= 8
+
+
+@pytest.mark.parametrize(("page", "place"), BLOCKS)
 @pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning")
-def test_block_runs(block, seed, tmp_path, monkeypatch):
+def test_block_runs(page, place, seed, tmp_path, monkeypatch):
+    block = python_blocks(page)[place]
     monkeypatch.chdir(tmp_path)
     folder = save_tiny_model(tmp_path / "model", seed)
     model, ref_model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
@@ -70,9 +96,9 @@ def test_block_runs(block, seed, tmp_path, monkeypatch):
     if "peft_model" in block:
         space["peft_model"] = fresh_lora(model).train()
     if "lora_a" in block:  # goes on where the first block ends
-        exec(compile(BLOCKS[0], "README.md", "exec"), space)
+        run_block(page, python_blocks(page)[0], space)
         space["lora_a"], space["lora_b"] = torch.randn(4, head.shape[1]), torch.zeros(len(head), 4)
-    exec(compile(block, "README.md", "exec"), space)
+    run_block(page, block, space)
     if "lora_a" in block:
         assert float(space["terms"].entropy) > 0.0 and abs(float(space["terms"].penalty)) < 1e-10
     elif "terms" in space:
