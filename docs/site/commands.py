@@ -1,8 +1,9 @@
-"""The page of the command line, made of what `--help` says."""
+"""What the reference says of options: the commands' `--help`, and the trainers' settings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import typer
@@ -20,6 +21,16 @@ def page() -> str:
     """Return the whole page."""
     return (
         "\n\n".join([_INTRODUCTION, *_commands("str-kernels", typer.main.get_command(app))]) + "\n"
+    )
+
+
+def settings() -> str:
+    """Return the fields that trainers and commands share, with defaults and meanings."""
+    from str_kernels.integrations.attach import SafetySettings
+
+    return "\n\n".join(
+        f"`{one.name}` = `{one.default!r}`\n:   {_plain(one.metadata['help'])}"
+        for one in fields(SafetySettings)
     )
 
 

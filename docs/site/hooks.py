@@ -23,6 +23,8 @@ PAGES = {
     "README.md": "index.md",  # what it says at more length is here
 }
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_SETTINGS = "<!-- the fields of SafetySettings -->"
+_FIGURE = re.compile(r'(<img [^>]*src="([^"]+\.png)"[^>]*>)')
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -49,7 +51,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.abs_src_path is None:  # made above, with its links
         return markdown
     here = page.file.src_uri
+    markdown = markdown.replace(_SETTINGS, commands.settings())
     return relink(markdown, f"docs/{here}", here, files, config)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Let each figure be opened by itself, at its full size."""
+    return _FIGURE.sub(r'<a class="figure" href="\2">\1</a>', html)
 
 
 def relink(text: str, source: str, page: str, files: Files, config: Any) -> str:

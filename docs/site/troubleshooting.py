@@ -78,7 +78,7 @@ def matching(entry: Entry, of: Sequence[Message]) -> list[Message]:
 def page() -> str:
     """Return the whole page."""
     known = messages()
-    parts, section = [_INTRODUCTION], ""
+    parts, section = [_INTRODUCTION.strip()], ""
     for entry in entries():
         if entry.section != section:
             section = entry.section
@@ -116,7 +116,8 @@ def _messages_in(tree: ast.Module) -> Iterator[Message]:
             continue
         if name == "refuse":
             kind, text = "ValueError", f"`model` must {text}"
-        yield Message(kind.rpartition(".")[2], re.sub(r"\s+", " ", text))
+        text = re.sub(r"\.\.\.[ .]*\.\.\.", "...", re.sub(r"\s+", " ", text))
+        yield Message(kind.rpartition(".")[2], text)
 
 
 def _text(node: ast.expr) -> str | None:
