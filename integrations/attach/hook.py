@@ -95,12 +95,11 @@ def attach(
             see AnchorPrompts. "default" is the 132 that come with the package, 2 harmful and 2
             harmless ones a step, and what None means with `positions="none"`.
         tokenizer: of the model, with a chat template; needed for the default anchors alone.
-        ref_every: the reference's pass is made, and the penalty taken, in every n-th training
-            forward (a micro-step) only, where it counts n times. Anchors are held in each all the
-            same.
-        ref_tokens: the reference reads so many of the batch's first columns and no more; nothing
-            is compared after them. For rows padded on the right, each by itself: of packed rows
-            the later ones would have no penalty, which raises where `cu_seq_lens_*`, or
+        ref_every: the reference reads, and the penalty is taken, only in every n-th training
+            forward (a micro-step), where it counts n times. Anchors are held in every forward.
+        ref_tokens: the reference reads only this many tokens of each row, the first ones, and the
+            penalty is taken only there. For rows padded on the right and not packed: of packed rows
+            the later ones would have no penalty, which is an error where `cu_seq_lens_*`, or
             `position_ids` on a CPU, show them.
         path: "linear" reads the head's weight and never makes the full logits; "logits" takes
             the model's own, for heads that cannot be read (quantised, an adapter other than LoRA

@@ -39,7 +39,7 @@ class SafetySettings:
     )
     safety_ref_every: int = _option(1, "Ask the reference in every n-th forward only.")
     safety_ref_tokens: int | None = _option(
-        None, "The reference reads so many first tokens of each row only."
+        None, "The reference reads a row's first tokens only, this many."
     )
     safety_path: str = _option("linear", "'linear' or 'logits', as in attach().")
     safety_chunk_bytes: int | None = _option(None, "Memory for one chunk's logits, bytes.")

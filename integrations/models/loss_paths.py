@@ -1,8 +1,8 @@
-"""The two places where a model's forward can be met: before its head, or at its logits.
+"""Two ways to the loss of a model's forward: from the states before its head, or from its logits.
 
-Both run a forward, read the safety logits off what it leaves, and make the loss of it. HeadPath is
-the one for memory: the full logits never exist. LogitsPath asks nothing of the head, and is for
-the models and adapters that HeadPath cannot read.
+Both run a forward and compute safety logits and loss from what it returns. HeadPath takes the
+hidden states and saves memory: the full logits never exist. LogitsPath takes the model's own logits
+and asks nothing of the head, for the models and adapters that HeadPath cannot read.
 """
 
 from __future__ import annotations

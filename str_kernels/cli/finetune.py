@@ -143,7 +143,8 @@ def finetune(
         int | None, _option(_SAFETY, "Ask the reference in every n-th forward only.", min=1)
     ] = None,
     ref_tokens: Annotated[
-        int | None, _option(_SAFETY, "It reads so many first tokens of a row only.", min=1)
+        int | None,
+        _option(_SAFETY, "The reference reads a row's first tokens only, this many.", min=1),
     ] = None,
     backend: Annotated[
         str | None, _option(_SAFETY, "What makes the loss; see doctor.", metavar=_BACKENDS)

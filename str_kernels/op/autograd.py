@@ -1,8 +1,9 @@
 """The ops: cross-entropy with the safety penalty, from logits and from hidden states.
 
-All are functional torch.library ops but the one that writes over its logits. The linear path makes
-its gradient together with the loss, as extra outputs; with reduction "none", where what reaches a
-row is not known yet, in backward by a second op. The logits path does the latter always.
+All are functional torch.library ops but the one that writes over its logits. The linear path
+computes its gradient together with the loss, as extra outputs. With reduction "none" it cannot:
+each row's upstream gradient is known in backward only, so a second op computes the gradient there.
+The logits path always does it that way.
 """
 
 from __future__ import annotations

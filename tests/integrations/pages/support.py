@@ -140,7 +140,7 @@ def page() -> str:
 
 _INTRODUCTION = """# What `attach` works with
 
-Made by `make support` from what the tests hold; every row is one.
+`make support` writes this page from the tests: every row below is tested.
 
 - **exact**: the loss is that of two forwards with full logits within 2e-5 of it, and every gradient
   within 1e-3 of its largest entry, in float32 (the largest errors seen are in the tables' sources).
