@@ -51,6 +51,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     if page.file.abs_src_path is None:  # made above, with its links
         return markdown
     here = page.file.src_uri
+    if here == "troubleshooting.md":  # who types a message wants this page
+        page.meta.setdefault("search", {"boost": 4})
     markdown = markdown.replace(_SETTINGS, commands.settings())
     return relink(markdown, f"docs/{here}", here, files, config)
 
