@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..atomic import replacing
 from ..evals import printable
 
-WIDTH = 8.0  # inches; a README shows them on some 800 pixels, so that 8 points are 11 pixels
+_WIDTH = 8.0  # inches; a README shows them on some 800 pixels, so that 8 points are 11 pixels
 _DPI = 200
 # Wong's palette, told apart by people who do not see red and green as different. Where ways are
 # compared, blue is ours, vermilion the paper's form or naive STR, and grey what is beside them.
 BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 GREEN, PURPLE, SKY = "#009E73", "#CC79A7", "#56B4E9"
 BLACK, GREY, PALE = "#222222", "#8A8A8A", "#CFCFCF"
-SERIES = (
-    BLUE,
-    ORANGE,
-    GREEN,
-    PURPLE,
-    VERMILION,
-    SKY,
-)  # for lines that have no meaning of their own
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)  # of lines without such a meaning
 QUIET, _GRID = "#555555", "#E4E4E4"
 _TITLE, _TEXT, SMALL = 12.0, 9.0, 8.0  # points
 _NAME = 24  # characters
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """A count of a total, and its interval as parts of 1."""
 
     count: int
@@ -45,22 +41,21 @@ class Share(NamedTuple):
         return 100 * self.count / max(self.total, 1)
 
 
-def new_figure(height: float, title: str, caption: str, *, width: float = WIDTH) -> Figure:
+def new_figure(height: float, title: str, caption: str) -> Figure:
     """Return a figure with a title and a caption, both wrapped, and no panel yet.
 
     Args:
         height: inches.
         title: the one thing that the figure says.
         caption: of what: model, machine, how many, and what the whiskers are.
-        width: inches.
     """
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    figure = Figure(figsize=(_WIDTH, height), layout=layout, facecolor="white")
     # DejaVu Sans has about so many characters an inch at these sizes
-    text = _balanced(title, int(9.3 * width))
+    text = _balanced(title, int(9.3 * _WIDTH))
     figure.suptitle(text, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=BLACK)
-    text = textwrap.fill(caption, int(15.8 * width), break_on_hyphens=False)
+    text = textwrap.fill(caption, int(15.8 * _WIDTH), break_on_hyphens=False)
     figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=QUIET)
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
     return figure
 
 

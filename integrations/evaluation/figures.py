@@ -29,8 +29,8 @@ def draw_drift(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
     """Draw the rms drift of the safety logits over the positions of an answer.
 
     Args:
-        lines: a label and its positions: dicts with position and rms (None where it is not
-            finite, which leaves a gap).
+        lines: a label and its positions: dicts with position, prompts (how many answers are so
+            long) and rms (None where it is not finite, which leaves a gap).
         path: the PNG file.
     """
     known = [
@@ -50,16 +50,17 @@ def draw_drift(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> Non
         3.4,
         title,
         "Distance from the reference on the reference's own greedy answers; the root of the mean "
-        "square over prompts and safety tokens. Later tokens are those of the answers so long.",
+        "square over n prompts and the safety tokens. Later tokens: of the answers so long.",
     )
     axes = figure.subplots()
     for number, (label, found) in enumerate(lines.items()):
+        count = max((one["prompts"] for one in found), default=0)
         axes.plot(
             [one["position"] for one in found],
             [float("nan") if one["rms"] is None else one["rms"] for one in found],
             marker=_MARKERS[number % len(_MARKERS)],
             color=SERIES[number % len(SERIES)],
-            label=figure_label(label),
+            label=f"{figure_label(label)} (n = {count})",
         )
     style(
         axes,

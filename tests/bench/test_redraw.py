@@ -11,8 +11,14 @@ from bench.__main__ import app
 from bench.redraw import DRAWINGS
 from bench.results import FIGURES, FOLDER
 
+_EACH = [
+    # the sum of its tensors is computed at three lengths: a minute on a busy machine
+    pytest.param(name, marks=pytest.mark.slow) if name == "longcontext.png" else name
+    for name in DRAWINGS
+]
 
-@pytest.mark.parametrize("name", DRAWINGS)
+
+@pytest.mark.parametrize("name", _EACH)
 def test_a_committed_figure_is_drawn_again_and_readable(name, tmp_path):
     assert (FIGURES / name).exists()
     with drawn_texts() as texts:

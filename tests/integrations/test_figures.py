@@ -18,9 +18,9 @@ def refused(count: int, total: int = 104, name: str = "refusal") -> dict[str, An
     return {name: count, "total": total, "interval": wilson_interval(count, total)}
 
 
-def title_of(texts: list[str]) -> str:
-    """Return the title, without the breaks of its lines: the first text that is a sentence."""
-    return next(text for text in map(" ".join, map(str.split, texts)) if len(text) > 30)
+def joined(texts: list[str]) -> str:
+    """Return all texts in one line: a title is broken where it has to be."""
+    return " ".join(" ".join(texts).split())
 
 
 def test_the_demo_s_title_has_its_counts(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_demo_s_title_has_its_counts(tmp_path: Path) -> None:
     ]
     with drawn_texts() as texts:
         draw_comparison(runs, tmp_path / "demo.png")
-    said = " ".join(" ".join(texts).split())
+    said = joined(texts)
     assert "refuses 104 of 104 harmful prompts; plain fine-tuning leaves 7, the default 99" in said
     assert "50/104" in texts and "100/100" in texts
 
@@ -49,22 +49,27 @@ def test_refusals_of_many_runs_with_long_names_are_readable(
     counts[0] = {"harmful": refused(0, 0), "harmless": refused(0, 0)}  # none could be judged
     with drawn_texts() as texts:
         draw_refusals({f"rule {i}" * 9: counts for i in range(rules)}, names, tmp_path / "r.png")
-    said = " ".join(" ".join(texts).split())
+    said = joined(texts)
     assert ("0 to 99 % in the 6 runs" in said) == (runs == 6)
-    assert (f"{names[-1][:4]}".replace("$", r"\$") in said) and "0/0" in texts
+    assert names[-1][:3].replace("$", r"\$") in said and "0/0" in texts
 
 
 def test_drift_says_where_it_is_largest(tmp_path: Path) -> None:
     lines = {
-        "harmful prompts": [{"position": 1, "rms": 2.0}, {"position": 2, "rms": None}],
-        "harmless prompts": [{"position": 1, "rms": 0.5}, {"position": 2, "rms": 3.125}],
+        "harmful prompts": [
+            {"position": 1, "prompts": 9, "rms": 2.0},
+            {"position": 2, "prompts": 8, "rms": None},
+        ],
+        "harmless prompts": [
+            {"position": 1, "prompts": 7, "rms": 0.5},
+            {"position": 2, "prompts": 7, "rms": 3.125},
+        ],
     }
     with drawn_texts() as texts:
         draw_drift(lines, tmp_path / "drift.png")
-    assert "moved most at token 2: 3.12 logits rms, harmless prompts" in " ".join(
-        " ".join(texts).split()
-    )
-    nothing = {"harmful prompts": [{"position": 1, "rms": None}]}
+    assert "moved most at token 2: 3.12 logits rms, harmless prompts" in joined(texts)
+    assert "harmful prompts (n = 9)" in texts
+    nothing = {"harmful prompts": [{"position": 1, "prompts": 1, "rms": None}]}
     with drawn_texts() as texts:
         draw_drift(nothing, tmp_path / "drift.png")
     assert any("How far" in text for text in texts)
@@ -79,7 +84,7 @@ def test_curves_say_where_cross_entropy_went(tmp_path: Path) -> None:
     log += [{"step": 10, "eval_loss": 1.25}]
     with drawn_texts() as texts:
         draw_curves(log, tmp_path / "curves.png", model="someone/a-$model")
-    said = " ".join(" ".join(texts).split())
+    said = joined(texts)
     assert "went from 1.9 to 1 nats per token" in said and r"a-\$model" in said
     with drawn_texts():
         draw_curves([], tmp_path / "curves.png")  # stopped before its first log
