@@ -13,11 +13,11 @@ from str_kernels.integrations.figures import (
     BLACK,
     BLUE,
     GREY,
-    QUIET,
-    SMALL,
+    draw_bars,
     new_figure,
     save,
     style,
+    write_beside,
 )
 
 from .memory.child import FLOOR
@@ -25,10 +25,7 @@ from .results import newest, read_rows
 from .steps.providers import ALL_OPTIONS, EAGER
 
 _BEST = "ours (torch)"
-# Rows that the table has and that would only add bars: variants of ours, and TRL's loss, which has
-# no kernel for a CPU, so that its time there says nothing of it.
-_LEFT_OUT = (", no penalty", ALL_OPTIONS)
-_NO_KERNEL = "TRL"
+_LEFT_OUT = (", no penalty", ALL_OPTIONS)  # the table has them; here they would only add bars
 _BY_HAND = "by hand (eager)"
 
 
@@ -77,24 +74,21 @@ def draw(runs: Sequence[Sequence[Mapping[str, str]]], path: Path) -> None:
         path: the PNG file.
     """
     shown = [[row for row in run if _is_shown(row)] for run in runs]
-    counts = [len(rows) for rows in shown]
+    counts = [max(1, len(rows)) for rows in shown]
     figure = new_figure(1.5 + sum(0.75 + 0.27 * n for n in counts), _title(runs), _caption(runs))
     grid = figure.subplots(len(runs), 2, squeeze=False, sharey="row", height_ratios=counts)
     for run, rows, (time, memory) in zip(runs, shown, grid, strict=True):
-        names = [row["provider"] for row in rows]
-        colours = [BLUE if name.startswith("ours") else GREY for name in names]
-        _draw_times(time, rows, colours)
+        providers = [row["provider"] for row in rows]
+        colours = [BLUE if name.startswith("ours") else GREY for name in providers]
+        names = [_BY_HAND if name == EAGER.name else name for name in providers]
+        _draw_times(time, rows, names, colours)
         for row in run:
             if row["provider"] == FLOOR and row["status"] == "timed":
                 time.axvline(float(row["median_ms"]), color=BLACK, linestyle=":", linewidth=1)
         what = f"ms of a forward and backward, {run[0]['rounds']} rounds"
         style(time, title=run[0]["device"], x=what, grid="x")
-        _draw_peaks(memory, rows, colours)
+        _draw_peaks(memory, rows, names, colours)
         style(memory, title="peak memory", x="MB above the inputs", grid="x")
-        time.set_yticks(
-            range(len(rows)), [_BY_HAND if name == EAGER.name else name for name in names]
-        )
-        time.set_ylim(len(rows) - 0.5, -0.5)
         for axes in (time, memory):
             axes.margins(x=0.24)  # for the numbers beside the longest bar
             axes.set_xlim(left=0)
@@ -105,37 +99,35 @@ def draw(runs: Sequence[Sequence[Mapping[str, str]]], path: Path) -> None:
 
 def _is_shown(row: Mapping[str, str]) -> bool:
     name = row["provider"]
-    absent = row["status"] != "timed" or name in (FLOOR, _NO_KERNEL)
+    absent = row["status"] != "timed" or name == FLOOR or _says_nothing(row)
     return not absent and not name.endswith(_LEFT_OUT)
 
 
-def _draw_times(axes: Any, rows: Sequence[Mapping[str, str]], colours: Sequence[str]) -> None:
-    middle, low, high = (
+def _says_nothing(row: Mapping[str, str]) -> bool:
+    """Tell whether a row is a loss without its kernel: TRL's, on a CPU."""
+    return row["provider"] == "TRL" and "thread" in row["device"]  # as a CPU is named in `results`
+
+
+def _draw_times(
+    axes: Any, rows: Sequence[Mapping[str, str]], names: Sequence[str], colours: Sequence[str]
+) -> None:
+    values, low, high = (
         [float(row[name]) for row in rows] for name in ("median_ms", "low_ms", "high_ms")
     )
-    places = range(len(rows))
-    spread = [
-        [value - bound for value, bound in zip(middle, low, strict=True)],
-        [bound - value for value, bound in zip(middle, high, strict=True)],
-    ]
-    axes.barh(places, middle, 0.62, color=colours)
-    axes.errorbar(middle, places, xerr=spread, fmt="none", ecolor=BLACK, elinewidth=1, capsize=2.5)
-    for place, row, bound in zip(places, rows, high, strict=True):
-        _write_beside(axes, bound, place, f"{float(row['against_products']):.2f} x")
+    draw_bars(axes, names, values, colours, (low, high))
+    write_beside(axes, high, [f"{float(row['against_products']):.2f} x" for row in rows])
 
 
-def _draw_peaks(axes: Any, rows: Sequence[Mapping[str, str]], colours: Sequence[str]) -> None:
+def _draw_peaks(
+    axes: Any, rows: Sequence[Mapping[str, str]], names: Sequence[str], colours: Sequence[str]
+) -> None:
     peaks = [float(row["peak_bytes"] or 0) / 1e6 for row in rows]
-    axes.barh(range(len(rows)), peaks, 0.62, color=colours)
-    for place, (row, peak) in enumerate(zip(rows, peaks, strict=True)):
-        text = f"{peak:,.0f}" if row["peak_bytes"] else "not measured"
-        _write_beside(axes, peak, place, text)
-
-
-def _write_beside(axes: Any, x: float, y: float, text: str) -> None:
-    axes.annotate(
-        text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=SMALL, color=QUIET
-    )
+    draw_bars(axes, names, peaks, colours)
+    texts = [
+        f"{peak:,.0f}" if row["peak_bytes"] else "not measured"
+        for row, peak in zip(rows, peaks, strict=True)
+    ]
+    write_beside(axes, peaks, texts)
 
 
 def _title(runs: Sequence[Sequence[Mapping[str, str]]]) -> str:
@@ -160,15 +152,13 @@ def _caption(runs: Sequence[Sequence[Mapping[str, str]]]) -> str:
     one = runs[0][0]
     head = "trainable" if one["train_head"] == "True" else "frozen"
     left_out = ""
-    if any(
-        row["provider"] == _NO_KERNEL and row["status"] == "timed" for run in runs for row in run
-    ):
-        left_out = f" {_NO_KERNEL}'s loss has no kernel for a CPU and is left out."
+    if any(_says_nothing(row) and row["status"] == "timed" for run in runs for row in run):
+        left_out = " TRL's loss has no kernel for a CPU and is left out."
     versions = dict.fromkeys(f"torch {run[0]['torch']}" for run in runs)
     return (
         f"Head of {one['head']}, {head}, N = {int(one['N']):,} tokens, D = {int(one['D']):,}, "
         f"V = {int(one['V']):,}, K = {one['K']} safety tokens, {one['dtype']}; "
         f"{', '.join(versions)}. Time: all ways in turn in every round; median, whiskers the "
         f"quartiles, beside it the median ratio to the bare products (dotted), which every exact "
-        f"way must make. Memory: each in a process of its own.{left_out}"
+        f"way must make. Memory: on a CPU each in a process of its own.{left_out}"
     )

@@ -101,34 +101,68 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=_DPI, facecolor="white", transparent=False)
 
 
+def whiskers(
+    values: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> list[list[float]]:
+    """Return how far bounds are below and above their values, as matplotlib wants it."""
+    # a bound may be off its value by a rounding, on the wrong side
+    below = [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)]
+    above = [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)]
+    return [below, above]
+
+
+def draw_bars(
+    axes: Any,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
+    """Draw a bar for each value, the first on top, with whiskers to its bounds.
+
+    Args:
+        axes: the panel.
+        names: of the values.
+        values: in the unit of the axis.
+        colours: one for each.
+        bounds: the lower and the upper ones; those that are the values themselves are not drawn.
+    """
+    places = range(len(values))
+    axes.barh(places, values, 0.62, color=colours)
+    spread = whiskers(values, *bounds) if bounds else []
+    if any(map(any, spread)):
+        axes.errorbar(
+            values, places, xerr=spread, fmt="none", ecolor=BLACK, elinewidth=1, capsize=2.5
+        )
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def write_beside(axes: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
+    """Write a text at the end of each bar."""
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.annotate(
+            text, (end, place), (5, 0), textcoords="offset points", va="center",
+            fontsize=SMALL, color=QUIET,
+        )  # fmt: skip
+
+
 def draw_shares(
     axes: Any, names: Sequence[str], shares: Sequence[Share], colours: Sequence[str], *, title: str
 ) -> None:
-    """Draw a bar for each share, the first on top, with its interval and its counts.
+    """Draw a bar for each share, in percent, with its interval and its counts.
 
     Args:
         axes: the panel.
         names: of the shares.
         shares: one for each.
         colours: likewise.
-        title: of the panel; the axis is in percent.
+        title: of the panel.
     """
-    places = range(len(shares))
-    percent = [share.percent for share in shares]
     low, high = ([100 * share.interval[end] for share in shares] for end in (0, 1))
-    axes.barh(places, percent, 0.62, color=colours)
-    # an interval's end may be off the share by a rounding
-    below = [max(0.0, value - bound) for value, bound in zip(percent, low, strict=True)]
-    above = [max(0.0, bound - value) for value, bound in zip(percent, high, strict=True)]
-    axes.errorbar(
-        percent, places, xerr=[below, above], fmt="none", ecolor=BLACK, elinewidth=1, capsize=2.5
-    )
-    for place, share, bound in zip(places, shares, high, strict=True):
-        text = f"{share.count}/{share.total}"
-        axes.text(bound + 2, place, text, fontsize=SMALL, va="center", color=QUIET)
+    draw_bars(axes, names, [share.percent for share in shares], colours, (low, high))
+    write_beside(axes, high, [f"{share.count}/{share.total}" for share in shares])
     style(axes, title=title, x="%", grid="x")
-    axes.set_yticks(places, names)
-    axes.set_ylim(len(shares) - 0.5, -0.5)
     axes.set_xlim(0, 135)  # room for the counts beside 100 %
     axes.set_xticks(range(0, 101, 25))
 

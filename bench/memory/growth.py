@@ -11,7 +11,7 @@ import numpy
 import torch
 from matplotlib.ticker import StrMethodFormatter
 
-from str_kernels.integrations.figures import BLUE, GREY, new_figure, save, style
+from str_kernels.integrations.figures import BLUE, GREY, new_figure, save, style, whiskers
 
 from ..inputs import draw_inputs
 from ..results import Row, origin
@@ -123,11 +123,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         y, low, high = (
             [float(row[key]) / unit for row in mine] for key in ("value", "low", "high")
         )
-        spread = [
-            [middle - bound for middle, bound in zip(y, low, strict=True)],
-            [bound - middle for middle, bound in zip(y, high, strict=True)],
-        ]
-        axes.errorbar(x, y, yerr=spread, fmt="o", color=BLUE, capsize=3, markersize=5)
+        axes.errorbar(
+            x, y, yerr=whiskers(y, low, high), fmt="o", color=BLUE, capsize=3, markersize=5
+        )
         at_0, per_one = (float(mine[0][name]) / unit for name in ("at_0", "per_one"))
         axes.plot((0, x[-1]), (at_0, at_0 + per_one * x[-1]), color=GREY, zorder=0)
         quantity = "peak memory, MB" if memory else "time, ms"

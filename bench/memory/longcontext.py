@@ -23,6 +23,7 @@ from str_kernels.integrations.figures import (
     GREY,
     SKY,
     VERMILION,
+    draw_bars,
     legend,
     new_figure,
     save,
@@ -233,19 +234,9 @@ def _draw_peaks(
 
 
 def _draw_seconds(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    places = range(len(rows))
-    middle, low, high = ([float(row[key]) for row in rows] for key in ("seconds", "low", "high"))
-    spread = [
-        [value - bound for value, bound in zip(middle, low, strict=True)],
-        [bound - value for value, bound in zip(middle, high, strict=True)],
-    ]
-    axes.barh(places, middle, 0.62, color=[_COLOURS[row["who"]] for row in rows])
-    if any(map(any, spread)):  # one round has none
-        axes.errorbar(
-            middle, places, xerr=spread, fmt="none", ecolor=BLACK, elinewidth=1, capsize=2.5
-        )
-    axes.set_yticks(places, [row["who"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    values, low, high = ([float(row[key]) for row in rows] for key in ("seconds", "low", "high"))
+    names = [row["who"] for row in rows]
+    draw_bars(axes, names, values, [_COLOURS[name] for name in names], (low, high))
 
 
 _COLOURS = {
