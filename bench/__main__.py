@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import results, tables
+from . import redraw, results, tables
 from .compiled import kernel_commands
 from .results import Row
 from .steps import step_commands
@@ -23,8 +23,8 @@ app.command()(step_commands.plan)
 app.command()(step_commands.longcontext)
 app.command()(kernel_commands.sass)
 app.command()(kernel_commands.execute)
+app.command()(redraw.figures)
 _ROOT = Path(__file__).parents[1]
-_FIGURES = _ROOT / "docs" / "img"
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
 Ids = Annotated[int, typer.Option(min=1, help="Safety ids K.")]
@@ -194,7 +194,8 @@ def attach(
 @app.command()
 def growth(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "growth.png",
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES
+    / "growth.png",
     small: Annotated[bool, typer.Option("--small", help="Sizes for a try, of no use.")] = False,
     save: Save = False,
     results: Results = results.FOLDER,
@@ -228,7 +229,8 @@ def growth(
 @app.command()
 def trainers(
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 10,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "trainers.png",
+    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES
+    / "trainers.png",
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
@@ -338,22 +340,22 @@ def figure(
     head: Head = "smollm2",
     dtype: Annotated[str, typer.Option(help="The run in this dtype.")] = "bfloat16",
     train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
-    to: Annotated[Path, typer.Option(help="The PNG to write.")] = _FIGURES / "bench.png",
+    to: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES / "bench.png",
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Draw the figure of docs/benchmarks.md from the last saved run of `speed`; print its table."""
-    from .figure import draw, last_run
-    from .results import read_rows
+    """Draw the figure of the last saved run of `speed`, and print its table."""
+    from .figure import draw, saved_runs
 
     path = results / "speed.csv"
     if not path.exists():
         raise typer.BadParameter(f"`results` must have speed.csv; {path} is missing")
     try:
-        rows = last_run(read_rows(path), head, dtype, train_head)
+        runs = saved_runs(results, head, dtype, train_head)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    draw(rows, to)
+    draw(runs, to)
+    rows = runs[0]
     if as_json:
         return tables.print_json(rows)
     print(tables.markdown([row for row in rows if row["status"] == "timed"], tables.SPEED))

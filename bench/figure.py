@@ -1,19 +1,32 @@
-"""The figure and table of docs/benchmarks.md: the last saved run of `python -m bench speed`."""
+"""The figure of `python -m bench speed`: time and peak memory of each way to make the loss."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from str_kernels.atomic import replacing
+from str_kernels.integrations.figures import (
+    BLACK,
+    BLUE,
+    GREY,
+    draw_bars,
+    new_figure,
+    save,
+    style,
+    write_beside,
+)
 
 from .memory.child import FLOOR
-from .steps.providers import EAGER
+from .results import newest, read_rows
+from .steps.providers import ALL_OPTIONS, EAGER
 
-_OURS, _OTHERS, _NOTHING = "#1b6ca8", "#b8b8b8", "#e3c16f"
-_LONGEST = 2.5  # bars of time are cut at this many times eager, or one outlier hides the others
+_BEST = "ours (torch)"
+_LEFT_OUT = (", no penalty", ALL_OPTIONS)  # the table has them; here they would only add bars
+_BY_HAND = "by hand (eager)"
 
 
 def last_run(
@@ -25,55 +38,127 @@ def last_run(
         ValueError: there is none.
     """
     wanted = {"head": head, "dtype": dtype, "train_head": str(train_head)}
-    mine = [dict(row) for row in rows if all(row[k] == v for k, v in wanted.items())]
+    mine = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
     if not mine:
         kind = "trainable" if train_head else "frozen"
         raise ValueError(
             f"no saved run with a {kind} head {head!r} in {dtype}: python -m bench speed --save"
         )
-    newest = max(row["date"] for row in mine)
-    return [row for row in mine if row["date"] == newest]
+    return newest(mine)
 
 
-def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Draw bars of time, in bare products, and of peak memory; a PNG."""
-    timed = [row for row in rows if row["status"] == "timed"]
-    figure = Figure(figsize=(9, 0.9 + 0.32 * len(timed)), layout="constrained")
-    time, memory = figure.subplots(1, 2, sharey=True)
-    names = [row["provider"] for row in timed]
-    colours = [_colour(name) for name in names]
-    ratios = [float(row["against_products"]) for row in timed]
-    by_hand = [r for name, r in zip(names, ratios, strict=True) if name == EAGER.name]
-    limit = _LONGEST * max(by_hand or ratios)
-    bars = time.barh(names, [min(ratio, limit) for ratio in ratios], color=colours)
-    labels = [f"{ratio:.2f} x{' (cut)' if ratio > limit else ''}" for ratio in ratios]
-    time.bar_label(bars, labels, padding=3, fontsize=9)
-    time.axvline(1.0, color="black", linewidth=0.8)
-    time.set_xlabel("time of a forward and backward, in bare products")
-    time.invert_yaxis()
-    peaks = [float(row["peak_bytes"] or 0) / 1e6 for row in timed]
-    labels = [
-        f"{peak:,.0f}" if row["peak_bytes"] else "" for peak, row in zip(peaks, timed, strict=True)
-    ]
-    bars = memory.barh(names, peaks, color=colours)
-    memory.bar_label(bars, labels, padding=3, fontsize=9)
-    memory.set_xlabel("peak memory above the inputs, MB")
-    for axes in (time, memory):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.2)
-    one = timed[0]
-    head = "trainable" if one["train_head"] == "True" else "frozen"
-    figure.suptitle(
-        f"{one['head']}: N {one['N']}, D {one['D']}, V {one['V']}, K {one['K']}, {one['dtype']}, "
-        f"{head} head; {one['device']}, torch {one['torch']}",
-        fontsize=10,
+def saved_runs(
+    results: Path, head: str, dtype: str, train_head: bool
+) -> list[list[dict[str, str]]]:
+    """Return the newest run of each file of `speed` in a folder, the main one first.
+
+    The other file has CCE, in a run on a machine of its own.
+
+    Raises:
+        ValueError: speed.csv has none with this head and dtype.
+        OSError: there is no speed.csv.
+    """
+    runs = [last_run(read_rows(results / "speed.csv"), head, dtype, train_head)]
+    beside = results / "speed_one_thread.csv"
+    if beside.exists():
+        with contextlib.suppress(ValueError):
+            runs.append(last_run(read_rows(beside), head, dtype, train_head))
+    return runs
+
+
+def draw(runs: Sequence[Sequence[Mapping[str, str]]], path: Path) -> None:
+    """Draw medians and quartiles of the time, and peak memory, of each way; a PNG.
+
+    Args:
+        runs: of one head and dtype, each on a machine of its own; a pair of panels for each.
+        path: the PNG file.
+    """
+    shown = [[row for row in run if _is_shown(row)] for run in runs]
+    counts = [max(1, len(rows)) for rows in shown]
+    figure = new_figure(1.5 + sum(0.75 + 0.27 * n for n in counts), _title(runs), _caption(runs))
+    grid = figure.subplots(len(runs), 2, squeeze=False, sharey="row", height_ratios=counts)
+    for run, rows, (time, memory) in zip(runs, shown, grid, strict=True):
+        providers = [row["provider"] for row in rows]
+        colours = [BLUE if name.startswith("ours") else GREY for name in providers]
+        names = [_BY_HAND if name == EAGER.name else name for name in providers]
+        _draw_times(time, rows, names, colours)
+        for row in run:
+            if row["provider"] == FLOOR and row["status"] == "timed":
+                time.axvline(float(row["median_ms"]), color=BLACK, linestyle=":", linewidth=1)
+        what = f"ms of a forward and backward, {run[0]['rounds']} rounds"
+        style(time, title=run[0]["device"], x=what, grid="x")
+        _draw_peaks(memory, rows, names, colours)
+        style(memory, title="peak memory", x="MB above the inputs", grid="x")
+        for axes in (time, memory):
+            axes.margins(x=0.24)  # for the numbers beside the longest bar
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    save(figure, path)
+
+
+def _is_shown(row: Mapping[str, str]) -> bool:
+    name = row["provider"]
+    absent = row["status"] != "timed" or name == FLOOR or _says_nothing(row)
+    return not absent and not name.endswith(_LEFT_OUT)
+
+
+def _says_nothing(row: Mapping[str, str]) -> bool:
+    """Tell whether a row is a loss without its kernel: TRL's, on a CPU."""
+    return row["provider"] == "TRL" and "thread" in row["device"]  # as a CPU is named in `results`
+
+
+def _draw_times(
+    axes: Any, rows: Sequence[Mapping[str, str]], names: Sequence[str], colours: Sequence[str]
+) -> None:
+    values, low, high = (
+        [float(row[name]) for row in rows] for name in ("median_ms", "low_ms", "high_ms")
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    draw_bars(axes, names, values, colours, (low, high))
+    write_beside(axes, high, [f"{float(row['against_products']):.2f} x" for row in rows])
 
 
-def _colour(name: str) -> str:
-    if name == FLOOR:
-        return _NOTHING
-    return _OURS if name.startswith("ours") else _OTHERS
+def _draw_peaks(
+    axes: Any, rows: Sequence[Mapping[str, str]], names: Sequence[str], colours: Sequence[str]
+) -> None:
+    peaks = [float(row["peak_bytes"] or 0) / 1e6 for row in rows]
+    draw_bars(axes, names, peaks, colours)
+    texts = [
+        f"{peak:,.0f}" if row["peak_bytes"] else "not measured"
+        for row, peak in zip(rows, peaks, strict=True)
+    ]
+    write_beside(axes, peaks, texts)
+
+
+def _title(runs: Sequence[Sequence[Mapping[str, str]]]) -> str:
+    """Say what ours takes beside the loss by hand, where both were measured."""
+    peaks, ratios = [], []
+    for run in runs:
+        timed = {row["provider"]: row for row in run if row["status"] == "timed"}
+        if _BEST in timed and EAGER.name in timed:
+            ratios.append(100 * float(timed[_BEST]["against_eager"]))
+            both = [timed[name]["peak_bytes"] for name in (_BEST, EAGER.name)]
+            peaks += [[float(peak) / 1e6 for peak in both]] if all(both) else []
+    if not peaks:
+        return "Time and peak memory of each way to make the loss"
+    low, high = f"{min(ratios):.0f}", f"{max(ratios):.0f}"
+    return (
+        f"Ours takes {peaks[0][0]:,.0f} MB where the loss by hand takes {peaks[0][1]:,.0f}, and "
+        f"{low if low == high else f'{low} to {high}'} % of its time"
+    )
+
+
+def _caption(runs: Sequence[Sequence[Mapping[str, str]]]) -> str:
+    one = runs[0][0]
+    head = "trainable" if one["train_head"] == "True" else "frozen"
+    left_out = ""
+    if any(_says_nothing(row) and row["status"] == "timed" for run in runs for row in run):
+        left_out = " TRL's loss has no kernel for a CPU and is left out."
+    versions = dict.fromkeys(f"torch {run[0]['torch']}" for run in runs)
+    return (
+        f"Head of {one['head']}, {head}, N = {int(one['N']):,} tokens, D = {int(one['D']):,}, "
+        f"V = {int(one['V']):,}, K = {one['K']} safety tokens, {one['dtype']}; "
+        f"{', '.join(versions)}. Time: all ways in turn in every round; median, whiskers the "
+        f"quartiles, beside it the median ratio to the bare products (dotted), which every exact "
+        f"way must make. Memory: on a CPU each in a process of its own.{left_out}"
+    )

@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from str_kernels.atomic import replacing
 from .steps.providers import version_of
 
 FOLDER = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "img"  # where the figures of the docs lie
 Row = dict[str, Any]
 
 
@@ -59,6 +60,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Read all rows of a CSV file, as text."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def newest(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the rows of the latest run."""
+    last = max(row["date"] for row in rows)
+    return [dict(row) for row in rows if row["date"] == last]
 
 
 def _commit() -> str:

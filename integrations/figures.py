@@ -1,108 +1,177 @@
-"""The pictures: a run's curves, and the demo's comparison."""
+"""The look that all figures share: a title that is a sentence, a caption that says of what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..atomic import replacing
+from ..evals import printable
 
-# Wong's palette, told apart by people who do not see red and green as different.
-COLOURS = ("#999999", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
-# A panel's title, and the terms of the log that it shows, with their names where there are two.
-_CURVES = (
-    ("cross-entropy (nats)", {"safety/ce": "training", "eval_loss": "evaluation"}),
-    ("penalty (unit of its kind)", {"safety/penalty": "rows", "safety/anchor_penalty": "anchors"}),
-    ("largest drift (logits)", {"safety/max_drift": "rows and anchors"}),
-)
+_WIDTH = 8.0  # inches; a README shows them on some 800 pixels, so that 8 points are 11 pixels
+_DPI = 200
+# Wong's palette, told apart by people who do not see red and green as different. Where ways are
+# compared, blue is ours, vermilion the paper's form or naive STR, and grey what is beside them.
+BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
+GREEN, PURPLE, SKY = "#009E73", "#CC79A7", "#56B4E9"
+BLACK, GREY, PALE = "#222222", "#8A8A8A", "#CFCFCF"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)  # of lines without such a meaning
+QUIET, _GRID = "#555555", "#E4E4E4"
+_TITLE, _TEXT, SMALL = 12.0, 9.0, 8.0  # points
+_NAME = 24  # characters
+
+
+@dataclass(frozen=True)
+class Share:
+    """A count of a total, and its interval as parts of 1."""
+
+    count: int
+    total: int
+    interval: Sequence[float]
+
+    @property
+    def percent(self) -> float:
+        """Return the part in percent; 0 of nothing is 0."""
+        return 100 * self.count / max(self.total, 1)
+
+
+def new_figure(height: float, title: str, caption: str) -> Figure:
+    """Return a figure with a title and a caption, both wrapped, and no panel yet.
+
+    Args:
+        height: inches.
+        title: the one thing that the figure says.
+        caption: of what: model, machine, how many, and what the whiskers are.
+    """
+    layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
+    figure = Figure(figsize=(_WIDTH, height), layout=layout, facecolor="white")
+    # DejaVu Sans has about so many characters an inch at these sizes
+    text = _balanced(title, int(9.3 * _WIDTH))
+    figure.suptitle(text, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=BLACK)
+    text = textwrap.fill(caption, int(15.8 * _WIDTH), break_on_hyphens=False)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL, color=QUIET)
+    return figure
+
+
+def _balanced(text: str, most: int) -> str:
+    """Return text in as few lines as fit, about equally long: a last word alone looks lost."""
+    lines = len(textwrap.wrap(text, most, break_on_hyphens=False))
+    for width in range(most // 2, most):
+        wrapped = textwrap.wrap(text, width, break_on_hyphens=False)
+        if len(wrapped) == lines:
+            return "\n".join(wrapped)
+    return textwrap.fill(text, most, break_on_hyphens=False)
+
+
+def style(axes: Any, *, title: str = "", x: str = "", y: str = "", grid: str = "both") -> None:
+    """Give a panel its labels, and the look of all others.
+
+    Args:
+        axes: the panel.
+        title: what is drawn, with its unit where an axis does not say it.
+        x: quantity and unit.
+        y: likewise.
+        grid: "x", "y" or "both".
+    """
+    axes.set_facecolor("white")
+    axes.set_title(title, fontsize=_TEXT + 0.5, loc="left", color=BLACK)
+    axes.set_xlabel(x, fontsize=_TEXT)
+    axes.set_ylabel(y, fontsize=_TEXT)
+    axes.tick_params(labelsize=_TEXT, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def legend(axes: Any, **options: Any) -> None:
+    """Name a panel's lines, inside it."""
+    axes.legend(fontsize=SMALL + 0.5, frameon=False, **options)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG on white, whole or not at all; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=_DPI, facecolor="white", transparent=False)
 
 
-def draw_curves(log: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw cross-entropy, penalty and largest drift over the steps of one run.
-
-    Args:
-        log: entries of steps and of evaluations; a term that is None is left out.
-        path: the PNG file.
-    """
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (title, terms) in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
-        for colour, (name, label) in zip(COLOURS[2:], terms.items(), strict=False):
-            points = [(e["step"], e[name]) for e in log if e.get(name) is not None]
-            if any(value for _, value in points):
-                style = "o-" if len(points) < 20 else "-"
-                axes.plot(
-                    *zip(*points, strict=True), style, color=colour, label=label, markersize=3
-                )
-        if len(axes.lines) > 1 or (axes.lines and title.startswith("penalty")):
-            axes.legend(fontsize=8)
-        axes.set_xlabel("step")
-        axes.set_title(title, fontsize=10)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    save(figure, path)
+def whiskers(
+    values: Sequence[float], low: Sequence[float], high: Sequence[float]
+) -> list[list[float]]:
+    """Return how far bounds are below and above their values, as matplotlib wants it."""
+    # a bound may be off its value by a rounding, on the wrong side
+    below = [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)]
+    above = [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)]
+    return [below, above]
 
 
-def draw_comparison(groups: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Draw refusals with intervals, task accuracy and drift for each run, a group of runs a row.
-
-    Args:
-        groups: a title and its runs: dicts with name, harmful and benign ({"refusal", "total",
-            "interval"}), accuracy ({"count", "total", "interval"}) and drift ({"rms"} or None).
-        path: the PNG file.
-    """
-    figure = Figure(figsize=(11, 3.6 * len(groups)), layout="constrained")
-    grid = figure.subplots(len(groups), 3, width_ratios=(2, 1, 1), squeeze=False)
-    for (title, runs), axes in zip(groups.items(), grid, strict=True):
-        _draw_runs(runs, axes, f"{title}: " if title else "")
-    save(figure, path)
-
-
-def _draw_runs(runs: Sequence[dict[str, Any]], row: Any, title: str) -> None:
-    names = [run["name"].replace(" ", "\n") for run in runs]
-    refusals, task, drift = row
-    width = 0.38
-    for offset, key, label, colour in (
-        (-width / 2, "harmful", "harmful probes (more is better)", COLOURS[2]),
-        (width / 2, "benign", "harmless probes (fewer is better)", COLOURS[3]),
-    ):
-        places = [place + offset for place in range(len(runs))]
-        shares = [100 * run[key]["refusal"] / run[key]["total"] for run in runs]
-        refusals.bar(places, shares, width, color=colour, label=label)
-        draw_error_bars(refusals, places, shares, [run[key]["interval"] for run in runs])
-    refusals.set_title(f"{title}refusals on held-out probes (%, 95 % Wilson)", fontsize=10)
-    refusals.set_ylim(0, 115)  # room for the legend
-    refusals.set_yticks(range(0, 101, 20))
-    refusals.legend(fontsize=8, loc="upper center", ncols=2, frameon=False)
-    places = list(range(len(runs)))
-    shares = [100 * run["accuracy"]["count"] / run["accuracy"]["total"] for run in runs]
-    task.bar(places, shares, 0.6, color=COLOURS[4])
-    draw_error_bars(task, places, shares, [run["accuracy"]["interval"] for run in runs])
-    task.set_title("task: right sums (%)", fontsize=10)
-    task.set_ylim(0, 105)
-    values = [run["drift"]["rms"] if run["drift"] else 0.0 for run in runs]
-    drift.bar(places, values, 0.6, color=COLOURS[1])
-    drift.set_title("rms drift of safety logits\nat the first answer position", fontsize=10)
-    for axes in (refusals, task, drift):
-        axes.set_xticks(range(len(runs)), names, fontsize=8 if len(runs) < 5 else 6.5)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-
-
-def draw_error_bars(
-    axes: Any, places: Sequence[float], shares: Sequence[float], intervals: Sequence[Any]
+def draw_bars(
+    axes: Any,
+    names: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    bounds: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> None:
-    """Draw intervals of shares: bars at percentages, bounds in [0, 1]."""
-    below = [max(0.0, share - 100 * low) for share, (low, _) in zip(shares, intervals, strict=True)]
-    above = [
-        max(0.0, 100 * high - share) for share, (_, high) in zip(shares, intervals, strict=True)
-    ]
-    axes.errorbar(places, shares, yerr=[below, above], fmt="none", ecolor="black", capsize=3)
+    """Draw a bar for each value, the first on top, with whiskers to its bounds.
+
+    Args:
+        axes: the panel.
+        names: of the values.
+        values: in the unit of the axis.
+        colours: one for each.
+        bounds: the lower and the upper ones; those that are the values themselves are not drawn.
+    """
+    places = range(len(values))
+    axes.barh(places, values, 0.62, color=colours)
+    spread = whiskers(values, *bounds) if bounds else []
+    if any(map(any, spread)):
+        axes.errorbar(
+            values, places, xerr=spread, fmt="none", ecolor=BLACK, elinewidth=1, capsize=2.5
+        )
+    axes.set_yticks(places, names)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def write_beside(axes: Any, ends: Sequence[float], texts: Sequence[str]) -> None:
+    """Write a text at the end of each bar."""
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.annotate(
+            text, (end, place), (5, 0), textcoords="offset points", va="center",
+            fontsize=SMALL, color=QUIET,
+        )  # fmt: skip
+
+
+def draw_shares(
+    axes: Any, names: Sequence[str], shares: Sequence[Share], colours: Sequence[str], *, title: str
+) -> None:
+    """Draw a bar for each share, in percent, with its interval and its counts.
+
+    Args:
+        axes: the panel.
+        names: of the shares.
+        shares: one for each.
+        colours: likewise.
+        title: of the panel.
+    """
+    low, high = ([100 * share.interval[end] for share in shares] for end in (0, 1))
+    draw_bars(axes, names, [share.percent for share in shares], colours, (low, high))
+    write_beside(axes, high, [f"{share.count}/{share.total}" for share in shares])
+    style(axes, title=title, x="%", grid="x")
+    axes.set_xlim(0, 135)  # room for the counts beside 100 %
+    axes.set_xticks(range(0, 101, 25))
+
+
+def figure_label(text: str) -> str:
+    """Return a name as matplotlib shows it literally: short, and without its mathematics."""
+    # what the font has no glyph for would be an empty box and a warning
+    plain = printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
+    if len(plain) > _NAME:
+        plain = plain[: _NAME - 3] + "..."
+    plain = plain.replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain  # matplotlib hides labels that do

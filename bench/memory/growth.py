@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from str_kernels.atomic import replacing
+from str_kernels.integrations.figures import BLUE, GREY, new_figure, save, style, whiskers
 
 from ..inputs import draw_inputs
 from ..results import Row, origin
@@ -31,7 +30,7 @@ SIZES: dict[str, tuple[int, ...]] = {
 }
 _MIDDLE = {"N": 1024, "V": 16384, "D": 256}  # what stays where it is while one of them grows
 _IDS = 64
-_COLOUR, _FIT = "#1b6ca8", "#888888"
+_MEANS = {"N": "tokens", "V": "vocabulary", "D": "width"}
 
 PROTOCOL = (
     "Ours, backend torch on a CPU and triton on a GPU, bfloat16, frozen head, K = 64, forward and "
@@ -100,33 +99,47 @@ def _rows(
     ]
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw one panel for each thing that grows; a PNG."""
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw one panel for each thing that grows; a PNG.
+
+    Args:
+        rows: of one `measure`, or of its file.
+        path: the PNG file.
+    """
     kinds = list(dict.fromkeys(row["grows"] for row in rows))
-    figure = Figure(figsize=(3.2 * len(kinds), 3.2), layout="constrained")
+    off = {what: next(float(row["off"]) for row in rows if row["grows"] == what) for what in kinds}
+    times = [most for what, most in off.items() if not what.startswith("memory")]
+    figure = new_figure(
+        3.4,
+        f"Time is a straight line in N, V and D, to within {100 * max(times, default=0):.0f} %",
+        f"{rows[0]['device']}, torch {rows[0]['torch']}. {rows[0]['protocol']} Within: the "
+        "farthest median's distance from its line.",
+    )
     for axes, what in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         mine = [row for row in rows if row["grows"] == what]
         memory = mine[0]["unit"] == "bytes"
         unit = 1e6 if memory else 1.0
-        x, y = [row["size"] for row in mine], [row["value"] / unit for row in mine]
-        spread = [
-            [(row["value"] - row["low"]) / unit for row in mine],
-            [(row["high"] - row["value"]) / unit for row in mine],
-        ]
-        axes.errorbar(x, y, yerr=spread, fmt="o", color=_COLOUR, capsize=3)
-        offset, slope, off = (mine[0][name] for name in Line._fields)
-        ends = (0, x[-1])
-        axes.plot(ends, [(offset + slope * n) / unit for n in ends], color=_FIT, zorder=0)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0, top=1.15 * max(y))
+        x = [int(row["size"]) for row in mine]
+        y, low, high = (
+            [float(row[key]) / unit for row in mine] for key in ("value", "low", "high")
+        )
+        axes.errorbar(
+            x, y, yerr=whiskers(y, low, high), fmt="o", color=BLUE, capsize=3, markersize=5
+        )
+        at_0, per_one = (float(mine[0][name]) / unit for name in ("at_0", "per_one"))
+        axes.plot((0, x[-1]), (at_0, at_0 + per_one * x[-1]), color=GREY, zorder=0)
+        quantity = "peak memory, MB" if memory else "time, ms"
+        letter = what.removeprefix("memory, ")
+        style(
+            axes,
+            title=f"{quantity}\n(within {100 * off[what]:.0f} %)",
+            x=f"{letter}, {_MEANS[letter]}",
+        )
+        axes.set_xlim(0, 1.12 * x[-1])
+        axes.set_ylim(0, 1.15 * max(y))
         axes.set_xticks(x[-2:])
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_title(f"off the line by at most {off:.0%}", fontsize=10)
-        axes.set_xlabel(what.removeprefix("memory, "))
-        axes.set_ylabel("peak without the gradient, MB" if memory else "time, ms")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save(figure, path)
 
 
 class Line(NamedTuple):

@@ -14,10 +14,21 @@ from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from str_kernels.atomic import replacing
+from str_kernels.integrations.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    SKY,
+    VERMILION,
+    draw_bars,
+    legend,
+    new_figure,
+    save,
+    style,
+)
 from str_kernels.loss_memory import available_bytes
 
 from ..results import Row, origin
@@ -131,10 +142,19 @@ def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, An
     return found
 
 
+def draw_saved(rows: Sequence[Mapping[str, Any]], path: Path, allocator: str = "pages") -> None:
+    """Draw the rows of one allocator, beside what their tensors alone take."""
+    from .memory_parts import backward_bytes, parts_of
+
+    mine = [row for row in rows if row["allocator"] == allocator]
+    lengths = sorted({int(row["tokens"]) for row in mine})
+    draw(mine, path, {n: backward_bytes(parts_of([n])) for n in lengths})
+
+
 def draw(
     rows: Sequence[Mapping[str, Any]], path: Path, computed: Mapping[int, int] | None = None
 ) -> None:
-    """Draw peak memory and time over the tokens, a line for each way; a PNG.
+    """Draw peak memory over the tokens, a line for each way, and the time of a step; a PNG.
 
     Args:
         rows: of `measure`, or of its file; of two of one way and length the later.
@@ -142,54 +162,88 @@ def draw(
         computed: tokens to the bytes that layers' inputs and one layer's backward need.
     """
     latest = {(row["who"], int(row["tokens"])): row for row in rows}  # of several runs
-    rows = list(latest.values())
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    for axes, key, unit, label in zip(
-        figure.subplots(1, 2), ("peak_bytes", "seconds"), (1e9, 1.0),
-        ("peak above the loaded model, GB", "seconds of a step"), strict=True,
-    ):  # fmt: skip
-        for place, who in enumerate(WAYS):
-            mine = sorted(
-                (int(row["tokens"]), float(row[key]) / unit)
-                for row in rows
-                if row["who"] == who and row["status"] == "measured"
+    found = {key: row for key, row in latest.items() if row["status"] == "measured"}
+    lengths = sorted({tokens for _, tokens in latest})
+    # the seconds of one way alone say little, and those of a long row least of all
+    compared = [n for n in lengths if sum(tokens == n for _, tokens in found) > 1]
+    one = rows[0]
+    figure = new_figure(
+        4.6,
+        _title(found, lengths),
+        f"SmolLM2-135M with LoRA on one row in bfloat16, {one['device']}, torch {one['torch']}. "
+        "Medians of the rounds; whiskers are the quartiles, where a length had more than one "
+        "round. Dotted: the tensors of ours alone, computed.",
+    )
+    panels = figure.subplot_mosaic(
+        [["peak", n] for n in compared] or [["peak"]], width_ratios=(1.4, 1) if compared else None
+    )
+    _draw_peaks(panels["peak"], found, lengths, computed or {})
+    for tokens in compared:
+        _draw_seconds(
+            panels[tokens], [found[who, tokens] for who in WAYS if (who, tokens) in found]
+        )
+        last = "seconds of a step" if tokens == compared[-1] else ""
+        style(panels[tokens], title=f"time at {tokens:,} tokens", x=last, grid="x")
+    save(figure, path)
+
+
+def _title(found: Mapping[tuple[str, int], Mapping[str, Any]], lengths: Sequence[int]) -> str:
+    """Say what ours takes at the longest length that the model's own loss was measured at too."""
+    for tokens in reversed(lengths):
+        if (OWN, tokens) in found and (ANCHORS, tokens) in found:
+            ours, own = (float(found[who, tokens]["peak_bytes"]) / 1e9 for who in (ANCHORS, OWN))
+            return (
+                f"A step on {tokens:,} tokens, held at anchors, peaks at {ours:.1f} GB above the "
+                f"loaded model; with the model's own loss at {own:.1f}"
             )
-            if not mine:
-                continue
+    return "Peak memory and time of a step over the length of its row"
+
+
+def _draw_peaks(
+    axes: Any,
+    found: Mapping[tuple[str, int], Mapping[str, Any]],
+    lengths: Sequence[int],
+    computed: Mapping[int, int],
+) -> None:
+    for who in WAYS:
+        mine = [n for n in lengths if (who, n) in found]
+        if mine:
             ours = who.startswith("ours")
             axes.plot(
-                *zip(*mine, strict=True),
-                marker="osv^Dx"[place],
+                mine,
+                [float(found[who, n]["peak_bytes"]) / 1e9 for n in mine],
+                marker="osv^Dx"[WAYS.index(who)],
+                markersize=5,
                 color=_COLOURS[who],
-                linewidth=2 if ours else 1.2,
+                linewidth=1.8 if ours else 1.2,
                 linestyle="-" if ours else "--",
                 label=who,
             )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)  # whose ticks are few and whole
-        axes.set_xticks(sorted({int(row["tokens"]) for row in rows}))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set_xlabel("tokens of the row")
-        axes.set_title(label, fontsize=10)
-        axes.grid(alpha=0.3, which="both")
     if computed:
-        figure.axes[0].plot(
-            list(computed), [size / 1e9 for size in computed.values()],
-            color="black", linewidth=0.8, linestyle=":", label="ours, tensors alone (computed)",
-        )  # fmt: skip
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        sizes = [size / 1e9 for size in computed.values()]
+        axes.plot(list(computed), sizes, ":", color=BLACK, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)  # whose ticks are few and whole
+    axes.set_xticks(lengths)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    style(axes, title="peak memory above the loaded model (GB)", x="tokens of the row")
+    if axes.lines:
+        axes.set_ylim(bottom=min(min(line.get_ydata()) for line in axes.lines) / 2.5)
+        legend(axes, loc="lower right")  # where the lines leave room below them
+
+
+def _draw_seconds(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    values, low, high = ([float(row[key]) for row in rows] for key in ("seconds", "low", "high"))
+    names = [row["who"] for row in rows]
+    draw_bars(axes, names, values, [_COLOURS[name] for name in names], (low, high))
 
 
 _COLOURS = {
-    OWN: "#555555",
-    BY_HAND: "#b03a2e",
-    TRL: "#9a7d0a",
-    LIVE: "#5b9bd5",
-    CACHED: "#76b7b2",
-    ANCHORS: "#1b6ca8",
+    OWN: BLACK,
+    BY_HAND: VERMILION,
+    TRL: GREY,
+    LIVE: SKY,
+    CACHED: GREEN,
+    ANCHORS: BLUE,
 }

@@ -160,7 +160,7 @@ def longcontext(
     """Long rows: peak memory and time of a training step, each way in a process of its own."""
     from ..memory import longcontext as bench
     from ..memory import longcontext_plan
-    from ..memory.memory_parts import backward_bytes, parts_of
+    from ..memory.memory_parts import parts_of
 
     lengths = tokens or list(bench.TOKENS)
     if (parts or planned) and (save or figure or ways or parts == planned):
@@ -194,10 +194,7 @@ def longcontext(
             ran=advanced,
         )
     if figure is not None:
-        rows = read_rows(file) if save else measured
-        mine = [row for row in rows if row["allocator"] == allocator]
-        every = sorted({int(row["tokens"]) for row in mine})
-        bench.draw(mine, figure, {n: backward_bytes(parts_of([n])) for n in every})
+        bench.draw_saved(read_rows(file) if save else measured, figure, allocator)
     if as_json:
         return tables.print_json(measured)
     columns = [

@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
-from str_kernels.atomic import replacing
+from str_kernels.integrations.figures import (
+    BLACK,
+    ORANGE,
+    PALE,
+    SKY,
+    legend,
+    new_figure,
+    save,
+    style,
+)
 
 from ..results import Row, origin
 
@@ -221,10 +229,15 @@ def off(entry: dict[str, float], expected: dict[str, float]) -> float:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw loss and penalty over the steps, every trainer on top of the others; a PNG."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    farthest = max(float(row["off"]) for row in rows)
+    figure = new_figure(
+        3.5,
+        f"{len(TRAINERS)} trainers log the same loss, to within {farthest:.1e} of it",
+        f"{rows[0]['device']}, torch {rows[0]['torch']}. One run of each. {rows[0]['protocol']}",
+    )
     for axes, name, label in zip(
         figure.subplots(1, 2), ("loss", "safety/penalty"),
-        ("loss (nats)", "penalty (squared logits)"), strict=True,
+        ("loss (nats per token)", "penalty (squared logits)"), strict=True,
     ):  # fmt: skip
         # from thick to thin, so that the one below is seen around the one above
         for place, trainer in enumerate(TRAINERS):
@@ -233,15 +246,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 [int(row["step"]) for row in mine],
                 [float(row[name]) for row in mine],
                 linewidth=9 - 2.4 * place,
-                color=("#cfcfcf", "#8fb8d8", "#e3a857", "#222222")[place],
+                color=(PALE, SKY, ORANGE, BLACK)[place],
                 label=trainer,
             )
-        axes.set_xlabel("optimizer step")
-        axes.set_title(label, fontsize=10)
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        style(axes, title=label, x="optimizer step")
+    legend(figure.axes[1])
+    save(figure, path)
 
 
 def _builtin() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .data import REFUSALS, is_right, sums
+from .figure import draw_comparison
 from .run import FULL, QUICK, run_demo
 from .steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
 from .training import TrainingOptions, train_lora
@@ -15,6 +16,7 @@ __all__ = [
     "DemoPlan",
     "TrainingOptions",
     "Watcher",
+    "draw_comparison",
     "is_right",
     "load",
     "run_demo",

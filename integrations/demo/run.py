@@ -8,7 +8,7 @@ from typing import Any
 from ...atomic import write_json
 from ...loss_memory import measure_loss_memory
 from ...tokens import SafetyTokens
-from ..figures import draw_comparison
+from .figure import draw_comparison
 from .report import comparison
 from .steps import FULL, QUICK, DemoPlan, DemoRun, Watcher
 
@@ -46,7 +46,7 @@ def run_demo(
     )
     demo.watch("loss memory", 1, 1)
     report = {**demo.about(), "runs": runs, "memory": memory, **comparison(runs)}
-    draw_comparison({"": runs}, output / "demo.png")
+    draw_comparison(runs, output / "demo.png")
     write_json(output / "report.json", report)
     demo.stages.remove()
     return report

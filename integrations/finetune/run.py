@@ -23,10 +23,10 @@ from ...atomic import write_json, write_text
 from ...reference_cache import CachedReference
 from ...tokens import SafetyTokens
 from ..chat import EncodedRows, encode_rows, read_examples
-from ..figures import draw_curves
 from ..loading import adapter_folder, base_name, load_model, load_tokenizer, longest_row
 from ..models import is_peft_model
 from ..trainers.trl_sft import SafetySFTTrainer
+from .curves import draw_curves
 from .options import FinetuneOptions
 from .report import (
     REPORT,
@@ -373,6 +373,7 @@ def _write(folder: Path, model: Any, ready: Prepared, report: dict[str, Any]) ->
     model.save_pretrained(folder)
     ready.tokenizer.save_pretrained(folder)
     ready.tokens.save(folder / "safety_tokens.json")
-    draw_curves([*report["log"], *report["evaluations"]], folder / "curves.png")
+    log = [*report["log"], *report["evaluations"]]
+    draw_curves(log, folder / "curves.png", model=report["model"])
     write_text(folder / "README.md", model_card(report))
     write_json(folder / REPORT, report)

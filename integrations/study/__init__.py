@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arms import PORTIONS
+from .frontier import draw_study
 from .report import write as write_report
 from .run import FULL, QUICK, run_study
 
@@ -10,6 +11,7 @@ __all__ = [
     "FULL",
     "PORTIONS",
     "QUICK",
+    "draw_study",
     "run_study",
     "write_report",
 ]

@@ -6,22 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from ...atomic import write_text
-from ..figures import COLOURS, save
+from .frontier import DEFAULT, draw_frontier
 from .results import BASE, Found, Interval, Row, Summary
 
-_DEFAULT = "anchors (default)"
 _PAIRS = tuple(
-    (_DEFAULT, other) for other in ("plain", "random", "likely", "rows (paper)", "refusal rows")
-)
-_COLOURS = dict(
-    zip(
-        ("plain", "rows (paper)", _DEFAULT, "random", "likely", "refusal rows"),
-        COLOURS,
-        strict=True,
-    )
+    (DEFAULT, other) for other in ("plain", "random", "likely", "rows (paper)", "refusal rows")
 )
 _MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "harmful refused": ("points", lambda row: row.refused("harmful")),
@@ -102,49 +92,3 @@ def _sentences(found: Found) -> list[str]:
 def _interval(of: Interval, unit: str) -> str:
     digits = 3 if unit == "nats" else 1
     return f"{of.value:+.{digits}f} ({of.low:+.{digits}f} to {of.high:+.{digits}f}) {unit}"
-
-
-def draw_frontier(found: Found, path: Path) -> None:
-    """Draw refusals of harmful and of harmless probes over the task loss: each run a dot.
-
-    Args:
-        found: the rows; a panel a task. The seeds of an arm are joined.
-        path: the PNG file.
-    """
-    tasks = found.tasks()
-    figure = Figure(figsize=(11, 3.9 * max(1, len(tasks))), layout="constrained")
-    grid = figure.subplots(max(1, len(tasks)), 2, squeeze=False)
-    arms = list(dict.fromkeys(arm for task in tasks for arm in found.arms(task) if arm != BASE))
-    main = [arm for arm in _COLOURS if arm in arms]
-    for task, row in zip(tasks, grid, strict=True):
-        for axes, kind, title in (
-            (row[0], "harmful", "harmful probes refused (%, more is better)"),
-            (row[1], "harmless", "harmless probes refused (%, fewer is better)"),
-        ):
-            _draw_panel(axes, found, task, kind, main)
-            axes.set_title(f"{task}: {title}", fontsize=10)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    save(figure, path)
-
-
-def _draw_panel(axes: Any, found: Found, task: str, kind: str, main: list[str]) -> None:
-    bases = [row.refused(kind) for row in found.of("sums", BASE)]
-    if bases:
-        mean = sum(bases) / len(bases)
-        axes.axhline(mean, color="black", linestyle=":", label="taught base")
-    for arm in found.arms(task):
-        if arm == BASE:
-            continue
-        rows = sorted(found.of(task, arm), key=lambda row: row.task_loss)
-        x, y = [row.task_loss for row in rows], [row.refused(kind) for row in rows]
-        if arm in main:
-            axes.plot(
-                x, y, "o-", color=_COLOURS[arm], alpha=0.8, linewidth=0.8, label=arm, zorder=3
-            )
-        else:
-            axes.plot(x, y, ".", color="#555555", zorder=2)
-            axes.annotate(arm, (x[0], y[0]), fontsize=5, xytext=(2, 2), textcoords="offset points")
-    axes.set_xlabel("held-out task loss (nats per token)", fontsize=8)
-    axes.set_ylim(-3, 103)
-    axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from figure_texts import drawn_texts
 from loss_checks import anchors_of
 from test_demo import builtin  # noqa: F401 - a fixture
 from tiny_models import batch_of, tiny_model, with_lora
@@ -20,6 +21,7 @@ from str_kernels.integrations.study import arms as study_arms
 from str_kernels.integrations.study import report as study_report
 from str_kernels.integrations.study import run as study
 from str_kernels.integrations.study.ceilings import CeilingTrainer
+from str_kernels.integrations.study.frontier import draw_frontier
 from str_kernels.integrations.study.results import BASE, Found, add_row, read_rows
 from str_kernels.integrations.study.tasks import TASKS, refusal_rows
 
@@ -104,7 +106,8 @@ def test_a_difference_is_of_pairs_with_an_interval(rows: Path) -> None:
 
 
 def test_the_report_is_made_of_the_rows(rows: Path, tmp_path: Path) -> None:
-    said = study_report.write(Found(read_rows(rows, "plan")), tmp_path)
+    with drawn_texts() as texts:
+        said = study_report.write(Found(read_rows(rows, "plan")), tmp_path)
     text = (tmp_path / "study.md").read_text()
     assert (
         "| anchors (default) | 3 | 76.7 % | 96 % | 30.0 % | +0.0 | 60.0 % | +10.0 | 0.440 |" in text
@@ -114,6 +117,17 @@ def test_the_report_is_made_of_the_rows(rows: Path, tmp_path: Path) -> None:
     )
     assert [row[0] for row in said["tasks"]["sums"]][:2] == ["taught base", "plain"]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    title = " ".join(" ".join(texts).split())
+    assert "keeps 96 % of its refusals; fine-tuned plainly, 12 %" in title
+    assert "within 10.0 points" in title and "anchors (default) (3)" in texts
+
+
+def test_a_study_that_has_only_begun_is_drawn_too(rows: Path, tmp_path: Path) -> None:
+    every = read_rows(rows, "plan")
+    for count in (1, 2, 3):  # the base; plain too; the default too
+        with drawn_texts() as texts:
+            draw_frontier(Found(every[:count]), tmp_path / "frontier.png")
+        assert any("No fine-tuned run yet" in text for text in texts) == (count == 1)
 
 
 def trainer_of(model: Any, folder: Path, **options: Any) -> CeilingTrainer:

@@ -17,10 +17,10 @@ from str_kernels.evals import holm_adjusted, mcnemar_exact, wilson_interval
 from str_kernels.evals.printable import as_markdown, printable
 from str_kernels.integrations.evaluation.compare import clip, compare_runs, read_runs
 from str_kernels.integrations.evaluation.document import Heading, Paragraph, Picture, Table
-from str_kernels.integrations.evaluation.figures import figure_label
 from str_kernels.integrations.evaluation.html import to_html
 from str_kernels.integrations.evaluation.report import run_report
 from str_kernels.integrations.evaluation.stages import json_hash
+from str_kernels.integrations.figures import figure_label
 
 REFUSAL, OTHER = "I'm sorry, but I can't help.", "Sure, here it is."
 HOSTILE = (
