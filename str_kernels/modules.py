@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .op import SafetyLoss, SafetyPenalty, safety_cross_entropy, safety_linear_cross_entropy
+from .op import (
+    LossOptions,
+    SafetyLoss,
+    SafetyPenalty,
+    safety_cross_entropy,
+    safety_linear_cross_entropy,
+)
 from .tokens import SafetyTokens
+
+_SHARED = frozenset(one.name for one in fields(LossOptions))
 
 
 class _SafetyModule(nn.Module):
+    function: ClassVar[Callable[..., SafetyLoss]]
     safety_ids: Tensor
 
     def __init__(
@@ -18,6 +30,7 @@ class _SafetyModule(nn.Module):
     ) -> None:
         super().__init__()
         self.penalty = safety_tokens.weigh(penalty)
+        _check_options(self.function, options)
         self.options = options
         # not persistent: the ids belong to safety_tokens.json, and a checkpoint must not carry them
         self.register_buffer("safety_ids", safety_tokens.ids, persistent=False)
@@ -26,6 +39,17 @@ class _SafetyModule(nn.Module):
         """Return what the printed module says of itself."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"K={self.safety_ids.shape[0]}, kind={self.penalty.kind!r}{options}"
+
+
+def _check_options(function: Callable[..., SafetyLoss], options: dict[str, Any]) -> None:
+    """Refuse here, and not in the first step, what the function would."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    names.remove("penalty")  # has a place of its own
+    for name, value in options.items():
+        if name not in names:
+            raise TypeError(f"`{name}` must be one of {', '.join(names)}; got {name}={value!r:.60}")
+    LossOptions(**{name: value for name, value in options.items() if name in _SHARED})
 
 
 class SafetyCrossEntropyLoss(_SafetyModule):
@@ -37,6 +61,10 @@ class SafetyCrossEntropyLoss(_SafetyModule):
         options: keyword arguments of `safety_cross_entropy` that stay the same, such as
             `reduction` or `softcap`.
 
+    Raises:
+        TypeError: an option is none of those keywords, or of the wrong type.
+        ValueError: its value is wrong.
+
     Examples:
         >>> import torch
         >>> loss_fn = SafetyCrossEntropyLoss(SafetyTokens(ids=[0, 4]))
@@ -44,6 +72,8 @@ class SafetyCrossEntropyLoss(_SafetyModule):
         >>> float(terms.penalty)
         0.0
     """
+
+    function = staticmethod(safety_cross_entropy)
 
     def forward(
         self,
@@ -54,7 +84,7 @@ class SafetyCrossEntropyLoss(_SafetyModule):
     ) -> SafetyLoss:
         """Compute the loss; `changing` are arguments that differ by step, such as `num_items`."""
         options = {**self.options, **changing}
-        return safety_cross_entropy(
+        return self.function(
             logits, target, self.safety_ids, ref_safety_logits, penalty=self.penalty, **options
         )
 
@@ -66,7 +96,13 @@ class SafetyLinearCrossEntropyLoss(_SafetyModule):
         safety_tokens: the ids whose logits are held.
         penalty: kind and weight; the defaults of SafetyPenalty when None.
         options: keyword arguments of `safety_linear_cross_entropy` that stay the same.
+
+    Raises:
+        TypeError: an option is none of those keywords, or of the wrong type.
+        ValueError: its value is wrong.
     """
+
+    function = staticmethod(safety_linear_cross_entropy)
 
     def forward(
         self,
@@ -78,7 +114,7 @@ class SafetyLinearCrossEntropyLoss(_SafetyModule):
     ) -> SafetyLoss:
         """Compute the loss; `changing` are arguments that differ by step, such as `num_items`."""
         options = {**self.options, **changing}
-        return safety_linear_cross_entropy(
+        return self.function(
             hidden,
             linear_weight,
             target,

@@ -18,16 +18,18 @@ from torch import Tensor
 from .backends import row_step_of
 from .checks import check_values
 from .chunks import Plan, empty_like_grads, linear_terms_and_grads
-from .contracts import LossArgs, RowTerms, SafetyLoss
+from .contracts import ROW_OPTIONS, LossArgs, RowTerms, SafetyLoss
 from .eager import reduce_rows
 from .parallel import VocabShard
 from .projection import Head
 
+_TYPES = get_type_hints(LossArgs)
+_OF_ROWS = get_type_hints(_TYPES.pop("options"))
+_TYPES.update({name: _OF_ROWS[name] for name in ROW_OPTIONS})
 _ARGS = ", ".join(
-    f"{'int[]' if kind == list[int] else kind.__name__} {name}"
-    for name, kind in get_type_hints(LossArgs).items()
+    f"{'int[]' if kind == list[int] else kind.__name__} {name}" for name, kind in _TYPES.items()
 )
-_N_ARGS = len(LossArgs._fields)
+_N_ARGS = len(_TYPES)
 _N_TERMS = len(SafetyLoss._fields)
 _ROWS_SCALED = 2048
 _PULL_ROOM = 64  # in float16 a pull of |d| = 256 at K = 1 still fits
@@ -98,32 +100,32 @@ def linear_cross_entropy(
     live = torch.is_grad_enabled()
     leaves = (hidden, *head)
     needs = (live and leaf is not None and leaf.requires_grad for leaf in leaves)
-    return _as_loss(_linear_op(*leaves, *args, chunk_rows, pack, *needs), args)
+    return _as_loss(_linear_op(*leaves, *args.flat(), chunk_rows, pack, *needs), args)
 
 
 def log_normalizer(hidden: Tensor, head: Head, args: LossArgs, chunk_rows: int) -> Tensor:  # (N,)
     """Compute logsumexp(z) of every row, without a gradient."""
     needs = (False,) * _N_HEAD
-    norm: Tensor = _linear_op(hidden, *head, *args, chunk_rows, False, *needs)[-1]
+    norm: Tensor = _linear_op(hidden, *head, *args.flat(), chunk_rows, False, *needs)[-1]
     return norm.sum(dim=0)
 
 
 def cross_entropy(logits: Tensor, args: LossArgs, inplace: bool) -> SafetyLoss:
     """Compute the loss from (N, V) logits; with `inplace` the gradient overwrites them."""
     op = _logits_inplace_op if inplace else _logits_op
-    return _as_loss(op(logits, *args), args)
+    return _as_loss(op(logits, *args.flat()), args)
 
 
 def _as_loss(outputs: tuple[Tensor, ...], args: LossArgs) -> SafetyLoss:
     terms = outputs[:_N_TERMS]
-    return SafetyLoss(*(terms if args.metrics else terms[:-2]))
+    return SafetyLoss(*(terms if args.options.metrics else terms[:-2]))
 
 
 def _from_inputs(inputs: tuple[Any, ...]) -> tuple[Tensor, Head, LossArgs, Plan]:
     """Take an op's inputs apart, up to and with the five flags."""
     hidden, *head = inputs[:_N_HEAD]
     rest = inputs[_N_HEAD + _N_ARGS :]
-    args = LossArgs(*inputs[_N_HEAD : _N_HEAD + _N_ARGS])
+    args = LossArgs.from_flat(inputs[_N_HEAD : _N_HEAD + _N_ARGS])
     return hidden, Head(*head), args, Plan(rest[0], rest[1], tuple(rest[2:7]))
 
 
@@ -134,7 +136,7 @@ def _linear_op(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, head, args, plan = _from_inputs(inputs)
     shard = VocabShard.named(args.group_name, args.shard_sizes)
     vocab = head.weight.shape[0] if shard is None else shard.vocab
-    check_values(args.target, args.safety_ids, vocab, args.ignore_index)
+    check_values(args.target, args.safety_ids, vocab, args.options.ignore_index)
     if not args.reduce:  # what reaches each row is known in backward
         plan = plan._replace(needs=(False,) * _N_HEAD)
     factor, ce_scale, penalty_scale = _scales(args, torch.ones_like(args.inv_items))
@@ -225,8 +227,8 @@ _linear_op.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 def _logits_forward(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    args = LossArgs(*rest)
-    check_values(args.target, args.safety_ids, logits.shape[1], args.ignore_index)
+    args = LossArgs.from_flat(rest)
+    check_values(args.target, args.safety_ids, logits.shape[1], args.options.ignore_index)
     terms = row_step_of(args.backend)(
         logits, args.target, args.safety_ids, None, args.ref, args.id_weights, args.options
     )
@@ -234,7 +236,7 @@ def _logits_forward(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _logits_fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    args = LossArgs(*rest)
+    args = LossArgs.from_flat(rest)
     return (*_fake_terms(args), args.row_ce.new_empty((2, args.row_ce.shape[0])))
 
 
@@ -260,7 +262,7 @@ def _write_logits_grad(
 def _logits_grad_op(logits: Tensor, *rest: Any) -> Tensor:
     *args, norm, grad_loss = rest
     grad = torch.empty_like(logits)
-    _write_logits_grad(logits, LossArgs(*args), norm, grad_loss, grad)
+    _write_logits_grad(logits, LossArgs.from_flat(args), norm, grad_loss, grad)
     return grad
 
 
@@ -274,7 +276,7 @@ def _logits_grad_fake(logits: Tensor, *rest: Any) -> Tensor:
 )
 def _logits_grad_inplace_op(logits: Tensor, *rest: Any) -> None:
     *args, norm, grad_loss = rest
-    _write_logits_grad(logits, LossArgs(*args), norm, grad_loss, logits)
+    _write_logits_grad(logits, LossArgs.from_flat(args), norm, grad_loss, logits)
 
 
 @_logits_grad_inplace_op.register_fake
@@ -288,7 +290,7 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     ctx.save_for_backward(*tensors, norm)
-    ctx.numbers = inputs[len(tensors) :]  # LossArgs lists its tensors first
+    ctx.numbers = inputs[len(tensors) :]  # `flat` has the tensors first
 
 
 @_once_differentiable
@@ -330,16 +332,16 @@ _logits_inplace_op = _make_logits_op(
 def _reduce(terms: RowTerms, args: LossArgs) -> tuple[Tensor, ...]:
     """Weigh and sum the rows; what was not asked for is an empty tensor."""
     total = terms.ce
-    if args.z_loss_weight > 0:
-        total = total + args.z_loss_weight * terms.norm.sum(dim=0).square()
-    metrics = (terms.right, terms.entropy) if args.metrics else (None, None)
+    if args.options.z_loss_weight > 0:
+        total = total + args.options.z_loss_weight * terms.norm.sum(dim=0).square()
+    metrics = (terms.right, terms.entropy) if args.options.metrics else (None, None)
     found = reduce_rows(args, terms.ce, total, terms.penalty, terms.drift, *metrics)
     return tuple(terms.ce.new_empty(0) if term is None else term for term in found)
 
 
 def _fake_terms(args: LossArgs) -> tuple[Tensor, ...]:
     like = args.penalty_weight if args.reduce else args.row_ce
-    wanted = _N_TERMS if args.metrics else _N_TERMS - 2
+    wanted = _N_TERMS if args.options.metrics else _N_TERMS - 2
     return tuple(
         torch.empty_like(like) if i < wanted else like.new_empty(0) for i in range(_N_TERMS)
     )

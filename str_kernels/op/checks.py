@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .contracts import Backend, Reduction, check_number, check_plain
+from .contracts import Backend, check_number, check_plain
 from .projection import Head
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -154,13 +154,6 @@ def check_low_rank(low_rank: object) -> tuple[Tensor, ...]:
     raise TypeError(f"`low_rank` must be a pair (t, B) of tensors; got {got}")
 
 
-def check_flag(name: str, value: object, *, optional: bool = False) -> None:
-    """Check a bool, or None where that means "as is best"."""
-    if not isinstance(value, bool) and not (optional and value is None):
-        wanted = "True, False or None" if optional else "True or False"
-        raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}")
-
-
 def check_chunk_bytes(chunk_bytes: object, row_bytes: int = 1) -> None:
     """Check a memory budget: None, or an int that holds one row of logits."""
     if chunk_bytes is None:
@@ -172,32 +165,6 @@ def check_chunk_bytes(chunk_bytes: object, row_bytes: int = 1) -> None:
             f"`chunk_bytes` must be at least {max(row_bytes, 1)}, one row of logits; "
             f"got {chunk_bytes}"
         )
-
-
-def check_options(
-    *,
-    reduction: str,
-    label_smoothing: float,
-    z_loss_weight: float,
-    logit_scale: float,
-    softcap: float | None,
-    metrics: bool,
-    ignore_index: int,
-) -> None:
-    """Check the options that are plain numbers and names."""
-    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
-        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}")
-    check_number("z_loss_weight", z_loss_weight)
-    if check_number("label_smoothing", label_smoothing) >= 1:
-        raise ValueError(f"`label_smoothing` must be in [0, 1); got {label_smoothing}")
-    check_number("logit_scale", logit_scale, positive=True)
-    if softcap is not None:
-        check_number("softcap", softcap, positive=True)
-    check_flag("metrics", metrics)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"`ignore_index` must be an int; got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"`ignore_index` must fit in int64; got {ignore_index}")
 
 
 def check_backend(backend: str) -> None:

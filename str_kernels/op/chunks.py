@@ -153,7 +153,7 @@ def _times_wider(hidden: Tensor, args: LossArgs) -> int:
     Rounded to 16 bits a row's logits say less of its small probabilities than the finer safety
     logits beside them, and 1 - sum p would be the difference of the two.
     """
-    if args.kind not in ON_LOG_PROBS:
+    if args.options.kind not in ON_LOG_PROBS:
         return 1
     return accumulation_dtype(hidden.dtype).itemsize // hidden.dtype.itemsize
 
@@ -174,7 +174,7 @@ def _in_chunks(
     vocab = head.weight.shape[0]
     with torch.autocast(hidden.device.type, enabled=False):
         safety_logits = project_head(
-            hidden, head, args.safety_ids, args.logit_scale, args.softcap, shard
+            hidden, head, args.safety_ids, args.options.logit_scale, args.options.softcap, shard
         )
         takes_part = args.takes_part()
         rows = takes_part.nonzero().squeeze(1) if plan.pack else None
@@ -186,7 +186,7 @@ def _in_chunks(
         wants_grad = any(plan.needs)
         step = row_step_of(args.backend) if shard is None else row_step_of_shard(shard)
         width = vocab if shard is None else vocab + 1  # one column for what is another rank's
-        wider = args.kind in ON_LOG_PROBS
+        wider = args.options.kind in ON_LOG_PROBS
         of_logits = accumulation_dtype(hidden.dtype) if wider else hidden.dtype
         chunk_rows = _rows_at_a_time(hidden, args, plan)
         workspace = _workspace(hidden, width, min(chunk_rows, n_rows), of_logits)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -119,6 +120,13 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     return float(value)
 
 
+def check_flag(name: str, value: object, *, optional: bool = False) -> None:
+    """Check a bool, or None where that means "as is best"."""
+    if not isinstance(value, bool) and not (optional and value is None):
+        wanted = "True, False or None" if optional else "True or False"
+        raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}")
+
+
 def check_plain(name: str, value: Tensor) -> None:
     """Check that `value` is dense, and whole on this rank."""
     if hasattr(value, "placements"):  # a DTensor: its shape is the whole's, its memory a part
@@ -189,40 +197,60 @@ class SafetyLoss(NamedTuple):
         return SafetyLoss._make(term if term is None else term.detach() for term in self)
 
 
-@dataclass(frozen=True)
-class RowOptions:
-    """What a row step needs that is the same for every row.
+@dataclass(frozen=True, eq=False)
+class RowNumbers:
+    """The numbers of a loss that are the same for every row, as the callers of it give them.
 
-    Attributes:
-        ignore_index: a target with this value has no cross-entropy.
-        logit_scale: factor c on the raw head output.
-        softcap: t in z = t tanh(c u / t), logits; 0.0 means no cap.
-        label_smoothing: e, the share of the target spread over all tokens.
-        z_loss_weight: zeta, the weight of lse^2.
-        kind: the penalty's PenaltyKind.
-        temperature: T of "subset_kl".
-        delta: of "huber".
-        metrics: whether to find which rows are right, and their entropy.
+    What each of them means is said where users read it, in `safety_cross_entropy`.
     """
 
     ignore_index: int = IGNORE_INDEX
     logit_scale: float = 1.0
-    softcap: float = 0.0
+    softcap: float | None = None
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
+    metrics: bool = False
+
+    def check_numbers(self) -> None:
+        """Check each of them by itself."""
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(
+                f"`ignore_index` must be an int; got {type(self.ignore_index).__name__}"
+            )
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"`ignore_index` must fit in int64; got {self.ignore_index}")
+        check_number("logit_scale", self.logit_scale, positive=True)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, positive=True)
+        if check_number("label_smoothing", self.label_smoothing) >= 1:
+            raise ValueError(f"`label_smoothing` must be in [0, 1); got {self.label_smoothing}")
+        check_number("z_loss_weight", self.z_loss_weight)
+        check_flag("metrics", self.metrics)
+
+
+@dataclass(frozen=True)
+class RowOptions(RowNumbers):
+    """What a row step needs that is the same for every row: the numbers, and the penalty's.
+
+    Attributes:
+        softcap: t in z = t tanh(c u / t), logits; 0.0 means no cap, since a kernel takes no None.
+        kind: the penalty's PenaltyKind.
+        temperature: T of "subset_kl".
+        delta: of "huber".
+    """
+
+    softcap: float = 0.0
     kind: str = "mse"
     temperature: float = 1.0
     delta: float = 1.0
-    metrics: bool = False
 
 
 class LossArgs(NamedTuple):
     """Everything a loss needs beside logits or hidden states, checked and on their device.
 
-    The ops' schemas are made from this list, so an argument is written here once. Weights are
-    tensors in the accumulation dtype: no number that changes between steps is a constant. An
-    inverse count is 0 where the count is 0, which makes an empty sum 0 instead of NaN. The numbers
-    from `ignore_index` to `metrics` are those of RowOptions.
+    The ops' schemas are made from this list and RowOptions, so an argument is written here once.
+    Weights are tensors in the accumulation dtype: no number that changes between steps is a
+    constant. An inverse count is 0 where the count is 0, which makes an empty sum 0 instead of NaN.
     """
 
     target: Tensor  # (N,) int64
@@ -234,29 +262,30 @@ class LossArgs(NamedTuple):
     penalty_weight: Tensor  # () lambda
     inv_items: Tensor  # () 1 / num_items
     inv_safety_items: Tensor  # () 1 / num_safety_items
-    ignore_index: int
-    logit_scale: float
-    softcap: float  # 0.0: none
-    label_smoothing: float
-    z_loss_weight: float
-    kind: str
-    temperature: float
-    delta: float
-    metrics: bool
     reduce: bool  # False: reduction "none"
     backend: str
     group_name: str  # of the ranks that the head's rows are spread over; "": none
     shard_sizes: list[int]  # how many each of them has
+    options: RowOptions  # last: an op takes its fields one by one
 
-    @property
-    def options(self) -> RowOptions:
-        """Return the part that is the same for every row."""
-        names = RowOptions.__dataclass_fields__
-        return RowOptions(**{name: getattr(self, name) for name in names})
+    def flat(self) -> tuple[Any, ...]:
+        """Return the arguments of an op: tensors first, the options' numbers at the end."""
+        *rest, options = self
+        return (*rest, *(getattr(options, name) for name in ROW_OPTIONS))
+
+    @classmethod
+    def from_flat(cls, values: Sequence[Any]) -> LossArgs:
+        """Put together what `flat` took apart."""
+        place = len(values) - len(ROW_OPTIONS)
+        return cls(*values[:place], RowOptions(*values[place:]))
 
     def takes_part(self) -> Tensor:  # (N,) bool
         """Return which rows have a cross-entropy or a penalty."""
         return (self.row_ce != 0) | (self.row_safety != 0)
+
+
+ROW_OPTIONS = tuple(one.name for one in fields(RowOptions))
+"""Names of the fields, in the order in which an op takes them."""
 
 
 class RowTerms(NamedTuple):

@@ -17,12 +17,15 @@ from .projection import Head, project_head, scale_and_cap
 
 def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> SafetyLoss:
     """Make all logits with the head's own product, the safety logits with `project`."""
+    options = args.options
     takes_part = args.takes_part().unsqueeze(1)
     hidden = torch.where(takes_part, hidden, torch.zeros_like(hidden))
     if head.t is not None:
         head = head._replace(t=torch.where(takes_part, head.t, torch.zeros_like(head.t)))
-    safety_logits = project_head(hidden, head, args.safety_ids, args.logit_scale, args.softcap)
-    if args.kind in ON_LOG_PROBS:  # unrounded, as the safety logits are that are subtracted from
+    safety_logits = project_head(
+        hidden, head, args.safety_ids, options.logit_scale, options.softcap
+    )
+    if options.kind in ON_LOG_PROBS:  # unrounded, as the safety logits are that are subtracted from
         wide = accumulation_dtype(hidden.dtype)
         hidden = hidden.to(wide)
         head = Head(*(None if part is None else part.to(wide) for part in head))  # type: ignore[arg-type] # as it was
@@ -38,44 +41,45 @@ def eager_cross_entropy(
     safety_logits: Tensor | None = None,  # (N, K)
 ) -> SafetyLoss:
     """Compute docs/loss.md's definition, line by line."""
-    check_values(args.target, args.safety_ids, logits.shape[1], args.ignore_index)
+    options = args.options
+    check_values(args.target, args.safety_ids, logits.shape[1], options.ignore_index)
     raw = logits.to(accumulation_dtype(logits.dtype))
     # A row without a loss is replaced before anything is computed from it: a product with 0, or a
     # mask on the result alone, would let its inf or NaN into the gradient.
-    z = scale_and_cap(_rows_where(args.row_ce != 0, raw), args.logit_scale, args.softcap)
-    target = torch.where(args.target == args.ignore_index, 0, args.target)
+    z = scale_and_cap(_rows_where(args.row_ce != 0, raw), options.logit_scale, options.softcap)
+    target = torch.where(args.target == options.ignore_index, 0, args.target)
     top, lse_from_top = _norm(z)
     shifted = z - top.unsqueeze(1)
     # (lse - m) - (z_y - m): the small numbers are subtracted, not the large ones
     rows_ce = lse_from_top - shifted.gather(1, target.unsqueeze(1)).squeeze(1)
-    if args.label_smoothing > 0:
+    if options.label_smoothing > 0:
         smooth = lse_from_top - shifted.mean(dim=1)
-        rows_ce = (1 - args.label_smoothing) * rows_ce + args.label_smoothing * smooth
+        rows_ce = (1 - options.label_smoothing) * rows_ce + options.label_smoothing * smooth
     rows_loss = rows_ce
-    if args.z_loss_weight > 0:
-        rows_loss = rows_ce + args.z_loss_weight * (top + lse_from_top).square()
+    if options.z_loss_weight > 0:
+        rows_loss = rows_ce + options.z_loss_weight * (top + lse_from_top).square()
 
     takes_penalty = args.row_safety != 0
     raw = _rows_where(takes_penalty, raw)
     if safety_logits is None:
         raw_s = raw.index_select(1, args.safety_ids)
-        safety_logits = scale_and_cap(raw_s, args.logit_scale, args.softcap)
+        safety_logits = scale_and_cap(raw_s, options.logit_scale, options.softcap)
     # weight 0 leaves plain cross-entropy, and the gradient of a penalty that may be inf or NaN out
     has_weight = args.penalty_weight != 0
     safety_logits = torch.where(has_weight, safety_logits, safety_logits.detach())
     lse = None
-    if args.kind in ON_LOG_PROBS:
-        held_top, held_lse = _norm(scale_and_cap(raw, args.logit_scale, args.softcap))
+    if options.kind in ON_LOG_PROBS:
+        held_top, held_lse = _norm(scale_and_cap(raw, options.logit_scale, options.softcap))
         lse = held_top + torch.where(has_weight, held_lse, held_lse.detach())
     ref = _rows_where(takes_penalty, args.ref)
     subset = subset_of(
-        _rows_where(takes_penalty, safety_logits), ref, args.id_weights, lse, args.options
+        _rows_where(takes_penalty, safety_logits), ref, args.id_weights, lse, options
     )
-    rows_penalty = torch.where(takes_penalty, KINDS[args.kind].phi(subset), 0.0)
+    rows_penalty = torch.where(takes_penalty, KINDS[options.kind].phi(subset), 0.0)
     drift = torch.where(takes_penalty, max_over_rows(subset.drift.detach().abs()), 0.0)
 
     right = entropy = None
-    if args.metrics:
+    if options.metrics:
         with torch.no_grad():
             right = (z.argmax(dim=1) == target).to(z.dtype)
             entropy = torch.special.entr(z.softmax(dim=1)).sum(dim=1)

@@ -10,16 +10,15 @@ from torch import Tensor
 from . import autograd
 from .checks import (
     check_chunk_bytes,
-    check_flag,
     check_float,
     check_head,
     check_low_rank,
     check_tensor,
 )
 from .chunks import row_bytes, rows_per_chunk
-from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty
+from .contracts import IGNORE_INDEX, SafetyLoss, SafetyPenalty, check_flag
 from .eager import eager_cross_entropy, eager_linear_cross_entropy
-from .loss_args import DEFAULT_PENALTY, make_loss_args
+from .loss_args import DEFAULT_PENALTY, LossOptions, make_loss_args
 from .parallel import VocabShard
 from .projection import Head, cast_for_autocast, local_head, project_head
 
@@ -124,11 +123,7 @@ def safety_cross_entropy(
     check_tensor("logits", logits, ("N", "V"))
     check_float("logits", logits)
     check_flag("inplace", inplace)
-    args = make_loss_args(
-        logits,
-        target,
-        safety_ids,
-        ref_safety_logits,
+    options = LossOptions(
         penalty=penalty,
         safety_row_weight=safety_row_weight,
         ce_row_weight=ce_row_weight,
@@ -143,6 +138,7 @@ def safety_cross_entropy(
         metrics=metrics,
         backend=backend,
     )
+    args = make_loss_args(logits, target, safety_ids, ref_safety_logits, options)
     if args.backend == "eager":
         return eager_cross_entropy(logits, args)
     return autograd.cross_entropy(logits, args, inplace)
@@ -245,11 +241,7 @@ def safety_linear_cross_entropy(
         hidden, linear_weight, linear_bias, low_rank, chunk_bytes, process_group
     )
     check_flag("pack_rows", pack_rows, optional=True)
-    args = make_loss_args(
-        hidden,
-        target,
-        safety_ids,
-        ref_safety_logits,
+    options = LossOptions(
         penalty=penalty,
         safety_row_weight=safety_row_weight,
         ce_row_weight=ce_row_weight,
@@ -263,8 +255,8 @@ def safety_linear_cross_entropy(
         softcap=softcap,
         metrics=metrics,
         backend=backend,
-        shard=shard,
     )
+    args = make_loss_args(hidden, target, safety_ids, ref_safety_logits, options, shard)
     if args.backend == "eager":
         return eager_linear_cross_entropy(hidden, head, args)
     pack = hidden.device.type == "cpu" if pack_rows is None else pack_rows
@@ -320,23 +312,22 @@ def safety_log_probs(
         hidden, linear_weight, linear_bias, low_rank, chunk_bytes, process_group
     )
     check_tensor("safety_ids", safety_ids, ("K",))
+    options = LossOptions(
+        penalty=SafetyPenalty(kind="logprob"),  # of logits as such a loss makes them
+        logit_scale=logit_scale,
+        softcap=softcap,
+        backend=backend,
+    )
     with torch.no_grad():
-        args = make_loss_args(
-            hidden,
-            torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device),
-            safety_ids,
-            hidden.new_zeros(safety_ids.shape[0]),  # compared with nothing: lse alone is wanted
-            penalty=SafetyPenalty(kind="logprob"),  # of logits as such a loss makes them
-            logit_scale=logit_scale,
-            softcap=softcap,
-            backend=backend,
-            shard=shard,
-        )
+        target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        ref = hidden.new_zeros(safety_ids.shape[0])  # compared with nothing: lse alone is wanted
+        args = make_loss_args(hidden, target, safety_ids, ref, options, shard)
         if args.backend == "eager":
             args = args._replace(backend="torch")  # one pass over the same rows
         chunk_rows = rows_per_chunk(hidden, widest, chunk_bytes)
         lse = autograd.log_normalizer(hidden, head, args, chunk_rows)
-        z_s = project_head(hidden, head, safety_ids, args.logit_scale, args.softcap, shard)
+        made = args.options
+        z_s = project_head(hidden, head, safety_ids, made.logit_scale, made.softcap, shard)
         return z_s - lse.unsqueeze(1)
 
 

@@ -1,16 +1,71 @@
-"""From a caller's keyword arguments to LossArgs: every check, every default, in one place."""
+"""The options of a loss, checked, and with the rows' tensors what the ops take."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .backends import choose_backend
-from .checks import check_count, check_device_of_number, check_options, check_row_weight, check_rows
-from .contracts import IGNORE_INDEX, LossArgs, SafetyPenalty, accumulation_dtype
+from .checks import (
+    check_backend,
+    check_count,
+    check_device_of_number,
+    check_row_weight,
+    check_rows,
+)
+from .contracts import (
+    LossArgs,
+    Reduction,
+    RowNumbers,
+    RowOptions,
+    SafetyPenalty,
+    accumulation_dtype,
+)
 from .parallel import VocabShard
 
 DEFAULT_PENALTY = SafetyPenalty()
+_NUMBERS = tuple(one.name for one in fields(RowNumbers))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LossOptions(RowNumbers):
+    """Everything that either loss can be asked for beside its tensors; checks itself.
+
+    The fields are the keywords of `safety_cross_entropy`, which says what they mean. What only one
+    of the two paths knows (`inplace`, or `chunk_bytes` and the parts of the head) is an argument of
+    its function and of nothing else.
+
+    Raises:
+        TypeError: a field is of the wrong type.
+        ValueError: a number is out of its range, or a name is unknown.
+    """
+
+    penalty: SafetyPenalty = DEFAULT_PENALTY
+    safety_row_weight: Tensor | None = None  # (N,)
+    ce_row_weight: Tensor | None = None  # (N,)
+    num_items: float | Tensor | None = None
+    num_safety_items: float | Tensor | None = None
+    reduction: str = "mean"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.penalty, SafetyPenalty):
+            raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(self.penalty).__name__}")
+        if not isinstance(self.reduction, str) or self.reduction not in get_args(Reduction):
+            raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {self.reduction!r}")
+        self.check_numbers()
+        check_backend(self.backend)
+
+    def check_against(self, like: Tensor) -> None:
+        """Check what depends on the rows: shapes and devices."""
+        check_row_weight("safety_row_weight", self.safety_row_weight, like)
+        check_row_weight("ce_row_weight", self.ce_row_weight, like)
+        check_count("num_items", self.num_items, like.device)
+        check_count("num_safety_items", self.num_safety_items, like.device)
+        check_device_of_number("weight", self.penalty.weight, like.device)
 
 
 def make_loss_args(
@@ -18,40 +73,13 @@ def make_loss_args(
     target: Tensor,
     safety_ids: Tensor | None,
     ref: Tensor | None,
-    *,
-    penalty: SafetyPenalty = DEFAULT_PENALTY,
-    safety_row_weight: Tensor | None = None,
-    ce_row_weight: Tensor | None = None,
-    num_items: float | Tensor | None = None,
-    num_safety_items: float | Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss_weight: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    metrics: bool = False,
-    backend: str = "auto",
+    options: LossOptions,
     shard: VocabShard | None = None,
 ) -> LossArgs:
-    """Check what both functions share and turn every default into a tensor."""
-    check_options(
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        metrics=metrics,
-        ignore_index=ignore_index,
-    )
+    """Check the rows, and turn every option and default into what the ops take."""
     check_rows(target, safety_ids, ref, like)
-    check_row_weight("safety_row_weight", safety_row_weight, like)
-    check_row_weight("ce_row_weight", ce_row_weight, like)
-    check_count("num_items", num_items, like.device)
-    check_count("num_safety_items", num_safety_items, like.device)
-    if not isinstance(penalty, SafetyPenalty):
-        raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(penalty).__name__}")
-    check_device_of_number("weight", penalty.weight, like.device)
+    options.check_against(like)
+    penalty = options.penalty
     dtype = accumulation_dtype(like.dtype)
     rows = like.shape[0]
     id_weights = penalty.id_weights_on(like.device, dtype)
@@ -67,12 +95,15 @@ def make_loss_args(
             f"got {tuple(id_weights.shape)}"
         )
 
-    kept = (target != ignore_index).to(dtype)
+    kept = (target != options.ignore_index).to(dtype)
     row_ce = kept
-    if ce_row_weight is not None:
-        row_ce = torch.where(kept != 0, ce_row_weight.detach().to(dtype), 0.0)
-    row_safety = kept if safety_row_weight is None else safety_row_weight.detach().to(dtype)
-    if reduction != "mean":
+    if options.ce_row_weight is not None:
+        row_ce = torch.where(kept != 0, options.ce_row_weight.detach().to(dtype), 0.0)
+    row_safety = kept
+    if options.safety_row_weight is not None:
+        row_safety = options.safety_row_weight.detach().to(dtype)
+    num_items, num_safety_items = options.num_items, options.num_safety_items
+    if options.reduction != "mean":
         num_items = num_safety_items = 1.0
     items = kept.sum() if num_items is None else _scalar(num_items, like, dtype)
     safety_items = (
@@ -88,19 +119,23 @@ def make_loss_args(
         penalty_weight=_scalar(penalty.weight, like, dtype),
         inv_items=_inverse(items),
         inv_safety_items=_inverse(safety_items),
-        ignore_index=ignore_index,
-        logit_scale=float(logit_scale),
-        softcap=float(softcap or 0.0),
-        label_smoothing=float(label_smoothing),
-        z_loss_weight=float(z_loss_weight),
-        kind=penalty.kind if ids else "mse",  # of nothing, the one that asks for least
-        temperature=float(penalty.temperature),
-        delta=float(penalty.delta),
-        metrics=metrics,
-        reduce=reduction != "none",
-        backend=choose_backend(backend, like.device, like.dtype, spread=shard is not None),
+        reduce=options.reduction != "none",
+        backend=choose_backend(options.backend, like.device, like.dtype, spread=shard is not None),
         group_name="" if shard is None else shard.group.group_name,
         shard_sizes=[] if shard is None else list(shard.sizes),
+        options=_row_options(options, ids),
+    )
+
+
+def _row_options(options: LossOptions, ids: int) -> RowOptions:
+    numbers = {name: getattr(options, name) for name in _NUMBERS}
+    numbers["softcap"] = numbers["softcap"] or 0.0
+    penalty = options.penalty
+    return RowOptions(
+        **numbers,
+        kind=penalty.kind if ids else "mse",  # of nothing, the one that asks for least
+        temperature=penalty.temperature,
+        delta=penalty.delta,
     )
 
 

@@ -36,7 +36,7 @@ def everything(rng, device, path: str = "linear+bias", **options) -> Case:
 
 
 def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
-    """Return the LossArgs that the public functions make of a case."""
+    """Return what an op is given by the public functions of a case."""
     seen = []
     name = "linear_cross_entropy" if case.linear else "cross_entropy"
     original = getattr(autograd, name)
@@ -48,7 +48,7 @@ def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
     monkeypatch.setattr(functional.autograd, name, spy)
     case.loss(case.leaves, backend)
     monkeypatch.setattr(functional.autograd, name, original)
-    return tuple(seen[0])
+    return seen[0].flat()
 
 
 @NEEDS_EXPECTTEST

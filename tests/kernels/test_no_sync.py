@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from str_kernels import SafetyPenalty, project, safety_cross_entropy, safety_linear_cross_entropy
 from str_kernels.op import autograd
 from str_kernels.op.contracts import RowOptions
-from str_kernels.op.loss_args import make_loss_args
+from str_kernels.op.loss_args import LossOptions, make_loss_args
 from str_kernels.op.rows.rows_torch import row_step_torch
 
 OPTIONS = {"metrics": True, "label_smoothing": 0.1, "z_loss_weight": 0.1, "softcap": 3.0}
@@ -40,8 +40,9 @@ def linear_inputs(kind: str, reduction: str, pack: bool) -> tuple:
     ids = on_meta(40, dtype=torch.int64), on_meta(5, dtype=torch.int64)
     penalty = SafetyPenalty(0.1, kind)
     options = {"penalty": penalty, "reduction": reduction, "backend": "torch", **OPTIONS}
-    args = make_loss_args(hidden, *ids, on_meta(40, 5), **options)
-    return (hidden, weight, None, *low_rank, *args, 16, pack, *[True, True, False, True, True])
+    args = make_loss_args(hidden, *ids, on_meta(40, 5), LossOptions(**options))
+    needs = (True, True, False, True, True)
+    return (hidden, weight, None, *low_rank, *args.flat(), 16, pack, *needs)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
