@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from .hook import SafetyHandle, attach
-from .settings import NAMES, SafetySettings
+from .settings import KEYWORDS, AttachOptions, keywords_of, tokens_of
 
 __all__ = [
-    "NAMES",
+    "KEYWORDS",
+    "AttachOptions",
     "SafetyHandle",
-    "SafetySettings",
     "attach",
+    "keywords_of",
+    "tokens_of",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...attach_options import PlainOptions
 from ...op import IGNORE_INDEX, ON_LOG_PROBS, SafetyLoss, SafetyPenalty
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPass
@@ -19,7 +20,6 @@ from ..models import (
     ROW_WEIGHT,
     GradientWatch,
     LossPath,
-    Positions,
     Reference,
     auxiliary_loss,
     beside,
@@ -46,7 +46,7 @@ class SafetyForward:
         reference: Reference,
         safety_tokens: SafetyTokens,
         penalty: SafetyPenalty,
-        positions: Positions,
+        options: PlainOptions,
     ) -> None:
         self.inner = inner
         self.original = inner.forward
@@ -55,11 +55,11 @@ class SafetyForward:
         self.reference = reference
         self.safety_tokens = safety_tokens
         self.penalty = penalty
-        self.positions = positions
+        self.positions = options.positions
         self.active = True
         self.reached = False
         self.warned = False
-        self.ref_every = 1
+        self.ref_every = options.ref_every
         self.forwards = 0  # training forwards so far
         self.gradients = GradientWatch(inner)
         self.anchor_pass: AnchorPass | None = None

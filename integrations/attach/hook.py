@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...op import SafetyLoss, SafetyPenalty, check_backend
+from ...op import SafetyLoss, SafetyPenalty
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPass, AnchorPrompts
 from ..models import (
@@ -27,11 +27,8 @@ from ..models import (
     check_adapters,
     check_not_sharded,
     check_own_forward,
-    check_path,
-    check_positions,
     check_start,
     check_student,
-    default_penalty,
     has_adapters,
     is_prompt_learning,
     make_path,
@@ -39,6 +36,7 @@ from ..models import (
 )
 from ..reference_cache import given_reference
 from .forward import FusedOutput, SafetyForward
+from .settings import AttachOptions
 
 
 def attach(
@@ -134,17 +132,34 @@ def attach(
     """
     if not isinstance(safety_tokens, SafetyTokens):
         raise TypeError(f"`safety_tokens` must be SafetyTokens; got {type(safety_tokens).__name__}")
-    check_positions(positions)
-    penalty = safety_tokens.weigh(default_penalty(positions) if penalty is None else penalty)
-    _check_schedule(model, positions, ref_every, ref_tokens, reference)
-    if is_prompt_learning(model) and (anchors is not None or positions == "none"):
-        raise ValueError(
-            "`anchors` must be None and `positions` not 'none' for prompt learning: anchors would "
-            "reach the model without its virtual tokens. Pass positions='response'"
-        )
-    anchors = _given_anchors(anchors, positions, tokenizer)
-    check_backend(backend)
-    check_path(path)
+    options = AttachOptions(
+        penalty=penalty,
+        ref_model=ref_model,
+        reference=reference,
+        positions=positions,
+        anchors=anchors,
+        tokenizer=tokenizer,
+        ref_every=ref_every,
+        ref_tokens=ref_tokens,
+        path=path,
+        chunk_bytes=chunk_bytes,
+        backend=backend,
+    )
+    return _attach(model, safety_tokens, options)
+
+
+def _attach(model: nn.Module, safety_tokens: SafetyTokens, options: AttachOptions) -> SafetyHandle:
+    """Look at the model, find its reference, and put the safety loss into its forward."""
+    penalty = options.penalty_of(safety_tokens)
+    if is_prompt_learning(model):
+        if options.ref_tokens is not None:
+            raise ValueError("`ref_tokens` must be None for prompt learning; got a number")
+        if options.anchors is not None or options.positions == "none":
+            raise ValueError(
+                "`anchors` must be None and `positions` not 'none' for prompt learning: anchors "
+                "would reach the model without its virtual tokens. Pass positions='response'"
+            )
+    anchors = options.held_anchors()
     inner = base_of(model)
     if isinstance(vars(inner).get("forward"), SafetyForward):
         raise ValueError(
@@ -154,51 +169,58 @@ def attach(
     check_student(model)
     check_not_sharded("model", model)
     check_own_forward(inner)
-    if reference == "start":
+    _check_reference(model, options)
+    student = make_path(inner, options.path, options.chunk_bytes, options.backend)
+    _check_vocabulary("model", student.vocab_size, safety_tokens)
+    frozen = _reference(model, inner, student, safety_tokens, penalty, options)
+    if isinstance(frozen, (AdaptersOff, FrozenModel)):
+        _warn_if_moved(inner, frozen, student)
+    of_rows = frozen if options.ref_tokens is None else Shortened(frozen, options.ref_tokens)
+    forward = SafetyForward(inner, student, of_rows, safety_tokens, penalty, options)
+    if anchors is not None:
+        forward.anchor_pass = AnchorPass(anchors, inner, student, frozen)
+    return SafetyHandle(model, inner, forward)
+
+
+def _check_reference(model: nn.Module, options: AttachOptions) -> None:
+    """Check that the adapters are such that the reference asked for can be made of them."""
+    if options.reference == "start":
         check_start(model)
-    elif reference is None and ref_model is None and has_adapters(model):
+    elif options.reference is None and options.ref_model is None and has_adapters(model):
         check_adapters(model)
     elif is_prompt_learning(model):
         raise ValueError(
             "`ref_model` and `reference` must be None for prompt learning: they would be given the "
             "virtual tokens too. Without them the reference is the model without the tokens."
         )
-    student = make_path(inner, path, chunk_bytes, backend)
-    _check_vocabulary("model", student.vocab_size, safety_tokens)
-    frozen: Reference
-    if reference == "start":
-        if ref_model is not None:
-            raise ValueError("`ref_model` must be None beside reference='start'; got a model")
-        frozen = AdaptersAtStart(model, inner, inner.forward, student)
-    elif reference is not None:
-        if ref_model is not None or not callable(reference):
-            raise ValueError(
-                "`reference` must be a function or 'start', and given without `ref_model`; got "
-                f"{reference!r:.60}, ref_model {type(ref_model).__name__}"
-            )
-        frozen = given_reference(reference, model, safety_tokens, penalty.kind)
-    elif ref_model is not None:
-        frozen = _second_model(inner, ref_model, safety_tokens, path, chunk_bytes, backend)
-    elif has_adapters(model):
+
+
+def _reference(
+    model: nn.Module,
+    inner: nn.Module,
+    student: LossPath,
+    safety_tokens: SafetyTokens,
+    penalty: SafetyPenalty,
+    options: AttachOptions,
+) -> Reference:
+    """Return what the model is compared with."""
+    if options.reference == "start":
+        return AdaptersAtStart(model, inner, inner.forward, student)
+    if options.reference is not None:
+        return given_reference(options.reference, model, safety_tokens, penalty.kind)
+    if options.ref_model is not None:
+        return _second_model(inner, options.ref_model, safety_tokens, options)
+    if has_adapters(model):
         off = PromptOff if is_prompt_learning(model) else AdaptersOff
-        frozen = off(model, inner, inner.forward, student)
-    else:
-        raise ValueError(
-            "`ref_model` must be given for a model without adapters: the frozen aligned model to "
-            "compare with (a copy made before training); got None"
-        )
-    if isinstance(frozen, (AdaptersOff, FrozenModel)):
-        _warn_if_moved(inner, frozen, student)
-    in_rows = frozen if ref_tokens is None else Shortened(frozen, ref_tokens)
-    forward = SafetyForward(inner, student, in_rows, safety_tokens, penalty, positions)
-    forward.ref_every = ref_every
-    if anchors is not None:
-        forward.anchor_pass = AnchorPass(anchors, inner, student, frozen)
-    return SafetyHandle(model, inner, forward)
+        return off(model, inner, inner.forward, student)
+    raise ValueError(
+        "`ref_model` must be given for a model without adapters: the frozen aligned model to "
+        "compare with (a copy made before training); got None"
+    )
 
 
 def _second_model(
-    inner: nn.Module, ref_model: nn.Module, safety_tokens: SafetyTokens, *path: Any
+    inner: nn.Module, ref_model: nn.Module, safety_tokens: SafetyTokens, options: AttachOptions
 ) -> FrozenModel:
     """Look at a frozen second model as the reference."""
     ref_inner = base_of(ref_model)
@@ -210,7 +232,7 @@ def _second_model(
             "prompt learning. Pass a function that calls it as `reference`."
         )
     check_not_sharded("ref_model", ref_model)
-    ref_path = make_path(ref_inner, *path)
+    ref_path = make_path(ref_inner, options.path, options.chunk_bytes, options.backend)
     _check_vocabulary("ref_model", ref_path.vocab_size, safety_tokens)
     return FrozenModel(ref_inner, ref_path, inner)
 
@@ -312,26 +334,6 @@ def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -
         )
 
 
-def _given_anchors(anchors: Any, positions: Positions, tokenizer: Any) -> AnchorPrompts | None:
-    """Return the anchors that are held: the package's where some must be and none are named."""
-    if anchors is None and positions != "none":
-        return None
-    if isinstance(anchors, AnchorPrompts):
-        return anchors
-    if anchors not in (None, "default"):
-        raise TypeError(
-            f"`anchors` must be AnchorPrompts or 'default'; got {anchors!r:.60}: read a file by "
-            "AnchorPrompts.from_prompts(tokenizer, file)"
-        )
-    if tokenizer is None:
-        raise ValueError(
-            "`tokenizer` must be given (a trainer's `processing_class`) for the package's anchors, "
-            "where the penalty stands by default; or pass `anchors`, or neither and "
-            "positions='response', the paper's form"
-        )
-    return AnchorPrompts.default(tokenizer)
-
-
 def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> None:
     """Say so where the model is not its reference already before the first step."""
     device = next(inner.parameters()).device
@@ -352,21 +354,5 @@ def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> No
             "`model` differs from its reference already: it is held to what it was without its "
             "adapters (or to `ref_model`), and not to what it is now. For adapters that were "
             "trained before pass reference='start'",
-            stacklevel=3,
+            stacklevel=4,
         )
-
-
-def _check_schedule(
-    model: nn.Module, positions: Positions, ref_every: object, ref_tokens: object, given: object
-) -> None:
-    if positions == "none" and (ref_every, ref_tokens) != (1, None):
-        raise ValueError(
-            "`ref_every` and `ref_tokens` must be left out with positions='none', where the "
-            f"reference does not read the rows; got {ref_every!r} and {ref_tokens!r}"
-        )
-    for name, value in (("ref_every", ref_every), ("ref_tokens", ref_tokens)):
-        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not number and (name, value) != ("ref_tokens", None):
-            raise ValueError(f"`{name}` must be an int >= 1; got {value!r}")
-    if ref_tokens is not None and (given is not None or is_prompt_learning(model)):
-        raise ValueError("`ref_tokens` must be None for prompt learning or beside `reference`")

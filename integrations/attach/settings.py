@@ -1,149 +1,135 @@
-"""How to attach, as plain fields: what TRL's parser, Axolotl's YAML and others can fill in."""
+"""attach()'s options with the objects among them, and how those of a flag or a file become them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal
 
-from ...op import Backend, PenaltyKind, SafetyPenalty, check_backend, read_json_object
+from torch import nn
+
+from ...attach_options import PlainOptions, SafetySettings, default_penalty
+from ...op import SafetyPenalty, read_json_object
 from ...reference_cache import CachedReference
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
-from ..models import Positions, check_anchor_options, chosen_penalty, read_positions
+from ..models import ReferenceFunction
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _object(*settings: str, because: str = "") -> dict[str, Any]:
+    """Say which SafetySettings a field is made of, since no text can fill it; or why of none."""
+    return {"made_of": settings, "because": because}
 
 
-@dataclass
-class SafetySettings:
-    """The fields that say which tokens are held, how, and at which anchors; see `attach`."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttachOptions(PlainOptions):
+    """The keywords of `attach`, which says what they mean; checks itself.
 
-    safety_weight: float | None = _option(
-        None, "Weight of the penalty, 0.1 when unset; 0 is plain fine-tuning."
-    )
-    safety_kind: str | None = _option(
-        None,
-        f"Kind of the penalty: {', '.join(get_args(PenaltyKind))}. Unset: coarse_kl at anchors, "
-        "mse on rows.",
-    )
-    safety_temperature: float = _option(1.0, "T of kind subset_kl.")
-    safety_delta: float = _option(1.0, "Where kind huber turns straight, logits.")
-    safety_tokens: str | None = _option(None, "A safety_tokens.json, instead of the templates.")
-    safety_templates: str | None = _option(None, "A file of refusal templates, one a line.")
-    safety_positions: str = _option(
-        "none",
-        "On the rows: 'none' (anchors alone), 'response' (the paper's form), 'all', or the first "
-        "so many labels of each response.",
-    )
-    safety_ref_every: int = _option(1, "Ask the reference in every n-th forward only.")
-    safety_ref_tokens: int | None = _option(
-        None, "The reference reads a row's first tokens only, this many."
-    )
-    safety_path: str = _option("linear", "'linear' or 'logits', as in attach().")
-    safety_chunk_bytes: int | None = _option(None, "Memory for one chunk's logits, bytes.")
-    safety_backend: str = _option("auto", f"What makes the loss: {', '.join(get_args(Backend))}.")
-    safety_cache: str | None = _option(
-        None, "A folder made by `str-kernels cache build`, instead of the reference's passes."
-    )
-    safety_anchors: str | None = _option(
-        None,
-        "Prompts at which the model is held: 'default' for the package's, or a JSONL file. Unset: "
-        "the package's where safety_positions is 'none', else none.",
-    )
-    safety_anchors_per_step: int = _option(2, "Harmful anchors in each step.")
-    safety_harmless_anchors_per_step: int | None = _option(
-        None, "Harmless anchors in each step; 2 when unset, or as many as there are."
-    )
-    safety_anchor_penalty_weight: float | None = _option(
-        None, "Weight of the penalty at the anchors, by itself; safety_weight when unset."
-    )
-    safety_chat_template_kwargs: str | None = _option(
-        None, "Of the chat template, for the anchors: a JSON object, as in training and use."
-    )
-    safety_answer_start: str | None = _option(
-        None, "Text between an anchor's prompt and its answer, such as '</think>' and blank lines."
-    )
-    safety_anchor_weight: float | None = _option(
-        None, "Not taken any more: see safety_anchor_penalty_weight."
-    )
+    What depends on the model is checked where the model is looked at.
 
-    def check(self) -> Positions:
-        """Check what needs no tokenizer and no file, and return the positions.
+    Raises:
+        TypeError: a field is of the wrong type.
+        ValueError: a field is wrong, or is of no use beside the others.
+    """
 
-        Raises:
-            ValueError: a field is wrong, or is of no use beside the others.
-        """
-        if self.safety_anchor_weight is not None:
+    penalty: SafetyPenalty | None = field(
+        default=None, metadata=_object("weight", "kind", "temperature", "delta")
+    )
+    ref_model: nn.Module | None = field(
+        default=None, metadata=_object(because="`str-kernels finetune --full` copies the model")
+    )
+    reference: ReferenceFunction | Literal["start"] | None = field(
+        default=None, metadata=_object("cache")
+    )
+    anchors: AnchorPrompts | Literal["default"] | None = field(
+        default=None,
+        metadata=_object(
+            "anchors",
+            "anchors_per_step",
+            "harmless_anchors_per_step",
+            "anchor_penalty_weight",
+            "chat_template_kwargs",
+            "answer_start",
+            "anchor_weight",
+        ),
+    )
+    tokenizer: Any = field(default=None, metadata=_object(because="a trainer has one"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.penalty is not None and not isinstance(self.penalty, SafetyPenalty):
+            raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(self.penalty).__name__}")
+        if self.ref_tokens is not None and self.reference is not None:
+            raise ValueError("`ref_tokens` must be None beside `reference`; got both")
+        if self.reference == "start":
+            if self.ref_model is not None:
+                raise ValueError("`ref_model` must be None beside reference='start'; got a model")
+        elif self.reference is not None and (
+            self.ref_model is not None or not callable(self.reference)
+        ):
             raise ValueError(
-                "`safety_anchor_weight` must be left out: it was relative to safety_weight. Set "
-                "`safety_anchor_penalty_weight`, which is the anchors' weight by itself (before: "
-                f"safety_weight * {self.safety_anchor_weight})"
+                "`reference` must be a function or 'start', and given without `ref_model`; got "
+                f"{self.reference!r:.60}, ref_model {type(self.ref_model).__name__}"
             )
-        positions = read_positions(self.safety_positions)
-        alone = positions == "none"
-        check_anchor_options(
-            alone,
-            alone or self.safety_anchors is not None,
-            safety_weight=self.safety_weight,
-            safety_anchor_penalty_weight=self.safety_anchor_penalty_weight,
-            safety_harmless_anchors_per_step=self.safety_harmless_anchors_per_step,
-            safety_chat_template_kwargs=self.safety_chat_template_kwargs,
-            safety_answer_start=self.safety_answer_start,
-        )
-        if self.safety_tokens is not None and self.safety_templates is not None:
+
+    def penalty_of(self, safety_tokens: SafetyTokens) -> SafetyPenalty:
+        """Return the penalty that is taken, with the tokens' weights unless it has its own."""
+        penalty = default_penalty(self.positions) if self.penalty is None else self.penalty
+        return safety_tokens.weigh(penalty)
+
+    def held_anchors(self) -> AnchorPrompts | None:
+        """Return the anchors: the package's where some must be and none are named."""
+        if self.anchors is None and self.positions != "none":
+            return None
+        if isinstance(self.anchors, AnchorPrompts):
+            return self.anchors
+        if self.anchors not in (None, "default"):
+            raise TypeError(
+                f"`anchors` must be AnchorPrompts or 'default'; got {self.anchors!r:.60}: read a "
+                "file by AnchorPrompts.from_prompts(tokenizer, file)"
+            )
+        if self.tokenizer is None:
             raise ValueError(
-                "`safety_templates` must not be given together with `safety_tokens`; got both"
+                "`tokenizer` must be given (a trainer's `processing_class`) for the package's "
+                "anchors, where the penalty stands by default; or pass `anchors`, or neither and "
+                "positions='response', the paper's form"
             )
-        check_backend(self.safety_backend)
-        self._penalty(positions)
-        return positions
+        return AnchorPrompts.default(self.tokenizer)
 
-    def _penalty(self, positions: Positions) -> SafetyPenalty:
-        return chosen_penalty(
-            positions,
-            self.safety_weight,
-            self.safety_kind,
-            self.safety_temperature,
-            self.safety_delta,
+
+KEYWORDS = tuple(one.name for one in fields(AttachOptions))
+"""Of attach(), in order."""
+
+
+def keywords_of(settings: SafetySettings, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
+    """Return the keywords of `attach` that settings stand for.
+
+    Args:
+        settings: of a flag, a file or a trainer's config.
+        tokenizer: of the model, which the anchors are rendered by.
+        seed: of the anchors' order.
+    """
+    found = {one.name: getattr(settings, one.name) for one in fields(PlainOptions)}
+    found["penalty"] = settings.penalty()
+    if settings.cache is not None:
+        found["reference"] = CachedReference(settings.cache)
+    if settings.positions == "none" or settings.anchors is not None:
+        found["anchors"] = AnchorPrompts.from_prompts(
+            tokenizer,
+            settings.anchors or "default",
+            per_step=settings.anchors_per_step,
+            harmless_per_step=settings.harmless_anchors_per_step,
+            penalty_weight=settings.anchor_penalty_weight,
+            chat_template_kwargs=read_json_object(
+                "chat_template_kwargs", settings.chat_template_kwargs
+            ),
+            answer_start=settings.answer_start,
+            seed=seed,
         )
-
-    def attach_options(self, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
-        """Return the keywords of `attach` that the fields stand for."""
-        positions = self.check()
-        options: dict[str, Any] = {
-            "penalty": self._penalty(positions),
-            "positions": positions,
-            "ref_every": self.safety_ref_every,
-            "ref_tokens": self.safety_ref_tokens,
-            "path": self.safety_path,
-            "chunk_bytes": self.safety_chunk_bytes,
-            "backend": self.safety_backend,
-        }
-        if self.safety_cache is not None:
-            options["reference"] = CachedReference(self.safety_cache)
-        if positions == "none" or self.safety_anchors is not None:
-            options["anchors"] = AnchorPrompts.from_prompts(
-                tokenizer,
-                self.safety_anchors or "default",
-                per_step=self.safety_anchors_per_step,
-                harmless_per_step=self.safety_harmless_anchors_per_step,
-                penalty_weight=self.safety_anchor_penalty_weight,
-                chat_template_kwargs=read_json_object(
-                    "safety_chat_template_kwargs", self.safety_chat_template_kwargs
-                ),
-                answer_start=self.safety_answer_start,
-                seed=seed,
-            )
-        return options
-
-    def tokens(self, tokenizer: Any) -> SafetyTokens:
-        """Return the SafetyTokens that the fields stand for."""
-        if self.safety_tokens is not None:
-            return SafetyTokens.load(self.safety_tokens, tokenizer)
-        return SafetyTokens.from_templates(tokenizer, self.safety_templates)
+    return found
 
 
-NAMES = tuple(one.name for one in fields(SafetySettings))
-"""Of the fields, in order."""
+def tokens_of(settings: SafetySettings, tokenizer: Any) -> SafetyTokens:
+    """Return the SafetyTokens that settings stand for."""
+    if settings.tokens is not None:
+        return SafetyTokens.load(settings.tokens, tokenizer)
+    return SafetyTokens.from_templates(tokenizer, settings.templates)

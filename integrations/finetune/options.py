@@ -21,6 +21,7 @@ import torch
 import yaml
 from trl import ModelConfig, TrlParser
 
+from ...attach_options import SETTINGS
 from ..trainers.trl_sft import SafetySFTConfig
 
 _NAMES = {one.name for one in fields(SafetySFTConfig)}
@@ -41,16 +42,8 @@ ALIASES = {
     "attention": "attn_implementation",
     "lora_rank": "lora_r",
     "model": "model_name_or_path",
-    **{
-        name: f"safety_{name}"
-        for name in (
-            "weight", "kind", "temperature", "delta", "positions", "templates", "anchors",
-            "anchors_per_step", "harmless_anchors_per_step", "anchor_penalty_weight",
-            "anchor_weight", "chat_template_kwargs", "answer_start", "cache", "ref_every",
-            "ref_tokens", "chunk_bytes", "backend",
-        )
-    },
-}  # fmt: skip
+    **{one.flag: one.name for one in SETTINGS if one.flag != one.name},
+}
 """Short names of fields; the others have their own."""
 
 DEFAULTS: dict[str, Any] = {
@@ -249,7 +242,6 @@ def _complete(
         rows = DEFAULTS["per_device_train_batch_size"]
         training.gradient_accumulation_steps = max(1, rows // training.per_device_train_batch_size)
     _check_numbers(training, model, chosen)
-    training.check()
     for name in ("safety_tokens", "safety_templates"):
         file = getattr(training, name)
         if file is not None and not Path(file).is_file():

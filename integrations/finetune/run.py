@@ -22,6 +22,7 @@ from typing_extensions import override
 from ...atomic import write_json, write_text
 from ...reference_cache import CachedReference
 from ...tokens import SafetyTokens
+from ..attach import tokens_of
 from ..chat import EncodedRows, encode_rows, read_examples
 from ..loading import adapter_folder, base_name, load_model, load_tokenizer, longest_row
 from ..models import is_peft_model
@@ -134,7 +135,12 @@ def prepare(
     for rows in filter(None, (train, evaluate)):
         notes += rows.notes()
     return Prepared(
-        model, tokenizer, training.tokens(tokenizer), train, evaluate, tuple(dict.fromkeys(notes))
+        model,
+        tokenizer,
+        tokens_of(training.settings, tokenizer),
+        train,
+        evaluate,
+        tuple(dict.fromkeys(notes)),
     )
 
 

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from ...attach_options import (
+    PathName,
+    Positions,
+    check_path,
+    check_positions,
+    chosen_penalty,
+    default_penalty,
+    read_positions,
+)
 from .adapters import (
     adapters_off,
     base_of,
@@ -14,19 +23,9 @@ from .adapters import (
 )
 from .gradient_watch import GradientWatch
 from .heads import find_head
-from .loss_paths import LossPath, PathName, check_path, make_path
+from .loss_paths import LossPath, make_path
 from .optimizer_hooks import OptimizerHook
-from .positions import (
-    ROW_WEIGHT,
-    Positions,
-    beside,
-    check_anchor_options,
-    check_positions,
-    chosen_penalty,
-    default_penalty,
-    read_positions,
-    row_weight_at,
-)
+from .positions import ROW_WEIGHT, beside, row_weight_at
 from .probe import (
     auxiliary_loss,
     check_own_forward,
@@ -72,7 +71,6 @@ __all__ = [
     "base_of",
     "beside",
     "check_adapters",
-    "check_anchor_options",
     "check_not_sharded",
     "check_own_forward",
     "check_path",

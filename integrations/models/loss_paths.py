@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ...attach_options import PathName
 from ...op import (
     SafetyLoss,
     accumulation_dtype,
@@ -26,8 +27,6 @@ from ...op import (
 from .heads import Tap
 from .probe import check_head, not_compiled, probe_head, probe_logits, runs_the_model
 from .sharded_weights import in_memory
-
-PathName = Literal["linear", "logits"]
 
 
 class LossPath(ABC):
@@ -71,12 +70,6 @@ def make_path(model: nn.Module, path: PathName, chunk_bytes: int | None, backend
     if path == "linear":
         return HeadPath(model, chunk_bytes, backend)
     return LogitsPath(model, backend)
-
-
-def check_path(path: object) -> None:
-    """Raise ValueError unless it is the name of a path."""
-    if path not in get_args(PathName):
-        raise ValueError(f"`path` must be one of {', '.join(get_args(PathName))}; got {path!r}")
 
 
 class HeadPath(LossPath):

@@ -6,26 +6,28 @@ In the YAML:
       - str_kernels.integrations.trainers.axolotl_plugin.SafetyPlugin
     safety_weight: 0.1
 
-Every field of SafetySettings is one. The trainer is Axolotl's own with SafetyTrainerMixin in front,
-so that its schedules, packing and checkpoints stay.
+Every field of SafetySettings is a key, with `safety_` before its name. The trainer is Axolotl's own
+with SafetyTrainerMixin in front, so that its schedules, packing and checkpoints stay.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from axolotl.integrations.base import BasePlugin
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, Field, create_model
 
-from ..attach import NAMES, SafetySettings
+from ...attach_options import SETTINGS, SafetySettings
+from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
 
-# YAML reads 3 as a number; TRL's parser takes no union with str
-_HINTS = get_type_hints(SafetySettings) | {"safety_positions": int | str}
-_FIELDS: Any = {one.name: (_HINTS[one.name], one.default) for one in fields(SafetySettings)}
+# a key with `values` may be a number too: YAML reads "safety_positions: 3" as one
+_FIELDS: Any = {
+    one.name: (int | one.kind if one.values else one.kind, Field(one.default, description=one.help))
+    for one in SETTINGS
+}
 SafetyArgs: type[BaseModel] = create_model("SafetyArgs", **_FIELDS)
-"""What Axolotl validates the YAML by; the fields are those of SafetySettings."""
+"""What Axolotl validates the YAML by."""
 
 # Each puts a loss of its own in the place of the model's.
 _OTHER_LOSSES = (
@@ -69,8 +71,8 @@ class SafetyPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Tell the trainer what to hold; it attaches when train() starts."""
-        given = {name: cfg.get(name) for name in NAMES if cfg.get(name) is not None}
-        settings = SafetySettings(**given)
+        given = {one.name: cfg.get(one.name) for one in SETTINGS}
+        settings = SafetySettings.of({name: x for name, x in given.items() if x is not None})
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        trainer.safety_tokens = settings.tokens(tokenizer)
-        trainer.attach_options = settings.attach_options(tokenizer, cfg.get("seed") or 0)
+        trainer.safety_tokens = tokens_of(settings, tokenizer)
+        trainer.attach_options = keywords_of(settings, tokenizer, cfg.get("seed") or 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...tokens import SafetyTokens
-from ..attach import SafetyHandle, attach
+from ..attach import KEYWORDS, SafetyHandle, attach
 from ..models import keep_4bit_layers_training
 
 TOKENS_FILE = "safety_tokens.json"
-_OF_ATTACH = [
-    name
-    for name, parameter in inspect.signature(attach).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "tokenizer"
-]  # the trainer has a tokenizer, and may have a keyword of this name
+# without what the trainer has, and may have as a keyword of its own
+_OF_ATTACH = tuple(name for name in KEYWORDS if name != "tokenizer")
 
 
 class _AttachWhenPrepared(TrainerCallback):

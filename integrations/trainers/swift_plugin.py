@@ -6,9 +6,10 @@ In a file of yours, which swift runs in each of its processes:
 
     register(safety_weight=0.1)
 
-and `swift sft ... --external_plugins that_file.py`. Every field of SafetySettings is a keyword;
-swift's own command line takes no flag that swift does not know. The trainer is swift's own with
-SafetyTrainerMixin in front, so that its templates, packing and checkpoints stay.
+and `swift sft ... --external_plugins that_file.py`. Every field of SafetySettings is a keyword,
+with `safety_` before its name; swift's own command line takes no flag that swift does not know. The
+trainer is swift's own with SafetyTrainerMixin in front, so that its templates, packing and
+checkpoints stay.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from swift.template import Template
 from swift.trainers import Seq2SeqTrainer, TrainerFactory
 from torch import Tensor
 
+from ...attach_options import SafetySettings
 from ...op import IGNORE_INDEX
-from ..attach import NAMES, SafetySettings
+from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
 
 # With each of them swift takes the labels out of the batch and makes the loss itself.
@@ -32,19 +34,18 @@ def register(**settings: Any) -> None:
     """Have `swift sft` and `swift pt` train with the safety loss, and other trainers refuse.
 
     Args:
-        settings: fields of SafetySettings.
+        settings: fields of SafetySettings, with `safety_` before their names.
 
     Raises:
         TypeError: one of them is none.
-        ValueError: it is `megatron sft` that runs, whose trainer is another.
+        ValueError: one of them is wrong, or it is `megatron sft` that runs, whose trainer is
+            another.
     """
-    for name, value in settings.items():
-        if name not in NAMES:
-            raise TypeError(f"`{name}` must be one of {', '.join(NAMES)}; got {name}={value!r}")
+    read = SafetySettings.of(settings)
     if "swift.megatron.arguments" in sys.modules:
         raise ValueError("`external_plugins` must not have the safety plugin under Megatron: its "
                          "trainer makes the loss without the penalty. Use `swift sft`")  # fmt: skip
-    SafetySwiftTrainer.settings = SafetySettings(**settings)
+    SafetySwiftTrainer.settings = read
     mapping = TrainerFactory.TRAINER_MAPPING
     mapping.update(dict.fromkeys(mapping, f"{__name__}.OtherTrainer"))
     mapping["causal_lm"] = f"{__name__}.SafetySwiftTrainer"
@@ -71,8 +72,8 @@ class SafetySwiftTrainer(SafetyTrainerMixin, Seq2SeqTrainer):
     def __init__(self, *positional: Any, args: Any, template: Any, **kwargs: Any) -> None:
         _check_losses(args, template)
         super().__init__(*positional, args=args, template=template, **kwargs)
-        self.safety_tokens = self.settings.tokens(template.tokenizer)
-        self.attach_options = self.settings.attach_options(template.tokenizer, args.seed)
+        self.safety_tokens = tokens_of(self.settings, template.tokenizer)
+        self.attach_options = keywords_of(self.settings, template.tokenizer, args.seed)
 
     def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
         """Note the batch's share of the step: swift multiplies the model's mean loss by it."""

@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ...attach_options import SETTINGS, SafetySettings
 from ...op import IGNORE_INDEX, SafetyLoss
 from ...tokens import SafetyTokens
-from ..attach import SafetySettings
+from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
+
+# No static class: a dataclass that can be written to, as SFTConfig is, cannot inherit the fields
+# of a frozen one.
+_Fields: Any = make_dataclass(
+    "_Fields",
+    [
+        (one.name, one.kind, field(default=one.default, metadata={"help": one.described}))
+        for one in SETTINGS
+    ],
+)
 
 
 @dataclass
-class SafetySFTConfig(SafetySettings, SFTConfig):
-    """SFTConfig and SafetySettings; TrlParser reads both from flags and YAML."""
+class SafetySFTConfig(_Fields, SFTConfig):
+    """SFTConfig, and every field of SafetySettings with `safety_` before its name.
+
+    TrlParser reads both from flags and YAML.
+
+    Raises:
+        ValueError: one of SafetySettings is wrong, or of no use beside the others.
+    """
+
+    def __post_init__(self) -> None:
+        _ = self.settings  # before TRL, which looks at the device
+        super().__post_init__()
+
+    @property
+    def settings(self) -> SafetySettings:
+        """The fields that say how to attach; checked."""
+        return SafetySettings.of({one.name: getattr(self, one.name) for one in SETTINGS})
 
 
 class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
@@ -42,9 +68,9 @@ class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
             raise ValueError(f"`loss_type` must be 'nll'; got {self.args.loss_type!r}")
         if isinstance(self.args, SafetySFTConfig):
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            asked = self.args.attach_options(tokenizer, self.args.seed)
+            asked = keywords_of(self.args.settings, tokenizer, self.args.seed)
             self.attach_options = asked | self.attach_options
-            self.safety_tokens = self.safety_tokens or self.args.tokens(tokenizer)
+            self.safety_tokens = self.safety_tokens or tokens_of(self.args.settings, tokenizer)
         if self.safety_tokens is None:
             raise ValueError("`safety_tokens` must be given unless `args` is a SafetySFTConfig")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..op import Backend, PenaltyKind
+from ..attach_options import SETTINGS
 from .console import (
     JSON_OPTION,
     needs_integrations,
@@ -20,7 +22,6 @@ from .console import (
     readable_errors,
 )
 
-_KINDS, _BACKENDS = "|".join(get_args(PenaltyKind)), "|".join(get_args(Backend))
 _DTYPES = "auto|float32|bfloat16|float16"
 _TRAINING, _DATA = "How to train", "What to train on"
 _SAFETY, _ANCHORS, _RUN = "What is held", "Anchors: prompts where it is held", "The run"
@@ -28,9 +29,36 @@ _NOT_OPTIONS = ("ctx", "config", "as_json")
 
 
 def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+    return typer.Option(*names, help=text, rich_help_panel=panel, **{"show_default": False, **more})
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for each of SETTINGS; typer reads them off the signature."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(
+            one.flag,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,  # left out: SafetySettings has the default
+            annotation=Annotated[
+                one.kind | None,
+                _option(
+                    _ANCHORS if one.of_anchors else _SAFETY,
+                    one.help,
+                    metavar="|".join(one.values) if one.values else None,
+                    show_default=False if one.default is None else str(one.default),
+                    hidden=one.hidden,
+                ),
+            ],
+        )
+        for one in SETTINGS
+    ]
+    vars(command)["__signature__"] = signature.replace(parameters=[*own, *flags])
+    return command
+
+
+@_with_settings
 def finetune(
     ctx: typer.Context,
     model: Annotated[
@@ -112,64 +140,6 @@ def finetune(
         int | None,
         _option(_DATA, "Stop after so many evaluations without a better loss.", min=1),
     ] = None,
-    weight: Annotated[
-        float | None, _option(_SAFETY, "Of the penalty, 0.1 if unset; 0 is plain fine-tuning.")
-    ] = None,
-    kind: Annotated[
-        str | None,
-        _option(_SAFETY, "Of penalty; coarse_kl at anchors, mse on rows if unset.", metavar=_KINDS),
-    ] = None,
-    positions: Annotated[
-        str | None,
-        _option(
-            _SAFETY,
-            "Of the penalty on the rows. none, the default: anchors alone; response: the paper's "
-            "form; N: the first N labels of each response.",
-            metavar="none|response|all|N",
-        ),
-    ] = None,
-    temperature: Annotated[float | None, _option(_SAFETY, "T of kind subset_kl.")] = None,
-    delta: Annotated[float | None, _option(_SAFETY, "Of kind huber, logits.")] = None,
-    safety_tokens: Annotated[
-        Path | None, _option(_SAFETY, "A safety_tokens.json, instead of the templates.")
-    ] = None,
-    templates: Annotated[
-        Path | None, _option(_SAFETY, "Refusal templates, one a line, instead of the built-in.")
-    ] = None,
-    cache: Annotated[
-        Path | None, _option(_SAFETY, "A folder of `cache build`, instead of live passes.")
-    ] = None,
-    ref_every: Annotated[
-        int | None, _option(_SAFETY, "Ask the reference in every n-th forward only.", min=1)
-    ] = None,
-    ref_tokens: Annotated[
-        int | None,
-        _option(_SAFETY, "The reference reads a row's first tokens only, this many.", min=1),
-    ] = None,
-    backend: Annotated[
-        str | None, _option(_SAFETY, "What makes the loss; see doctor.", metavar=_BACKENDS)
-    ] = None,
-    anchors: Annotated[
-        str | None, _option(_ANCHORS, "A JSONL file, or 'default' for the package's.")
-    ] = None,
-    anchors_per_step: Annotated[
-        int | None, _option(_ANCHORS, "Harmful ones in a step, 2 if unset.", min=0)
-    ] = None,
-    harmless_anchors_per_step: Annotated[
-        int | None,
-        _option(_ANCHORS, "Harmless ones, which hold over-refusal down; 2 if unset.", min=0),
-    ] = None,
-    anchor_penalty_weight: Annotated[
-        float | None, _option(_ANCHORS, "By itself; --weight if unset.")
-    ] = None,
-    chat_template_kwargs: Annotated[
-        str | None,
-        _option(_ANCHORS, 'Of the chat template: JSON, as {"enable_thinking": false}.'),
-    ] = None,
-    answer_start: Annotated[
-        str | None, _option(_ANCHORS, "Text between a prompt and its answer.")
-    ] = None,
-    anchor_weight: Annotated[float | None, typer.Option(hidden=True)] = None,
     eval_refusals: Annotated[
         int | None,
         _option(_RUN, "Ask so many harmful and harmless probes before and after.", min=1),
@@ -181,6 +151,7 @@ def finetune(
         bool, _option(_RUN, "Keep the checkpoints of a finished run.", "--keep-checkpoints")
     ] = False,
     as_json: JSON_OPTION = False,
+    **of_the_loss: Any,  # SETTINGS, by their flags
 ) -> None:
     """Fine-tune MODEL on DATA with the safety loss, by TRL's SFTTrainer.
 

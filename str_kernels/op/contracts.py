@@ -277,7 +277,7 @@ class LossArgs(NamedTuple):
     def from_flat(cls, values: Sequence[Any]) -> LossArgs:
         """Put together what `flat` took apart."""
         place = len(values) - len(ROW_OPTIONS)
-        return cls(*values[:place], RowOptions(*values[place:]))
+        return cls._make((*values[:place], RowOptions(*values[place:])))
 
     def takes_part(self) -> Tensor:  # (N,) bool
         """Return which rows have a cross-entropy or a penalty."""

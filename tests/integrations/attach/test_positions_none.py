@@ -20,7 +20,7 @@ from str_kernels import (
     safety_linear_cross_entropy,
     safety_log_probs,
 )
-from str_kernels.integrations.models.positions import default_penalty
+from str_kernels.attach_options import default_penalty
 from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
 from str_kernels.op import contracts
 

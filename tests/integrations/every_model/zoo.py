@@ -38,8 +38,8 @@ from zoo_sizes import (
 )
 
 from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
+from str_kernels.attach_options import PathName
 from str_kernels.integrations.anchors.prompts import AnchorRow
-from str_kernels.integrations.models.loss_paths import PathName
 
 Mapping = Literal["causal-lm", "image-text-to-text"]
 _AUTO: dict[str, Any] = {

@@ -18,7 +18,7 @@ from tiny_models import fresh_lora
 from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from str_kernels.integrations.attach.settings import NAMES
+from str_kernels.attach_options import SETTINGS
 
 pytest.importorskip("pydantic")  # which Axolotl brings
 PLUGIN = "str_kernels.integrations.trainers.axolotl_plugin"
@@ -65,7 +65,7 @@ def plugin(monkeypatch: Any) -> Any:
 def test_the_fields_of_the_yaml_are_validated(plugin: Any) -> None:
     module, name = plugin.SafetyPlugin().get_input_args().rsplit(".", 1)
     model = getattr(importlib.import_module(module), name)  # as Axolotl looks it up
-    assert tuple(model.model_fields) == NAMES
+    assert list(model.model_fields) == [one.name for one in SETTINGS]
     assert model(safety_weight="0.5").safety_weight == 0.5
     assert model(safety_positions=3).safety_positions == 3  # as YAML reads it
     assert model(safety_ref_tokens=9, safety_temperature=2).safety_temperature == 2.0
