@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import typer
 from rich.text import Text
 
+from str_kernels.attach_options import SETTINGS
 from str_kernels.cli import app
 
 _INTRODUCTION = """# Command line
@@ -26,11 +26,10 @@ def page() -> str:
 
 def settings() -> str:
     """Return the fields that trainers and commands share, with defaults and meanings."""
-    from str_kernels.integrations.attach import SafetySettings
-
     return "\n\n".join(
-        f"`{one.name}` = `{one.default!r}`\n:   {_plain(one.metadata['help'])}"
-        for one in fields(SafetySettings)
+        f"`{one.name}` = `{one.default!r}`\n:   {_plain(one.described)}"
+        for one in SETTINGS
+        if not one.hidden
     )
 
 
@@ -65,7 +64,8 @@ def _argument(parameter: Any) -> str:
 
 def _meaning(parameter: Any) -> str:
     words = [_plain(parameter.help or "")]
-    default = parameter.default
+    shown = getattr(parameter, "show_default", None)  # a text where the default is made elsewhere
+    default = shown if isinstance(shown, str) else parameter.default
     if isinstance(default, str | int | float) and not isinstance(default, bool):
         words.append(f"Default: `{default}`.")
     if parameter.required and parameter.param_type_name == "option":

@@ -65,7 +65,8 @@ def plugin(monkeypatch: Any) -> Any:
 def test_the_fields_of_the_yaml_are_validated(plugin: Any) -> None:
     module, name = plugin.SafetyPlugin().get_input_args().rsplit(".", 1)
     model = getattr(importlib.import_module(module), name)  # as Axolotl looks it up
-    assert list(model.model_fields) == [one.name for one in SETTINGS]
+    found = {name: (x.default, x.description) for name, x in model.model_fields.items()}
+    assert found == {one.name: (one.default, one.help) for one in SETTINGS}
     assert model(safety_weight="0.5").safety_weight == 0.5
     assert model(safety_positions=3).safety_positions == 3  # as YAML reads it
     assert model(safety_ref_tokens=9, safety_temperature=2).safety_temperature == 2.0

@@ -28,6 +28,7 @@ from transformers import Seq2SeqTrainer as HfTrainer
 from transformers import Seq2SeqTrainingArguments
 
 from str_kernels import AnchorPrompts
+from str_kernels.attach_options import SETTINGS, SafetySettings
 
 PLUGIN = "str_kernels.integrations.trainers.swift_plugin"
 (BLOCK,) = (block for block in python_blocks("docs/trainers.md") if "swift_plugin" in block)
@@ -111,6 +112,13 @@ def plugin(monkeypatch: Any) -> Any:
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
     yield importlib.import_module(PLUGIN)
     sys.modules.pop(PLUGIN, None)
+
+
+def test_every_setting_is_a_keyword(plugin: Any) -> None:
+    plugin.register(**{one.name: one.default for one in SETTINGS})
+    assert vars(plugin.SafetySwiftTrainer.settings) == vars(SafetySettings())
+    with pytest.raises(ValueError, match="`safety_path` must be one of linear, logits; got 'head'"):
+        plugin.register(safety_path="head")
 
 
 def template_of(recipe: Recipe, **options: Any) -> Any:
