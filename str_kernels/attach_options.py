@@ -215,7 +215,7 @@ class SafetySettings(PlainOptions):
     )
     anchor_weight: float | None = _option(
         None,
-        "Not taken any more: the anchors have a weight by itself.",
+        "Not taken any more: the weight at the anchors is given by itself.",
         of_anchors=True,
         hidden=True,
     )
@@ -242,16 +242,12 @@ class SafetySettings(PlainOptions):
                 "alone and `weight` is given, which is theirs too; got "
                 f"{self.anchor_penalty_weight!r}"
             )
-        for name in (
-            "anchor_penalty_weight",
-            "harmless_anchors_per_step",
-            "chat_template_kwargs",
-            "answer_start",
-        ):
-            if not alone and self.anchors is None and getattr(self, name) is not None:
+        for one in fields(self):
+            given = getattr(self, one.name)
+            optional = one.metadata["of_anchors"] and one.default is None
+            if not alone and self.anchors is None and optional and given is not None:
                 raise ValueError(
-                    f"`{name}` must be left out where there are no anchors; got "
-                    f"{getattr(self, name)!r}"
+                    f"`{one.name}` must be left out where there are no anchors; got {given!r}"
                 )
         _check_count("anchors_per_step", self.anchors_per_step, 0)
         if self.harmless_anchors_per_step is not None:
@@ -293,7 +289,7 @@ class Setting(NamedTuple):
     """Of `str-kernels finetune` and in its YAML."""
     field: str
     """In SafetySettings."""
-    kind: Any
+    annotation: Any
     """Its type; a text where it has `values`, since TRL's parser takes no union with str."""
     default: Any
     help: str
@@ -314,10 +310,10 @@ def _settings() -> tuple[Setting, ...]:
     for one in sorted(fields(SafetySettings), key=lambda one: one.name in plain):
         more = dict(one.metadata)
         flag = more.pop("flag") or one.name
-        kind = hints[one.name]
+        annotation = hints[one.name]
         if more["values"] is not None:
-            kind = str if one.default is not None else str | None
-        found.append(Setting(PREFIX + one.name, flag, one.name, kind, one.default, **more))
+            annotation = str if one.default is not None else str | None
+        found.append(Setting(PREFIX + one.name, flag, one.name, annotation, one.default, **more))
     return tuple(found)
 
 

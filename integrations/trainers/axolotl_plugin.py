@@ -23,7 +23,10 @@ from .hf_trainer import SafetyTrainerMixin
 
 # a key with `values` may be a number too: YAML reads "safety_positions: 3" as one
 _FIELDS: Any = {
-    one.name: (int | one.kind if one.values else one.kind, Field(one.default, description=one.help))
+    one.name: (
+        int | one.annotation if one.values else one.annotation,
+        Field(one.default, description=one.help),
+    )
     for one in SETTINGS
 }
 SafetyArgs: type[BaseModel] = create_model("SafetyArgs", **_FIELDS)

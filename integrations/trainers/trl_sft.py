@@ -20,7 +20,7 @@ from .hf_trainer import SafetyTrainerMixin
 _Fields: Any = make_dataclass(
     "_Fields",
     [
-        (one.name, one.kind, field(default=one.default, metadata={"help": one.described}))
+        (one.name, one.annotation, field(default=one.default, metadata={"help": one.described}))
         for one in SETTINGS
     ],
 )
@@ -37,7 +37,7 @@ class SafetySFTConfig(_Fields, SFTConfig):
     """
 
     def __post_init__(self) -> None:
-        _ = self.settings  # before TRL, which looks at the device
+        _ = self.settings  # checked before TRL looks at the device
         super().__post_init__()
 
     @property

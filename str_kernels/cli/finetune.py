@@ -42,7 +42,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
             inspect.Parameter.KEYWORD_ONLY,
             default=None,  # left out: SafetySettings has the default
             annotation=Annotated[
-                one.kind | None,
+                one.annotation | None,
                 _option(
                     _ANCHORS if one.of_anchors else _SAFETY,
                     one.help,
