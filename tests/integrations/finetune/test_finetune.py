@@ -343,7 +343,6 @@ def test_the_help_has_the_defaults() -> None:
         f"Forwards of one step, {options.training.gradient_accumulation_steps} if unset",
         f"Rank of the adapters, {options.model.lora_r} if unset",
         f"Tokens of a row, {options.training.max_length} if unset",
-        f"Harmful ones in a step, {options.training.safety_anchors_per_step} if unset",
         f"Folder to make; {options.run.output} if unset",
         f"{options.training.learning_rate:.0e}".replace("e-0", "e-")
         + f", or {full.training.learning_rate:.0e}".replace("e-0", "e-"),

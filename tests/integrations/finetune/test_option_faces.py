@@ -78,6 +78,7 @@ def test_the_command_has_it(one: Setting) -> None:
     flag = f"--{one.flag.replace('_', '-')}"
     assert found.opts == [flag] and found.help == one.help and found.hidden == one.hidden
     assert found.default is None  # left to the config, whose default is the option's own
+    assert found.show_default == (False if one.default is None else str(one.default))
     shown = CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "200"}).output
     assert (f" {flag} " in shown) != one.hidden
 
