@@ -153,7 +153,9 @@ def _attach(model: nn.Module, safety_tokens: SafetyTokens, options: AttachOption
     penalty = options.penalty_of(safety_tokens)
     if is_prompt_learning(model):
         if options.ref_tokens is not None:
-            raise ValueError("`ref_tokens` must be None for prompt learning; got a number")
+            raise ValueError(
+                f"`ref_tokens` must be None for prompt learning; got {options.ref_tokens}"
+            )
         if options.anchors is not None or options.positions == "none":
             raise ValueError(
                 "`anchors` must be None and `positions` not 'none' for prompt learning: anchors "

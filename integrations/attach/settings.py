@@ -59,7 +59,7 @@ class AttachOptions(PlainOptions):
         if self.penalty is not None and not isinstance(self.penalty, SafetyPenalty):
             raise TypeError(f"`penalty` must be a SafetyPenalty; got {type(self.penalty).__name__}")
         if self.ref_tokens is not None and self.reference is not None:
-            raise ValueError("`ref_tokens` must be None beside `reference`; got both")
+            raise ValueError(f"`ref_tokens` must be None beside `reference`; got {self.ref_tokens}")
         if self.reference == "start":
             if self.ref_model is not None:
                 raise ValueError("`ref_model` must be None beside reference='start'; got a model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from .parallel import VocabShard
 
 DEFAULT_PENALTY = SafetyPenalty()
 _NUMBERS = tuple(one.name for one in fields(RowNumbers))
+_FLOATS = tuple(name for name in _NUMBERS if get_type_hints(RowOptions)[name] is float)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,14 +129,15 @@ def make_loss_args(
 
 
 def _row_options(options: LossOptions, ids: int) -> RowOptions:
+    """Return the numbers as an op takes them: a float is one, whatever kind was given."""
     numbers = {name: getattr(options, name) for name in _NUMBERS}
-    numbers["softcap"] = numbers["softcap"] or 0.0
+    numbers.update({name: float(numbers[name] or 0.0) for name in _FLOATS})  # no softcap is 0.0
     penalty = options.penalty
     return RowOptions(
         **numbers,
         kind=penalty.kind if ids else "mse",  # of nothing, the one that asks for least
-        temperature=penalty.temperature,
-        delta=penalty.delta,
+        temperature=float(penalty.temperature),
+        delta=float(penalty.delta),
     )
 
 
