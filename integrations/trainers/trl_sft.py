@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -44,6 +45,13 @@ class SafetySFTConfig(_Fields, SFTConfig):
     def settings(self) -> SafetySettings:
         """The fields that say how to attach; checked."""
         return SafetySettings.of({one.name: getattr(self, one.name) for one in SETTINGS})
+
+    def __post_init__(self) -> None:
+        # TRL's default is bfloat16, with which transformers refuses to train on a CPU unless told
+        # to by `use_cpu`: a script that names neither would run on a GPU alone.
+        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
+            self.bf16 = False
+        super().__post_init__()
 
 
 class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):

@@ -171,6 +171,18 @@ def test_the_config_is_parsed_and_says_how_to_attach(seed: int, tmp_path: Any) -
     assert "T of kind subset_kl." in parser.format_help()
 
 
+def test_a_script_for_gpus_runs_on_a_cpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own raises there; what is asked for is not changed."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *_: False)
+    assert SafetySFTConfig(output_dir=str(tmp_path)).bf16 is False
+    assert SafetySFTConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is True
+    with pytest.raises(ValueError, match="bf16"):
+        SafetySFTConfig(output_dir=str(tmp_path), bf16=True)
+    with pytest.raises(ValueError, match="bf16"):
+        SFTConfig(output_dir=str(tmp_path))
+
+
 def test_other_losses_are_refused(seed: int, tmp_path: Any) -> None:
     settings: dict[str, Any] = {
         "output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False

@@ -1,0 +1,74 @@
+"""A loop of your own on several ranks: torchrun --nproc-per-node 2 torchrun.py [--shard].
+
+DDP, or FSDP2 with --shard; nccl on GPUs, gloo on CPUs. Attach first, then wrap.
+"""
+
+import argparse
+from itertools import chain, islice, repeat
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+from str_kernels import SafetyTokens, attach
+from str_kernels.integrations.chat import encode_rows, read_examples
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "sums.jsonl")
+parser.add_argument("--steps", type=int, default=10)
+parser.add_argument("--batch-size", type=int, default=4, help="rows of one rank in a step")
+parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP")
+
+
+def main() -> None:
+    """Train a LoRA on all ranks."""
+    args = parser.parse_args()
+    dist.init_process_group()  # torchrun's environment says who is there
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        torch.accelerator.set_device_index(dist.get_node_local_rank())
+    device = accelerator or torch.device("cpu")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    base = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+    peft_model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+
+    handle = attach(peft_model.train(), SafetyTokens.from_templates(tokenizer), tokenizer=tokenizer)
+    if args.shard:
+        for layer in base.model.layers:
+            fully_shard(layer)
+        model = fully_shard(peft_model)  # the head stays with the root: the loss reads it there
+    else:
+        model = DistributedDataParallel(peft_model)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
+
+    rows = encode_rows(tokenizer, read_examples(args.data), max_length=1024).rows
+    sampler = DistributedSampler(rows, shuffle=False)
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    loader = DataLoader(rows, args.batch_size, sampler=sampler, collate_fn=collator)
+    for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), args.steps), start=1):
+        batch = batch.to(device)
+        # The labels of all ranks, so that each label counts the same. Gradients are averaged over
+        # the ranks, and a loss that is a share of the whole has to be multiplied by their number.
+        labels = (batch["labels"][:, 1:] != -100).sum()
+        dist.all_reduce(labels)
+        loss = model(**batch, num_items_in_batch=labels).loss * dist.get_world_size()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss.detach_(), dist.ReduceOp.SUM)
+        if dist.get_rank() == 0:
+            mean = loss.item() / dist.get_world_size()
+            print(f"step {step:3}  loss {mean:.5f}", flush=True)
+    handle.remove()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
