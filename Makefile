@@ -28,6 +28,7 @@ lint:
 types:
 	@$(READY) dev
 	$(RUN) -m mypy -p str_kernels
+	$(RUN) -m mypy examples
 
 bench: ## microbenchmarks of each op, saved in .benchmarks (ARGS: options of pytest-benchmark)
 	@$(READY) dev

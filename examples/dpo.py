@@ -68,6 +68,7 @@ def main() -> None:
         args=DPOConfig(
             output_dir=args.output,
             max_steps=args.steps,
+            per_device_train_batch_size=4,
             learning_rate=5e-4,
             logging_steps=5,
             bf16=torch.accelerator.is_available(),  # TRL's default, which a CPU refuses

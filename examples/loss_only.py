@@ -9,6 +9,7 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
@@ -20,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "sums.jsonl")
 parser.add_argument("--output", default="run")
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, default=10)
 
 
 def main() -> None:
@@ -32,7 +33,8 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
 
-    rows = encode_rows(tokenizer, read_examples(args.data), max_length=1024).rows
+    encoded = encode_rows(tokenizer, read_examples(args.data), max_length=1024)
+    rows = Dataset.from_list(encoded.rows)
     collator = DataCollatorForSeq2Seq(tokenizer)
     loader = DataLoader(rows, batch_size=8, shuffle=True, collate_fn=collator)
     batches = islice(chain.from_iterable(repeat(loader)), args.steps)
@@ -55,7 +57,7 @@ def main() -> None:
         terms.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
+        if step % 5 == 0:
             print(f"step {step:3}  ce {terms.ce.item():.4f}  penalty {terms.penalty.item():.4f}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

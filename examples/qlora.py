@@ -14,7 +14,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "sums.jsonl")
 parser.add_argument("--output", default="run")
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, default=10)
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
             output_dir=args.output,
             max_steps=args.steps,
             learning_rate=5e-4,
-            logging_steps=10,
+            logging_steps=5,
         ),
         train_dataset=load_dataset("json", data_files=str(args.data), split="train"),
         processing_class=AutoTokenizer.from_pretrained(args.model),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,16 +31,14 @@ def main() -> None:
     """Train a LoRA on all ranks."""
     args = parser.parse_args()
     dist.init_process_group()  # torchrun's environment says who is there
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None:
-        torch.accelerator.set_device_index(dist.get_node_local_rank())
-    device = accelerator or torch.device("cpu")
     torch.manual_seed(0)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(dist.get_node_local_rank())
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model).to(device)
-    peft_model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-
-    handle = attach(peft_model.train(), SafetyTokens.from_templates(tokenizer), tokenizer=tokenizer)
+    peft_model = get_peft_model(base, LoraConfig(target_modules="all-linear")).train()
+    attach(peft_model, SafetyTokens.from_templates(tokenizer), tokenizer=tokenizer)
     if args.shard:
         for layer in base.model.layers:
             fully_shard(layer)
@@ -48,25 +47,22 @@ def main() -> None:
         model = DistributedDataParallel(peft_model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-4)
 
-    rows = encode_rows(tokenizer, read_examples(args.data), max_length=1024).rows
-    sampler = DistributedSampler(rows, shuffle=False)
+    encoded = encode_rows(tokenizer, read_examples(args.data), max_length=1024)
+    rows = Dataset.from_list(encoded.rows)
+    sampler: DistributedSampler[Dataset] = DistributedSampler(rows, shuffle=False)
     collator = DataCollatorForSeq2Seq(tokenizer)
     loader = DataLoader(rows, args.batch_size, sampler=sampler, collate_fn=collator)
     for step, batch in enumerate(islice(chain.from_iterable(repeat(loader)), args.steps), start=1):
-        batch = batch.to(device)
-        # The labels of all ranks, so that each label counts the same. Gradients are averaged over
-        # the ranks, and a loss that is a share of the whole has to be multiplied by their number.
-        labels = (batch["labels"][:, 1:] != -100).sum()
-        dist.all_reduce(labels)
-        loss = model(**batch, num_items_in_batch=labels).loss * dist.get_world_size()
-        loss.backward()
+        labels = (batch["labels"][:, 1:] != -100).sum().to(device)
+        dist.all_reduce(labels)  # of all ranks, so that each label counts the same
+        loss = model(**batch.to(device), num_items_in_batch=labels).loss
+        (loss * dist.get_world_size()).backward()  # gradients are averaged; this makes them a sum
         optimizer.step()
         optimizer.zero_grad()
-        dist.all_reduce(loss.detach_(), dist.ReduceOp.SUM)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
         if dist.get_rank() == 0:
-            mean = loss.item() / dist.get_world_size()
-            print(f"step {step:3}  loss {mean:.5f}", flush=True)
-    handle.remove()
+            print(f"step {step:3}  loss {total.item():.5f}", flush=True)
     dist.destroy_process_group()
 
 

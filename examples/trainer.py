@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data" / "sums.jsonl")
 parser.add_argument("--output", default="run")
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, default=10)
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         max_steps=args.steps,
         per_device_train_batch_size=8,
         learning_rate=5e-4,
-        logging_steps=10,
+        logging_steps=5,
     )
     trainer = SafetyTrainer(
         model,

@@ -49,8 +49,9 @@ class SafetySFTConfig(_Fields, SFTConfig):
     def __post_init__(self) -> None:
         # TRL's default is bfloat16, with which transformers refuses to train on a CPU unless told
         # to by `use_cpu`: a script that names neither would run on a GPU alone.
-        if self.bf16 is None and not self.use_cpu and not torch.accelerator.is_available():
-            self.bf16 = False
+        fields: Any = self
+        if fields.bf16 is None and not fields.use_cpu and not torch.accelerator.is_available():
+            fields.bf16 = False
         super().__post_init__()
 
 

@@ -68,8 +68,8 @@ def assert_adapter(folder: Path) -> None:
         ("loss_only.py", (), "ce", "penalty"),
         ("trainer.py", (), "loss", "safety/anchor_penalty"),
         ("sft.py", ("--config", "examples/sft.yaml"), "loss", "safety/anchor_penalty"),
-        ("long_context.py", ("--steps", "3"), "loss", "safety/anchor_penalty"),
-        ("dpo.py", ("--steps", "15"), "loss", "safety/penalty"),
+        ("long_context.py", ("--steps", "2"), "loss", "safety/anchor_penalty"),
+        ("dpo.py", (), "loss", "safety/penalty"),
     ],
 )
 def test_a_script_trains_with_a_penalty_and_saves(
@@ -84,7 +84,7 @@ def test_a_script_trains_with_a_penalty_and_saves(
     run(monkeypatch, script, *flags)
     printed = capsys.readouterr().out
     losses, penalties = (numbers(printed, rf"\b{name}'?") for name in (loss, penalty))
-    assert len(losses) == len(penalties) == 3, printed
+    assert len(losses) == len(penalties) == 2, printed
     assert losses[-1] < losses[0]
     assert penalties[-1] > 0  # in each the model has moved, and is held
     assert_adapter(here / "run")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("str_kernels", "integrations", "bench", "tests")
+FOLDERS = ("str_kernels", "integrations", "bench", "examples", "tests")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "peft", "transformers", "triton", "trl")
 
