@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_tokenizer import save_tiny_model
+from typer.testing import CliRunner
+
+from str_kernels.cli import app
 
 pytest.importorskip("trl")  # the oldest releases of the matrix are tested without it
 
@@ -120,3 +125,22 @@ def test_torchrun_has_the_losses_of_one_rank(more: tuple[str, ...], here: Path) 
     one, two = losses(1, 8), losses(2, 4)
     assert len(one) == 4 and one[-1] < one[0]
     assert two == pytest.approx(one, rel=1e-4)  # five decimals are printed
+
+
+def test_the_page_names_each_file_and_evaluates(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    for path in EXAMPLES.rglob("*"):
+        if path.suffix in (".py", ".yaml", ".ipynb", ".jsonl"):
+            assert path.name in page, path.name
+
+    run(monkeypatch, "plain_loop.py")
+    commands = re.findall(r"^str-kernels (eval .*)$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, result.output
+    found = json.loads((here / "after" / "eval.json").read_text(encoding="utf-8"))
+    assert found["counts"]["opening"]["harmful"]["total"] == 8
+    assert (here / "compared" / "report.md").is_file()
