@@ -30,7 +30,6 @@ parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP")
 def main() -> None:
     """Train a LoRA on all ranks."""
     args = parser.parse_args()
-    dist.init_process_group()  # torchrun's environment says who is there
     torch.manual_seed(0)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if device.type != "cpu":
@@ -63,8 +62,10 @@ def main() -> None:
         dist.all_reduce(total)
         if dist.get_rank() == 0:
             print(f"step {step:3}  loss {total.item():.5f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    dist.init_process_group()  # torchrun's environment says who is there
     main()
+    # Only now that DDP is gone: a group that dies with it can wait for its own threads for ever.
+    dist.destroy_process_group()
