@@ -41,7 +41,7 @@ def test_a_path_would_be_seen() -> None:
     assert not PATH.search("data/sums.jsonl, 2/104 and 5 to 16 %")
 
 
-@pytest.mark.slow  # it trains a real model three times: five minutes on two idle cores
+@pytest.mark.slow  # it trains a real model three times: five minutes of one idle core
 def test_its_cells_run(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
