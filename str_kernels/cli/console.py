@@ -84,8 +84,17 @@ def needs_integrations() -> Iterator[None]:
         if error.name and error.name.startswith(_PACKAGE):
             raise
         raise ValueError(
-            f"this command must have {error.name} installed; run: pip install 'str-kernels[hf]'"
+            f"this command must have {error.name} installed; {how_to_install(error.name)}"
         ) from error
+
+
+def how_to_install(missing: str | None) -> str:
+    """Say how a package that is missing is installed: with an extra, from a checkout or a wheel."""
+    extra = "trl" if missing in ("trl", "datasets") else "hf"
+    return (
+        f"run: pip install '.[{extra}]' in a checkout of str-kernels, or the wheel that you "
+        f"installed again as 'PATH/TO/WHEEL[{extra}]'"
+    )
 
 
 @contextlib.contextmanager
