@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import str_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("str_kernels", "integrations", "bench", "tests")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -64,6 +66,14 @@ def test_the_package_runs_nothing_that_it_reads(folder: str) -> None:
 def test_what_would_run_it_is_recognised(line: str) -> None:
     assert RUNS_WHAT_IT_READS.search(line)
     assert not RUNS_WHAT_IT_READS.search("model.eval()  # weights in a pickle are not read")
+
+
+def test_every_place_that_states_the_version_states_the_same() -> None:
+    change = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = re.search(r"^version: (.+)\ndate-released: (.+)$", citation, re.M)
+    assert change and cited and cited.groups() == change.groups()
+    assert cited[1] == str_kernels.__version__
 
 
 def test_the_tests_that_the_security_page_names_are_there() -> None:
