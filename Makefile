@@ -78,7 +78,7 @@ hub: ## build/hub: the loss as a kernel of the Hugging Face `kernels` library
 PYTHONS = 3.11 3.12 3.13
 release-check: ## build, check and try what would be published (PYTHONS: 3.11 3.12 3.13, those there)
 	@$(READY) dev
-	$(RUN) -m nox -s build $(addprefix smoke-,$(PYTHONS)) dependencies hub $(ARGS)
+	$(RUN) -m nox -s build $(addprefix smoke-,$(PYTHONS)) hub dependencies $(ARGS)
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers
