@@ -136,7 +136,7 @@ def hub(session: nox.Session) -> None:
     one_thread = {"OMP_NUM_THREADS": "1"}
     session.run("python", "-m", "pytest", "-q", "tests/bench/test_hub.py", env=one_thread)
     with tempfile.TemporaryDirectory() as scratch:
-        session.run("python", "-m", "bench", "hub", "--to", f"{scratch}/hub")
+        session.run("python", "-m", "bench", "hub", "--output", f"{scratch}/hub")
         session.chdir(f"{scratch}/hub")
         session.run("python", "-m", "pytest", "-q", "tests", env=one_thread)
 

@@ -20,7 +20,9 @@ import typer
 
 import str_kernels
 from str_kernels import op
+from str_kernels.atomic import check_output, replacing_folder
 
+_MARKER = "hub"
 _PROJECT = Path(__file__).with_name("project")
 _DEFAULT = Path(__file__).parents[2] / "build" / "hub"
 
@@ -47,11 +49,11 @@ def add_op_namespace_prefix(op_name: str) -> str:
 '''
 
 
-def write_tree(folder: Path) -> list[Path]:
+def write_tree(output: Path) -> list[Path]:
     """Write the tree, in place of an older one.
 
     Args:
-        folder: where; missing, empty, or written by this function before.
+        output: the folder; missing, empty, or written by this function before.
 
     Returns:
         The folders of the builds, one a backend.
@@ -60,13 +62,13 @@ def write_tree(folder: Path) -> list[Path]:
         ValueError: the folder holds something else.
     """
     general = tomllib.loads((_PROJECT / "build.toml").read_text(encoding="utf-8"))["general"]
-    build_toml = folder / "build.toml"
-    if folder.exists() and any(folder.iterdir()):
-        if not build_toml.exists() or f'"{general["name"]}"' not in build_toml.read_text("utf-8"):
-            raise ValueError(f"`to` must be missing, empty or an older tree; got {folder}")
-        shutil.rmtree(folder)
-    sources = _write_project(folder, general["name"].replace("-", "_"))
-    return [_write_build(folder, sources, general, backend) for backend in general["backends"]]
+    check_output(output, overwrite=True, marker=_MARKER)
+    with replacing_folder(output, marker=_MARKER) as folder:
+        sources = _write_project(folder, general["name"].replace("-", "_"))
+        builds = [
+            _write_build(folder, sources, general, backend) for backend in general["backends"]
+        ]
+    return [output / build.relative_to(folder) for build in builds]
 
 
 def _write_project(folder: Path, module: str) -> Path:
@@ -120,13 +122,14 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def hub(
-    to: Annotated[
+    output: Annotated[
         Path, typer.Option(help="The folder; an older tree there is replaced.")
     ] = _DEFAULT,
 ) -> None:
     """Write the loss as a kernel of the Hugging Face `kernels` library, with a build a backend."""
     try:
-        builds = write_tree(to)
+        builds = write_tree(output)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    print(f"{to}: the project of kernel-builder; builds {', '.join(path.name for path in builds)}")
+    made = ", ".join(path.name for path in builds)
+    print(f"{output}: the project of kernel-builder; builds {made}")

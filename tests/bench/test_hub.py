@@ -49,7 +49,7 @@ def test_it_computes_what_the_package_does_by_ops_of_its_own(tree: Path, by: str
     assert (of_the_kernel, of_the_package) == ([name], ["str_kernels"])
 
 
-def test_a_namespace_that_both_have_is_seen(tree: Path, tmp_path: Path) -> None:
+def test_a_namespace_that_both_have_is_seen(tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     write_tree(folder)
     ops = folder / "build" / "torch-cpu" / "_ops.py"
@@ -118,6 +118,6 @@ def test_only_an_older_tree_is_replaced(tmp_path: Path) -> None:
     assert not (tmp_path / "hub" / "stale").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "work.txt").touch()
-    with pytest.raises(ValueError, match="`to` must be missing, empty or an older tree; got"):
+    with pytest.raises(ValueError, match="`output` must be empty or made by this command"):
         write_tree(tmp_path / "other")
     assert (tmp_path / "other" / "work.txt").exists()
