@@ -83,18 +83,12 @@ def needs_integrations() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith(_PACKAGE):
             raise
+        extra = "trl" if error.name in ("trl", "datasets") else "hf"
+        # not by the package's name: the index has none, and a stranger's could be there tomorrow
         raise ValueError(
-            f"this command must have {error.name} installed; {how_to_install(error.name)}"
+            f"this command must have {error.name} installed; run: pip install '.[{extra}]' in a "
+            f"checkout of str-kernels, or install the wheel again as 'PATH/TO/WHEEL[{extra}]'"
         ) from error
-
-
-def how_to_install(missing: str | None) -> str:
-    """Say how a package that is missing is installed: with an extra, from a checkout or a wheel."""
-    extra = "trl" if missing in ("trl", "datasets") else "hf"
-    return (
-        f"run: pip install '.[{extra}]' in a checkout of str-kernels, or the wheel that you "
-        f"installed again as 'PATH/TO/WHEEL[{extra}]'"
-    )
 
 
 @contextlib.contextmanager
