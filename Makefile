@@ -4,7 +4,7 @@ READY = PYTHON='$(PYTHON)' .ci/venv
 RUN := .venv/bin/python
 GPU_PYTHON = $(or $(PYTHON),python3)
 
-.PHONY: help demo test check lint types docs bench bench-compare sweep compat deepspeed faults ptx support gpu clean
+.PHONY: help demo test check lint types docs bench bench-compare sweep compat deepspeed faults ptx support hub release-check gpu clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -71,6 +71,15 @@ docs: ## the documentation, as pages to open in build/site (ARGS: options of mkd
 	@$(READY) dev
 	$(RUN) docs/site/troubleshooting.py
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
+
+hub: ## build/hub: the loss as a kernel of the Hugging Face `kernels` library
+	@$(READY) dev
+	$(RUN) -m bench hub $(ARGS)
+
+PYTHONS = 3.11 3.12 3.13
+release-check: ## build, check and try what would be published (PYTHONS: 3.11 3.12 3.13, those there)
+	@$(READY) dev
+	$(RUN) -m nox -s build $(addprefix smoke-,$(PYTHONS)) hub dependencies $(ARGS)
 
 # Only the files with such tests are collected: the others import what this Python may not have. Its
 # warnings are not ours to turn into errors. The tests compile some 500 kernels, which several workers

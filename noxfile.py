@@ -1,13 +1,16 @@
-"""The tests that need an environment of their own: other releases, and DeepSpeed.
+"""What needs an environment of its own: tests on other releases, DeepSpeed, and a release's checks.
 
 `make compat` runs every row of the matrix in an environment of its own, kept in .nox, and adds what
 came of it to bench/results/compat.csv. `make compat ARGS='-s "compat(5.0.0)"'` runs one.
 `make deepspeed` runs the tests of ZeRO, for which DeepSpeed is built without its kernels.
+`make release-check` builds what would be published and tries it, on every Python that is there.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -76,3 +79,71 @@ def deepspeed(session: nox.Session) -> None:
             *("python", "-m", "pytest", *tests, *session.posargs),
             env={"OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": scratch},
         )
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel into dist/, check both, and run tests from the unpacked sdist."""
+    session.install("build", "twine", "check-wheel-contents")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")
+    sdist, wheel = only("*.tar.gz"), only("*.whl")
+    session.run("python", "-m", "twine", "check", "--strict", str(sdist), str(wheel))
+    session.run("check-wheel-contents", str(wheel))
+    session.install("-c", "constraints.txt", f"{wheel}[hf]", "pytest", "hypothesis")
+    with tempfile.TemporaryDirectory() as scratch, tarfile.open(sdist) as archive:
+        archive.extractall(scratch, filter="data")
+        session.chdir(next(Path(scratch).iterdir()))
+        tests = ("tests/house/test_house.py", "tests/op/test_checks.py", "tests/tokens")
+        session.run("python", "-m", "pytest", "-q", *tests, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def smoke(session: nox.Session) -> None:
+    """Install the wheel alone, and use it from outside of the checkout."""
+    wheel = only("*.whl")
+    script = Path("tests/house/installed_smoke.py").resolve()
+    session.install("-c", "constraints.txt", str(wheel))
+    with tempfile.TemporaryDirectory() as scratch:
+        session.chdir(scratch)
+        session.run("python", "-I", str(script))
+        session.run("str-kernels", "--version")
+        session.run("str-kernels", "doctor")
+
+
+@nox.session
+def dependencies(session: nox.Session) -> None:
+    """List the licences of all that the wheel brings, and look for known faults in it."""
+    session.install("-c", "constraints.txt", f"{only('*.whl')}[trl]")
+    listed = session.run("python", "-m", "pip", "list", "--format=freeze", silent=True)
+    ours = {"str-kernels", "pip", "setuptools"}  # what is not a dependency
+    pins = [pin.split("+")[0] for pin in listed.split() if pin.split("==")[0] not in ours]
+    session.install("pip-audit", "pip-licenses")
+    names = [pin.split("==")[0] for pin in pins]
+    table = ("--format=markdown", "--from=mixed", "--packages", *names)
+    session.run("pip-licenses", *table)
+    with tempfile.TemporaryDirectory() as scratch:
+        pinned = Path(scratch, "pinned.txt")
+        pinned.write_text("\n".join(pins), encoding="utf-8")
+        # strict: an index without advisories, as many mirrors are, must not look like a clean bill
+        session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "-r", str(pinned))
+
+
+@nox.session
+def hub(session: nox.Session) -> None:
+    """Load the tree of `make hub` by the `kernels` library, beside the package."""
+    session.install("-c", "constraints.txt", "-e", ".", "kernels>=0.17", "pytest")
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", "-q", "tests/bench/test_hub.py", env=one_thread)
+    with tempfile.TemporaryDirectory() as scratch:
+        session.run("python", "-m", "bench", "hub", "--output", f"{scratch}/hub")
+        session.chdir(f"{scratch}/hub")
+        session.run("python", "-m", "pytest", "-q", "tests", env=one_thread)
+
+
+def only(pattern: str) -> Path:
+    """Return the one file of dist/ that matches."""
+    found = list(Path("dist").glob(pattern))
+    if len(found) != 1:
+        raise ValueError(f"dist/ must hold one {pattern}; got {len(found)}: `nox -s build` first")
+    return found[0].resolve()

@@ -11,6 +11,7 @@ import typer
 
 from . import redraw, results, tables
 from .compiled import kernel_commands
+from .hub import hub
 from .results import Row
 from .steps import step_commands
 from .steps.heads import HEADS, HeadShape
@@ -24,6 +25,7 @@ app.command()(step_commands.longcontext)
 app.command()(kernel_commands.sass)
 app.command()(kernel_commands.execute)
 app.command()(redraw.figures)
+app.command()(hub)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]

@@ -47,7 +47,7 @@ tags: [str-kernels, sft{{ ", safety-token-regularization" if holds }}{{ ", lora"
 
 # {{ report.model }}, fine-tuned{{ " with its refusals held" if holds }}
 
-Made by [str-kernels](https://pypi.org/project/str-kernels/) {{ report.version }} from
+Made by str-kernels {{ report.version }} from
 {{ report.data.rows }} rows of `{{ report.data.name }}`, {{ report.steps }} steps.
 
 What was held: {{ held }}.{{ " The reference is " + report.reference + "." if holds }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -64,4 +65,6 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    # TRL's trainers report each run to the hub: nobody who types a command here asked for that
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     app(prog_name="str-kernels")

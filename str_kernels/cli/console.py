@@ -83,8 +83,11 @@ def needs_integrations() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith(_PACKAGE):
             raise
+        extra = "trl" if error.name in ("trl", "datasets") else "hf"
+        # not by the package's name: the index has none, and a stranger's could be there tomorrow
         raise ValueError(
-            f"this command must have {error.name} installed; run: pip install 'str-kernels[hf]'"
+            f"this command must have {error.name} installed; run: pip install '.[{extra}]' in a "
+            f"checkout of str-kernels, or install the wheel again as 'PATH/TO/WHEEL[{extra}]'"
         ) from error
 
 

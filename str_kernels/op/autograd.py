@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from .backends import row_step_of
 from .checks import check_values
 from .chunks import Plan, empty_like_grads, linear_terms_and_grads
@@ -130,7 +131,7 @@ def _from_inputs(inputs: tuple[Any, ...]) -> tuple[Tensor, Head, LossArgs, Plan]
 
 
 @torch.library.custom_op(
-    "str_kernels::linear_cross_entropy", mutates_args=(), schema=_LINEAR_SCHEMA
+    add_op_namespace_prefix("linear_cross_entropy"), mutates_args=(), schema=_LINEAR_SCHEMA
 )
 def _linear_op(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, head, args, plan = _from_inputs(inputs)
@@ -158,7 +159,9 @@ def _linear_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
-    "str_kernels::linear_cross_entropy_grad", mutates_args=(), schema=_LINEAR_GRAD_SCHEMA
+    add_op_namespace_prefix("linear_cross_entropy_grad"),
+    mutates_args=(),
+    schema=_LINEAR_GRAD_SCHEMA,
 )
 def _linear_grad_op(*inputs: Any) -> tuple[Tensor, ...]:
     hidden, head, args, plan = _from_inputs(inputs)
@@ -258,7 +261,9 @@ def _write_logits_grad(
     )
 
 
-@torch.library.custom_op("str_kernels::cross_entropy_grad", mutates_args=(), schema=_GRAD_SCHEMA)
+@torch.library.custom_op(
+    add_op_namespace_prefix("cross_entropy_grad"), mutates_args=(), schema=_GRAD_SCHEMA
+)
 def _logits_grad_op(logits: Tensor, *rest: Any) -> Tensor:
     *args, norm, grad_loss = rest
     grad = torch.empty_like(logits)
@@ -272,7 +277,9 @@ def _logits_grad_fake(logits: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.custom_op(
-    "str_kernels::cross_entropy_grad_", mutates_args=("logits",), schema=_GRAD_INPLACE_SCHEMA
+    add_op_namespace_prefix("cross_entropy_grad_"),
+    mutates_args=("logits",),
+    schema=_GRAD_INPLACE_SCHEMA,
 )
 def _logits_grad_inplace_op(logits: Tensor, *rest: Any) -> None:
     *args, norm, grad_loss = rest
@@ -323,9 +330,9 @@ def _make_logits_op(name: str, backward: Any) -> Any:
     return op
 
 
-_logits_op = _make_logits_op("str_kernels::cross_entropy", _logits_backward)
+_logits_op = _make_logits_op(add_op_namespace_prefix("cross_entropy"), _logits_backward)
 _logits_inplace_op = _make_logits_op(
-    "str_kernels::cross_entropy_inplace_backward", _logits_inplace_backward
+    add_op_namespace_prefix("cross_entropy_inplace_backward"), _logits_inplace_backward
 )
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import str_kernels
 from str_kernels import SafetyTokens
 from str_kernels.cli import app
+from str_kernels.cli.console import needs_integrations
 
 HELD = ["eval", "run", "nowhere", "--output", "out"]
 BUILT = ["tokens", "build", "nowhere", "--output", "out"]
@@ -113,6 +114,22 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 1 and isinstance(result.exception, TypeError)
     assert one_line(raises(TypeError("`ids` must be integers; got None"))).startswith("`ids` must")
     assert one_line(raises(OSError("disk full"))) == "disk full"
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("transformers", "hf"), ("gguf", "hf"), ("trl", "trl")]
+)
+def test_a_missing_package_comes_with_its_remedy(missing: str, extra: str) -> None:
+    with pytest.raises(ValueError, match=rf"{missing} installed; run: .*'\.\[{extra}\]'") as raised:
+        with needs_integrations():
+            raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+    # the index has no package of this name: a stranger's could be there tomorrow
+    assert "pip install 'str-kernels" not in str(raised.value)
+
+
+def test_our_own_missing_module_is_no_missing_package() -> None:
+    with pytest.raises(ModuleNotFoundError), needs_integrations():
+        raise ModuleNotFoundError("No module named 'str_kernels.x'", name="str_kernels.x")
 
 
 def test_debug_shows_where_an_error_comes_from() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import str_kernels
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("str_kernels", "integrations", "bench", "examples", "tests")
 CODE = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
@@ -19,6 +21,10 @@ HEAVY = ("accelerate", "datasets", "gguf", "matplotlib", "peft", "transformers",
 
 MAX_LINES = 400
 MAX_FILES = 12
+RUNS_WHAT_IT_READS = re.compile(
+    r"(import|from) (c?pickle|dill|joblib|marshal|shelve)\b|\btorch\.load\(|(?<![\w.])(eval|exec)\("
+    r"|trust_remote_code=True|allow_pickle=True|shell=True|os\.system\(|yaml\.(unsafe_)?load\("
+)
 VAGUE_NAME = re.compile(r"(^|_)(utils?|common|helpers?|misc)$")
 
 
@@ -38,6 +44,47 @@ def test_a_folder_has_few_files() -> None:
 def test_vague_names_are_recognised(stem: str) -> None:
     assert VAGUE_NAME.search(stem)
     assert not VAGUE_NAME.search("commonly_refused")
+
+
+@pytest.mark.parametrize("folder", ["str_kernels", "integrations"])
+def test_the_package_runs_nothing_that_it_reads(folder: str) -> None:
+    for path in (path for path in CODE if path.is_relative_to(ROOT / folder)):
+        found = RUNS_WHAT_IT_READS.search(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(ROOT)}: {found and found[0]}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "torch.load(x)",
+        "eval(text)",
+        "f(trust_remote_code=True)",
+        "run(shell=True)",
+    ],
+)
+def test_what_would_run_it_is_recognised(line: str) -> None:
+    assert RUNS_WHAT_IT_READS.search(line)
+    assert not RUNS_WHAT_IT_READS.search("model.eval()  # weights in a pickle are not read")
+
+
+def test_every_place_that_states_the_version_states_the_same() -> None:
+    change = re.search(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    cited = re.search(r"^version: (.+)\ndate-released: (.+)$", citation, re.M)
+    assert change and cited and cited.groups() == change.groups()
+    assert cited[1] == str_kernels.__version__
+
+
+def test_the_tests_that_the_security_page_names_are_there() -> None:
+    page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text("utf-8") for path in CODE if path.is_relative_to(ROOT / "tests"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+    assert {
+        path for path in re.findall(r"`(tests/[\w/.]+)`", page) if not (ROOT / path).exists()
+    } == (set())
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

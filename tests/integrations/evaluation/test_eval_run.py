@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from str_kernels.cli import app
 from str_kernels.evals import count_refusals
-from str_kernels.integrations.chat.generation import answer_prompts
+from str_kernels.integrations.chat.generation import Answer, answer_prompts
 from str_kernels.integrations.evaluation import asking as eval_asking
 from str_kernels.integrations.evaluation import inputs as eval_inputs
 from str_kernels.integrations.evaluation import run as eval_run
@@ -138,6 +138,22 @@ def test_the_report_is_what_its_parts_say(folder: Path) -> None:
     assert text["perplexity"] == pytest.approx(expected.perplexity)
     assert report["adapter"]["type"] == "LORA" and report["reference"].startswith("the model")
     assert str(folder) not in json.dumps(report), "a path of this machine is in the report"
+
+
+def test_of_no_answer_more_than_12_tokens_are_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "hello " * 12 + "thanks bye"
+
+    def answers_to(model: Any, tokenizer: Any, texts: list[str], **_: Any) -> list[Answer]:
+        return [Answer(told, unfinished=False) for _ in texts]
+
+    monkeypatch.setattr(eval_asking, "answers_to", answers_to)
+    report = eval_run.run_eval(folder / "out", options(folder, answer_tokens=20, task=None))
+    rows = [row for rows in report["answers"].values() for row in rows]
+    assert {row["answer"].split().count("hello") for row in rows} == {12}
+    for file in (folder / "out").rglob("*"):
+        assert b"hello thanks" not in file.read_bytes(), file
 
 
 def test_drift_against_a_second_model_and_without_one(folder: Path) -> None:

@@ -17,7 +17,11 @@ TEST = re.compile(r"(tests/[\w./-]+\.py)::(\w+)")
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
-    missing = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    # an sdist has the folder integrations/ inside of str_kernels/ alone
+    places = (ROOT, ROOT / "str_kernels")
+    missing = [
+        path for path in PATH.findall(text) if not any((place / path).exists() for place in places)
+    ]
     assert missing == []
     for path, name in TEST.findall(text):
         assert f"def {name}(" in (ROOT / path).read_text("utf-8"), name
