@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from str_kernels.integrations.plan.planner import Plan, PlanOptions, plan_of, read_config
+from str_kernels.integrations.plan.planner import MemoryPlan, PlanOptions, plan_of, read_config
 
 from ..results import Row, origin
 
@@ -80,7 +80,7 @@ def measure(
     """
     config = read_config("builtin")
     base = origin("cpu", PROTOCOL.format(batch=batch, rank=rank, dtype=dtype))
-    plans: dict[PlanOptions, Plan] = {}
+    plans: dict[PlanOptions, MemoryPlan] = {}
     rows = []
     for case in cases(tokens, others_at):
         same: dict[str, Any] = {name: value for name, value in case._asdict().items()}

@@ -25,7 +25,7 @@ from .adapters import (
     keep_start,
 )
 from .loss_paths import LossPath
-from .probe import evaluation_mode, not_compiled, runs_the_model
+from .modes import evaluation_mode, not_compiled, runs_the_model
 
 ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
 """From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).

@@ -120,7 +120,7 @@ class WayPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A fine-tuning's memory, bytes.
 
     Attributes:
@@ -184,7 +184,7 @@ def plan_of(
     *,
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Plan a fine-tuning of the model that a config describes; no weights are read or made.
 
     Args:
@@ -245,7 +245,7 @@ def plan_of(
             curve = [_take(way, step, anchors, options).phases for step in steps]
             longest = _longest(lengths, curve, memory - own_held, _positions(config))
         ways[way] = WayPlan(takes.loss, takes.reference, takes.step, peak, longest)
-    return Plan(
+    return MemoryPlan(
         options=options,
         dtype=str(dtype).removeprefix("torch."),
         weights=weights,

@@ -38,7 +38,7 @@ _DAMAGED = "restore it, or run `str-kernels cache build` again, which rebuilds w
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Everything that determines what a cache holds, byte for byte.
 
     Attributes:
@@ -86,7 +86,7 @@ class Plan:
         ):
             raise ValueError(f"`made_with` must hold texts; got {self.made_with!r}")
 
-    def differences(self, other: Plan) -> str:
+    def differences(self, other: CachePlan) -> str:
         """Return what differs from another plan, by name."""
         mine, others = asdict(self), asdict(other)
         found = [
@@ -191,7 +191,7 @@ class Shard:
         ValueError: the file is missing, has another size, or its tables are damaged.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry, plan: Plan) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, plan: CachePlan) -> None:
         self.path, self.entry = folder / entry.file, entry
         self._dtype = DTYPES[plan.dtype]
         self._check_size()
@@ -271,28 +271,28 @@ def regular_size(path: Path) -> int:
     return found.st_size
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: CachePlan) -> dict[str, Any]:
     """Return what plan.json holds."""
     return _sealed(asdict(plan))
 
 
-def index_as_json(plan: Plan, shards: Sequence[ShardEntry]) -> dict[str, Any]:
+def index_as_json(plan: CachePlan, shards: Sequence[ShardEntry]) -> dict[str, Any]:
     """Return what index.json holds."""
     return _sealed({**asdict(plan), "shards": [asdict(shard) for shard in shards]})
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> CachePlan:
     """Read plan.json; ValueError where it is damaged."""
     path = folder / PLAN
     content = _read_sealed(path)
     try:
-        plan: Plan = _made(Plan, content)
+        plan: CachePlan = _made(CachePlan, content)
     except (TypeError, ValueError) as error:
         raise _bad_json(path, error) from error
     return plan
 
 
-def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
+def read_index(folder: Path) -> tuple[CachePlan, list[ShardEntry]]:
     """Read index.json and look at every number in it.
 
     Raises:
@@ -307,7 +307,7 @@ def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
     content = _read_sealed(path)
     try:
         listed = content.pop("shards", None)
-        plan = _made(Plan, content)
+        plan = _made(CachePlan, content)
         if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
             raise ValueError("`shards` must be a list of objects")
         shards = [_made(ShardEntry, item) for item in listed]
@@ -317,7 +317,7 @@ def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
     return plan, shards
 
 
-def _check_shards(plan: Plan, shards: Sequence[ShardEntry]) -> None:
+def _check_shards(plan: CachePlan, shards: Sequence[ShardEntry]) -> None:
     for number, shard in enumerate(shards):
         if shard.file != shard_name(number):
             raise ValueError(f"shard {number} must be {shard_name(number)}; got {shard.file}")

@@ -23,7 +23,7 @@ from .format import (
     LOCK,
     PLAN,
     TIMINGS,
-    Plan,
+    CachePlan,
     ShardEntry,
     Values,
     entry_of,
@@ -142,7 +142,7 @@ def build_reference_cache(
     distinct = dict(zip(map(row_hash, rows), rows, strict=True))
     if not distinct or not all(len(row) for row in distinct.values()):
         raise ValueError("`rows` must be at least one row, each of at least one id; got an empty")
-    plan = Plan(
+    plan = CachePlan(
         model=model,
         safety_tokens=safety_tokens,
         tokenizer=tokenizer,
@@ -167,7 +167,7 @@ class _Build:
     """One run of a builder, in a folder that is its own."""
 
     def __init__(
-        self, folder: Path, plan: Plan, make: MakeRows, on_tokens: Callable[[int, int], None]
+        self, folder: Path, plan: CachePlan, make: MakeRows, on_tokens: Callable[[int, int], None]
     ) -> None:
         self.folder, self.plan, self.make, self.on_tokens = folder, plan, make, on_tokens
         self.done = self.computed = self.kept = 0
@@ -290,7 +290,7 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _prepare(folder: Path, plan: Plan, overwrite: bool) -> None:
+def _prepare(folder: Path, plan: CachePlan, overwrite: bool) -> None:
     """Leave nothing in the folder but this plan and shards that may be its own."""
     ours = {INDEX, PLAN, TIMINGS, LOCK}
     names = sorted(path.name for path in folder.iterdir())
@@ -318,7 +318,7 @@ def _prepare(folder: Path, plan: Plan, overwrite: bool) -> None:
         write_json(folder / PLAN, plan_as_json(plan))
 
 
-def _reason_to_refuse(folder: Path, plan: Plan) -> str | None:
+def _reason_to_refuse(folder: Path, plan: CachePlan) -> str | None:
     if not os.path.lexists(folder / PLAN):
         made = [path.name for path in folder.iterdir() if path.name not in (LOCK, TIMINGS)]
         return f"holds {min(made)} and no {PLAN}" if made else None
