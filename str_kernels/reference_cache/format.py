@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..hashing import file_sha256, tensor_sha256
+
 SCHEMA_VERSION = 1
 INDEX, PLAN, TIMINGS, LOCK = "index.json", "plan.json", "timings.json", "build.lock"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,29 +134,6 @@ def row_hash(ids: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).digest()
 
 
-def tables_digest(offsets: Tensor, hashes: Tensor, checks: Tensor) -> str:
-    """Return the SHA-256, hex, of a shard's three tables in this order."""
-    digest = hashlib.sha256()
-    for table in (offsets, hashes, checks):
-        digest.update(bytes_of(table))
-    return digest.hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a CPU tensor's bytes."""
-    as_bytes: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    return as_bytes
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def tensors_of(
     logits: Tensor,  # (tokens, K)
     lengths: Sequence[int],  # R
@@ -162,7 +141,7 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Lay out one shard."""
     offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    checks = [hashlib.sha256(bytes_of(row)).digest() for row in logits.split(list(lengths))]
+    checks = [tensor_sha256(row) for row in logits.split(list(lengths))]
     return {
         _LOGITS: logits,
         _OFFSETS: offsets,
@@ -180,7 +159,7 @@ def entry_of(file: str, data: bytes, tensors: Mapping[str, Tensor]) -> ShardEntr
         tokens=tensors[_LOGITS].shape[0],
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        tables_sha256=tables_digest(offsets, hashes, checks),
+        tables_sha256=tensor_sha256(offsets, hashes, checks).hex(),
     )
 
 
@@ -212,7 +191,8 @@ class Shard:
             self._logits = opened.get_slice(_LOGITS)
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise self._damaged(str(error)) from error
-        if tables_digest(self.offsets, self.hashes, self.checks) != entry.tables_sha256:
+        tables = tensor_sha256(self.offsets, self.hashes, self.checks).hex()
+        if tables != entry.tables_sha256:
             raise self._damaged("its tables are not those that were written")
         steps = self.offsets.diff()
         if int(self.offsets[0]) or int(self.offsets[-1]) != entry.tokens or int(steps.min()) < 1:
@@ -233,7 +213,7 @@ class Shard:
         # of the copy that is served: what is mapped may change after the look
         if (
             values.dtype != self._dtype
-            or hashlib.sha256(bytes_of(values)).digest() != bytes_of(self.checks[number]).tobytes()
+            or tensor_sha256(values) != self.checks[number].numpy().tobytes()
         ):
             raise self._damaged(f"row {number} of it is not what was written")
         return values
@@ -246,7 +226,7 @@ class Shard:
         """
         for number in range(self.entry.rows):
             self.row(number)
-        if file_digest(self.path) != self.entry.sha256:
+        if file_sha256(self.path) != self.entry.sha256:
             raise self._damaged("its bytes are not those that were written")
 
     def _check_size(self) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..atomic import replacing, write_json
+from ..locks import held, holder
 from .format import (
     DTYPES,
     INDEX,
@@ -157,7 +157,11 @@ def build_reference_cache(
         made_with=dict(made_with or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK):
+    with held(folder / LOCK) as mine:
+        if not mine:
+            raise ValueError(
+                f"`folder` must not be built by two processes at once; {holder(folder / LOCK)}"
+            )
         _prepare(folder, plan, overwrite)
         build = _Build(folder, plan, make, on_tokens or (lambda done, total: None))
         return build.run(distinct, len(rows))
@@ -327,39 +331,3 @@ def _reason_to_refuse(folder: Path, plan: CachePlan) -> str | None:
     except ValueError as error:
         return f"holds a plan that cannot be read: {error}"
     return None if there == plan else f"was built with {there.differences(plan)}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Be the only builder in a folder. The lock goes with the process, however that ends."""
-    busy = f"`folder` must not be built by two processes at once; another one holds {path}"
-    try:
-        import fcntl
-    except (
-        ImportError
-    ):  # Windows: a file that is there is a lock, and one that was killed leaves it
-        with _locked_by_file(path, f"{busy} (delete it if none is running)"):
-            yield
-        return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(busy) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked_by_file(path: Path, busy: str) -> Iterator[None]:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    except FileExistsError as error:
-        raise ValueError(busy) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
-        path.unlink()
