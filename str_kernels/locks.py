@@ -12,7 +12,7 @@ _PAUSE = 0.1  # seconds between two looks at a file that is a lock by being ther
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a lock file for a block, and remove it afterwards.
 
     Args:
@@ -27,7 +27,7 @@ def held(path: Path, *, wait: bool = False) -> Iterator[bool]:
         there.
     """
     has_flock = _has_flock()
-    take = _locked if has_flock else _made
+    take = _flocked if has_flock else _made
     while (handle := take(path)) is None and wait:
         time.sleep(_PAUSE)
     if handle is None:
@@ -37,7 +37,7 @@ def held(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         if has_flock:
-            path.unlink(missing_ok=True)  # while it is held: `_locked` looks for that
+            path.unlink(missing_ok=True)  # while it is held: `_flocked` looks for that
         os.close(handle)
         if not has_flock:  # an open file cannot be removed there
             path.unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def _has_flock() -> bool:
     return True
 
 
-def _locked(path: Path) -> int | None:
+def _flocked(path: Path) -> int | None:
     import fcntl
 
     while True:

@@ -13,7 +13,10 @@ from typing import Any
 
 from .atomic import replacing_folder, write_json
 from .hashing import fault_of, json_sha256, write_manifest
-from .locks import held
+from .locks import locked
+
+Watcher = Callable[[str, int, int], None]
+"""Told a stage's name, how much of it is done and how much there is."""
 
 
 class Stages:
@@ -61,7 +64,7 @@ class Stages:
         """
         path = self.place / name
         self.place.mkdir(parents=True, exist_ok=True)
-        with held(self.place / f"{name}.lock", wait=True):
+        with locked(self.place / f"{name}.lock", wait=True):
             if path.exists():
                 fault = fault_of(path)
                 if fault is None:

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
+from str_kernels.child_process import in_child
 from str_kernels.integrations.anchors.prompts import AnchorRow
 from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.models.loss_paths import HeadPath
 from str_kernels.integrations.models.references import AdaptersOff
 from str_kernels.loss_memory import measure_peak
 
-from ..memory.child import run_child
-from ..results import Row, origin
+from ..results import ROOT, Row, origin
 from .timing import Step, quartiles, ratio_quartiles, times_of_all
 
 OWN, ATTACHED, LOGITS = "own loss", "attached", "attached, path='logits'"
@@ -151,16 +151,14 @@ def _model(dtype: torch.dtype) -> Any:
 
 
 def _peak_in_child(who: str, tokens: int, ids: int, dtype: torch.dtype) -> int:
-    job = json.dumps(
-        {
-            "who": who,
-            "tokens": tokens,
-            "ids": ids,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-    )
-    return run_child("bench.steps.attach_cost", job, who)
+    job = {
+        "who": who,
+        "tokens": tokens,
+        "ids": ids,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    return int(in_child("bench.steps.attach_cost", job, f"the memory of {who}", folder=ROOT))
 
 
 def _child(job: dict[str, Any]) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...evals import paired_outcomes, wilson_interval
-
-SIGNIFICANT = 0.05  # two-sided, on one pairing; the report gives each p-value
+from ..evaluation import SIGNIFICANT
 
 
 def share(count: int, total: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ... import __version__
 from ...evals import RefusalCounts, data_digest, evaluate_refusals, load_prompts
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
-from ...stages import Stages
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import Example, answer_prompts, encode_examples
@@ -75,8 +75,6 @@ QUICK = DemoPlan(
     answer_tokens=4,
     memory_tokens=64,
 )
-
-Watcher = Callable[[str, int, int], None]  # stage, done, total
 
 
 @dataclass(frozen=True)

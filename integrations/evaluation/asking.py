@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ...evals import DriftStatistics, Judge, Outcome, as_verdict, refusal_rule, wilson_interval
-from ...stages import Stages
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..chat import (
     Answer,
@@ -31,8 +31,6 @@ from .measures import (
     text_perplexity,
 )
 from .options import KEPT_TOKENS, KINDS, EvalOptions
-
-Watcher = Callable[[str, int, int], None]  # stage, done, total
 
 
 class AskedModel:

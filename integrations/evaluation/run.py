@@ -14,11 +14,11 @@ from ... import __version__
 from ...atomic import check_output, replacing_folder, write_json
 from ...evals import UNJUDGED, Judge, RefusalCounts, counts_of, judged_counts
 from ...hashing import json_sha256
-from ...stages import Stages
+from ...stages import Stages, Watcher
 from ...text_files import read_text_file
 from ...tokens import SafetyTokens
 from ..chat import read_examples
-from .asking import AskedModel, Watcher
+from .asking import AskedModel
 from .figures import draw_drift
 from .inputs import NamedModel, PromptList, files_hash, load_reference, load_safety_tokens
 from .options import KINDS, EvalOptions

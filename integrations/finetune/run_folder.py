@@ -16,7 +16,7 @@ from typing import Any
 
 from ...atomic import check_output, mark_folder, move_folder, write_json
 from ...hashing import MANIFEST, fault_of, write_manifest
-from ...locks import held, holder
+from ...locks import holder, locked
 
 RUN = "run"
 """The marker of a finished run's folder, see `atomic`."""
@@ -88,7 +88,7 @@ class RunFolder:
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
         path = self.output.with_name(f".{self.output.name}.lock")
-        with held(path) as mine:
+        with locked(path) as mine:
             if not mine:
                 raise ValueError(f"`output` must not be written by another run; {holder(path)}")
             yield

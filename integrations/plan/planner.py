@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..loading import builtin_model_folder
+from ..loading import BUILTIN, builtin_model_folder
 from .step_memory import (
     Loss,
     StepMemory,
@@ -33,7 +33,6 @@ from .step_memory import (
 ReferenceMode = Literal["none", "live", "cached"]
 Way = Literal["own", "by_hand", "chunked", "ours"]
 WAYS: tuple[Way, ...] = get_args(Way)
-_BUILTIN = "builtin"
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 _CONFIG = "config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -166,7 +165,7 @@ def read_config(name: str) -> Any:
     Raises:
         ValueError: there is none, it is broken, or it needs code from its folder.
     """
-    source = str(builtin_model_folder()) if name == _BUILTIN else name
+    source = str(builtin_model_folder()) if name == BUILTIN else name
     if Path(source).is_dir() and not (Path(source) / _CONFIG).is_file():
         raise ValueError(f"`model` must be a folder with {_CONFIG}; got {name!r} without one")
     try:

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from ...atomic import write_text
-from ...locks import held
+from ...locks import locked
 
 FILE = "study.csv"
 BASE = "taught base"
@@ -89,7 +89,7 @@ def add_row(path: Path, plan: str, run: Any, values: dict[str, Any]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     row = {**values, "plan": plan, "task": run.task, "arm": run.arm, "seed": run.seed}
-    with held(path.with_name(f".{path.name}.lock"), wait=True):
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if not before:
             writer.writeheader()

@@ -23,14 +23,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ...evals import data_digest, evaluate_refusals, load_prompts
-from ...locks import held
+from ...locks import locked
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
-from ...stages import Stages
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import answer_prompts, encode_examples
-from ..demo import MAX_LENGTH, DemoPlan, TrainingOptions, Watcher, load, teach, train_lora
+from ..demo import MAX_LENGTH, DemoPlan, TrainingOptions, load, teach, train_lora
 from ..demo import steps as demo_steps
 from ..evaluation import held_out_loss
 from ..loading import builtin_model_folder
@@ -128,7 +128,7 @@ def _claim(output: Path, run: Run) -> Iterator[bool]:
     """Tell whether no other process is at this run; the claim ends with the process."""
     folder = output / "claims"
     folder.mkdir(exist_ok=True)
-    with held(folder / hashlib.sha256(repr(run).encode()).hexdigest()[:16]) as mine:
+    with locked(folder / hashlib.sha256(repr(run).encode()).hexdigest()[:16]) as mine:
         yield mine
 
 

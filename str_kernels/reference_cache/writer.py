@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..atomic import replacing, write_json
-from ..locks import held, holder
+from ..locks import holder, locked
 from .format import (
     DTYPES,
     INDEX,
@@ -157,7 +157,7 @@ def build_reference_cache(
         made_with=dict(made_with or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / LOCK) as mine:
+    with locked(folder / LOCK) as mine:
         if not mine:
             raise ValueError(
                 f"`folder` must not be built by two processes at once; {holder(folder / LOCK)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from str_kernels.locks import held, holder
+from str_kernels.locks import holder, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,15 +20,15 @@ def test_a_lock_is_held_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fl
     if not flock:
         monkeypatch.setitem(sys.modules, "fcntl", None)
     path = tmp_path / "lock"
-    with held(path) as mine:
+    with locked(path) as mine:
         assert mine and path.exists()
-        with held(path) as twice:
+        with locked(path) as twice:
             assert not twice
         assert path.exists(), "who did not get it removed it"
     assert not path.exists()
-    with pytest.raises(KeyError), held(path):
+    with pytest.raises(KeyError), locked(path):
         raise KeyError
-    with held(path) as again:
+    with locked(path) as again:
         assert again
     assert ("delete it" in holder(path)) is not flock
 
@@ -37,8 +37,8 @@ def test_a_killed_process_lets_go_and_who_waits_gets_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = f"""
 from pathlib import Path
-from str_kernels.locks import held
-with held(Path({str(path)!r})) as mine:
+from str_kernels.locks import locked
+with locked(Path({str(path)!r})) as mine:
     print(mine, flush=True)
     input()
 """
@@ -46,10 +46,10 @@ with held(Path({str(path)!r})) as mine:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as other:
         assert other.stdout is not None and other.stdout.readline() == "True\n"
-        with held(path) as mine:
+        with locked(path) as mine:
             assert not mine
         os.kill(other.pid, signal.SIGKILL)
-        with held(path, wait=True) as mine:
+        with locked(path, wait=True) as mine:
             assert mine
 
 
@@ -68,8 +68,8 @@ def test_a_file_that_was_removed_locks_nobody_out(
         return opened[-1]
 
     monkeypatch.setattr(os, "open", late)
-    with held(path) as mine:
+    with locked(path) as mine:
         assert mine and len(opened) == 2
         monkeypatch.undo()
-        with held(path) as twice:
+        with locked(path) as twice:
             assert not twice
