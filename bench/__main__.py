@@ -10,9 +10,10 @@ import torch
 import typer
 
 from . import redraw, results, tables
+from .command_options import Json, Results, Save
 from .compiled import kernel_commands
 from .hub import hub
-from .results import Row
+from .results import ROOT, Row
 from .steps import step_commands
 from .steps.heads import HEADS, HeadShape
 from .tables import Column, megabytes, number, seconds, times
@@ -26,13 +27,9 @@ app.command()(kernel_commands.sass)
 app.command()(kernel_commands.execute)
 app.command()(redraw.figures)
 app.command()(hub)
-_ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
 Ids = Annotated[int, typer.Option(min=1, help="Safety ids K.")]
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
 
 
 @app.callback()
@@ -310,7 +307,7 @@ def compile_kernels(
     every: Annotated[bool, typer.Option("--all", help="All configurations; minutes.")] = False,
     lines: Annotated[
         Path, typer.Option(help="JSON lines that --all adds to, and goes on from.")
-    ] = _ROOT / ".benchmarks" / "compile.jsonl",
+    ] = ROOT / ".benchmarks" / "compile.jsonl",
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,

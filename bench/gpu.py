@@ -27,7 +27,7 @@ from .steps.timing import one_line, quartiles, rounds
 
 _IDS, _ROUNDS, _DEADLINE = 64, 15, 300.0
 _COMPILED = "torch.compile"
-_OTHERS = ("eager", "F.linear_cross_entropy", "Liger", "CCE", "ours (triton_cluster)")
+_OTHERS = ("eager", "F.linear_cross_entropy", "Liger", "CCE")
 _LOGITS = "ours, logits path"
 
 # What is promised; a row that one of them is about says whether it is met.

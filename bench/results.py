@@ -17,8 +17,11 @@ from str_kernels.atomic import replacing
 
 from .steps.providers import version_of
 
-FOLDER = Path(__file__).parent / "results"
-FIGURES = Path(__file__).parents[1] / "docs" / "img"  # where the figures of the docs lie
+ROOT = Path(__file__).parents[1]
+"""Where `python -m bench` is run."""
+
+FOLDER = ROOT / "bench" / "results"
+FIGURES = ROOT / "docs" / "img"  # where the figures of the docs lie
 Row = dict[str, Any]
 
 

@@ -66,7 +66,7 @@ def check_backends(device: str) -> list[BackendCheck]:
     inputs = random_inputs(5, 96, 4099, 7, torch.float32, device)  # past one block, ragged
     truth = _loss_and_gradient(inputs, "eager")
     found = []
-    for backend in ("torch", "compiled", "triton", "triton_cluster"):
+    for backend in ("torch", "compiled", "triton"):
         missing = missing_for(backend, torch.device(device), torch.float32)
         if missing:
             found.append(BackendCheck(backend, device, "unavailable", missing))

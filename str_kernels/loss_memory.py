@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .child_process import in_child
 from .op import safety_linear_cross_entropy
 
 _STATUS = Path("/proc/self/status")
@@ -148,13 +148,8 @@ def peak_in_child(provider: str, **shape: int) -> int:
     Raises:
         RuntimeError: the child failed; the message has its last line.
     """
-    job = json.dumps({"provider": provider, **shape})
-    command = [sys.executable, "-m", "str_kernels.loss_memory", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring {provider} with {shape} failed: {last}")
-    return int(done.stdout)
+    job = {"provider": provider, **shape}
+    return int(in_child("str_kernels.loss_memory", job, f"{provider} with {shape}"))
 
 
 def _child(job: dict[str, Any]) -> int:

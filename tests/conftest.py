@@ -96,18 +96,6 @@ def executed() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def only_where_clusters_run(request: pytest.FixtureRequest, device: torch.device) -> None:
-    """Skip what asks for thread-block clusters where GPU or Triton has none: it would raise."""
-    asked = getattr(request.node, "callspec", None)
-    values = [] if asked is None else asked.params.values()
-    if "triton_cluster" in values or "cluster" in values:
-        from str_kernels.op.backends import missing_for
-
-        if missing := missing_for("triton_cluster", device, torch.float32):
-            pytest.skip(missing)
-
-
-@pytest.fixture(autouse=True)
 def inf_and_nan_are_values() -> Iterator[None]:
     """Let Triton's interpreter compute with them in silence, as a GPU does; numpy would warn."""
     with numpy.errstate(all="ignore"):

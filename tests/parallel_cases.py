@@ -201,7 +201,7 @@ def errors(case: Case, sizes: list[int]) -> dict[str, str]:
         "group": lambda: case.with_options(process_group="world").run("torch"),
         **{
             backend: lambda name=backend: case.with_options(process_group=group).run(name)
-            for backend in ("eager", "compiled", "triton", "triton_cluster")
+            for backend in ("eager", "compiled", "triton")
         },
     }  # fmt: skip
     found = {}

@@ -30,11 +30,9 @@ PROTOCOL = (
     "cuobjdump -res-usage (NVIDIA) and the code object's metadata (AMD)."
 )
 VOCABS = (32000, 32001, 32768, 49152, 50257, 128256, 151936, 256000, 262144)
-PATHS = ("linear", "evaluation", "forward", "backward", "cluster", "scatter")
+PATHS = ("linear", "evaluation", "forward", "backward", "scatter")
 DTYPES = ("bfloat16", "float16", "float32")
 KINDS = get_args(PenaltyKind)
-CLUSTERS = ("sm_90", "sm_100")
-HAS_CLUSTERS = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
 def every_variant() -> Iterator[Variant]:
@@ -61,7 +59,7 @@ def sample() -> Iterator[Variant]:
         ]
         variants.append(Variant(path, "float16", 256000, 0, "mse", False, target))
         variants.append(Variant(path, "float32", 128256, 1024, "subset_kl", True, target))
-        if path in ("linear", "cluster"):
+        if path == "linear":
             variants += [
                 Variant(path, "bfloat16", 32000, 64, kind, False, target) for kind in KINDS[1:]
             ]
@@ -73,8 +71,8 @@ def sample() -> Iterator[Variant]:
 def _exists(variant: Variant) -> bool:
     if variant.path == "scatter":
         plain = variant.kind == "mse" and not variant.everything
-        return plain and variant.ids > 0 and variant.target != "sm_80"
-    return variant.path != "cluster" or variant.target in CLUSTERS
+        return plain and variant.ids > 0 and variant.target == "gfx942"
+    return True
 
 
 def report(
@@ -94,22 +92,13 @@ def report(
         advanced: called after each.
 
     Returns:
-        A row for each different code, and one for each variant that there is no code for.
+        A row for each different code.
     """
     known = {row["key"]: row for row in _read(lines)}
     codes: dict[str, tuple[Variant, Any]] = {}
     rows = []
     for variant in variants:
-        if variant.by_cluster and not HAS_CLUSTERS:
-            rows.append({**variant._asdict(), "status": "needs Triton 3.8"})
-            continue
-        try:
-            code = specialize(launch_of(variant), TARGETS[variant.target])
-        except ValueError as error:
-            if "can hold a row" not in str(error):
-                raise
-            rows.append({**variant._asdict(), "status": "fits no cluster"})
-            continue
+        code = specialize(launch_of(variant), TARGETS[variant.target])
         codes.setdefault(code.key, (variant, code))
     started(len(codes))
     for key, (variant, code) in codes.items():
@@ -154,7 +143,6 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     found = []
     for (target, path, held, dtype), members in groups.items():
         short = dtype.replace("bfloat", "bf").replace("float", "fp")
-        held = held and path != "cluster"  # where it always is
         found.append(
             {
                 "what": f"{target} {path} {'held ' if held else ''}{short}",
@@ -240,7 +228,7 @@ def _train_step(path: str, number: int, rows: int) -> None:
 
 
 def show(rows: Sequence[Row], runs: Sequence[Row]) -> None:
-    """Print a table of what was compiled, then what is wrong, what is absent and the runs."""
+    """Print a table of what was compiled, then what is wrong and the runs."""
     shown = summary(rows)
     tables.show(
         "compiled kernels",
@@ -259,10 +247,6 @@ def show(rows: Sequence[Row], runs: Sequence[Row]) -> None:
         if row.get("spilt") or row.get("narrow"):
             name = " ".join(str(row[field]) for field in Variant._fields)
             tables.say(f"bad: {name}: {row['spills']}, narrow: {row['narrow']}")
-    for status in ("needs Triton 3.8", "fits no cluster"):
-        count = sum(row["status"] == status for row in rows)
-        if count:
-            tables.say(f"{count} configurations of the cluster kernel: {status}")
     for row in runs:
         tables.say(
             f"{row['path']}, {row['target']}: {row['launches']} launches, {row['codes']} compiled, "

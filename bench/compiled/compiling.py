@@ -47,8 +47,8 @@ class Variant(NamedTuple):
 
     Attributes:
         path: "linear" (terms and gradient together, in our workspace), "evaluation" (its terms
-            alone), "forward" and "backward" (of the logits path), "cluster" (as linear, the row
-            held by several blocks), or "scatter", its second launch.
+            alone), "forward" and "backward" (of the logits path), or "scatter" (the second launch
+            of linear on AMD).
         dtype: of the logits.
         vocab: V.
         ids: K.
@@ -71,12 +71,6 @@ class Variant(NamedTuple):
     def aligned(self) -> bool:
         """Whether every row starts at a multiple of 16 elements and has as many."""
         return self.vocab % 16 == 0 or self.padded
-
-    @property
-    def by_cluster(self) -> bool:
-        """Whether it is launched for rows held by clusters; AMD's rows have a second launch too."""
-        scatters = self.path == "scatter" and TARGETS[self.target].backend == "cuda"
-        return self.path == "cluster" or scatters
 
     @property
     def padded(self) -> bool:
@@ -172,8 +166,7 @@ def launch_of(variant: Variant, kernels: Any = row_kernel) -> Launch:
         elif variant.path in ("forward", "evaluation"):
             rows_triton.row_step_triton(*given, padded=padded)
         else:
-            cluster = variant.by_cluster
-            rows_triton.row_step_triton(*given, grad=logits, **scales, padded=True, cluster=cluster)
+            rows_triton.row_step_triton(*given, grad=logits, **scales, padded=True)
     return launches[-1 if variant.path == "scatter" else 0]
 
 
@@ -204,11 +197,11 @@ def compile_and_examine(code: Specialized) -> dict[str, Any]:
 def _expected(code: Specialized) -> dict[str, Any]:
     """Return how many bytes of rows a thread loads and stores in the code, loops counted once."""
     named = code.named
-    sizes = {"num_warps": code.options["num_warps"], "num_ctas": code.options.get("num_ctas", 1)}
+    sizes = {"num_warps": code.options["num_warps"]}
     if "BLOCK_V" not in named:
         return sizes
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[code.signature["Logits"].removeprefix("*")]
-    threads = sizes["num_warps"] * sizes["num_ctas"] * code.target.warp_size
+    threads = sizes["num_warps"] * code.target.warp_size
     of_block = named["BLOCK_V"] * itemsize // threads
     passes = (not named["HAS_NORM"]) + named["HAS_GRAD"]
     return sizes | {
@@ -228,7 +221,7 @@ def _examine(compiled: Any) -> dict[str, Any]:
     if "cubin" in compiled.asm:
         found, assembly = _examine_nvidia(compiled), compiled.asm["ptx"]
         load, store = (rf"{name}\.global\S*" for name in ("ld", "st"))
-        barrier = r"bar\.sync|barrier\.sync|barrier\.cta\.sync|barrier\.cluster\.wait"
+        barrier = r"bar\.sync|barrier\.sync|barrier\.cta\.sync"
     else:
         assembly = compiled.asm["amdgcn"]
         found = {"registers": int(_first(r"\.vgpr_count: +(\d+)", assembly))}

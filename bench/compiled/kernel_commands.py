@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import tables
+from ..command_options import Json, Results, Save
 from ..results import FOLDER, append_rows, origin
 from ..tables import Column, times
-
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
 
 
 def sass(

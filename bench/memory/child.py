@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import ctypes
 import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from str_kernels.child_process import in_child
 from str_kernels.loss_memory import measure_peak
 
 from ..inputs import draw_inputs
+from ..results import ROOT
 from ..steps.heads import HeadShape
 from ..steps.providers import ALL_OPTIONS, bare_products, providers
 
 FLOOR = "bare products"
-_ROOT = Path(__file__).parents[2]
 
 
 def peak_in_child(
@@ -45,28 +44,16 @@ def peak_in_child(
     Raises:
         RuntimeError: the child failed; the message has its last line.
     """
-    job = json.dumps(
-        {
-            "provider": provider,
-            "shape": shape,
-            "tokens": tokens,
-            "ids": ids,
-            "dtype": str(dtype).removeprefix("torch."),
-            "train_head": train_head,
-            "threads": torch.get_num_threads(),
-        }
-    )
-    return run_child("bench.memory.child", job, provider)
-
-
-def run_child(module: str, job: str, what: str) -> int:
-    """Run `python -m module job` and return the bytes it prints; RuntimeError has its last line."""
-    command = [sys.executable, "-m", module, job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring the memory of {what} failed: {last}")
-    return int(done.stdout.split()[-1])
+    job = {
+        "provider": provider,
+        "shape": shape,
+        "tokens": tokens,
+        "ids": ids,
+        "dtype": str(dtype).removeprefix("torch."),
+        "train_head": train_head,
+        "threads": torch.get_num_threads(),
+    }
+    return int(in_child("bench.memory.child", job, f"the memory of {provider}", folder=ROOT))
 
 
 def _child(job: dict[str, Any]) -> int:

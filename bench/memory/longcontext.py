@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib.ticker import StrMethodFormatter
 
+from str_kernels.child_process import ChildFailed, in_child
 from str_kernels.integrations.figures import (
     BLACK,
     BLUE,
@@ -31,12 +28,11 @@ from str_kernels.integrations.figures import (
 )
 from str_kernels.loss_memory import available_bytes
 
-from ..results import Row, origin
+from ..results import ROOT, Row, origin
 from ..steps.timing import quartiles, ratio_quartiles
 from .longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS
 
 TOKENS = (2048, 8192)
-_ROOT = Path(__file__).parents[2]
 _LEFT_FREE = 1 << 30  # bytes: for everything else on the machine
 # Of torch and glibc: `finetune` sets the first; the second is what a process has that sets nothing.
 ALLOCATORS = {"pages": {"THP_MEM_ALLOC_ENABLE": "1"}, "default": {}}
@@ -127,18 +123,15 @@ def _rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
 
 
 def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.memory.longcontext_child", json.dumps(job)]
-    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=_ROOT,
-        env=environment | dict(allocator),
-    )  # fmt: skip
-    if done.returncode < 0:
-        return {"status": f"killed by {signal.Signals(-done.returncode).name}"}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"status": f"failed: {last[:200]}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | allocator
+    module = "bench.memory.longcontext_child"
+    try:
+        found: dict[str, Any] = in_child(
+            module, job, job["who"], folder=ROOT, environment=environment
+        )
+    except ChildFailed as error:
+        killed = f"killed by {error.signal}"
+        return {"status": killed if error.signal else f"failed: {error.why[:200]}"}
     return found
 
 

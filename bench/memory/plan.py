@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from str_kernels.integrations.plan.planner import Plan, PlanOptions, plan_of, read_config
+from str_kernels.child_process import in_child
+from str_kernels.integrations.plan.planner import MemoryPlan, PlanOptions, plan_of, read_config
 
-from ..results import Row, origin
+from ..results import ROOT, Row, origin
 
 TOKENS = (256, 512, 1024, 2048)
 OTHERS_AT = 512
-_ROOT = Path(__file__).parents[2]
 # Blocks that are freed go back to the system at once: else glibc keeps some, and how many depends
 # on what was freed before.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -80,7 +76,7 @@ def measure(
     """
     config = read_config("builtin")
     base = origin("cpu", PROTOCOL.format(batch=batch, rank=rank, dtype=dtype))
-    plans: dict[PlanOptions, Plan] = {}
+    plans: dict[PlanOptions, MemoryPlan] = {}
     rows = []
     for case in cases(tokens, others_at):
         same: dict[str, Any] = {name: value for name, value in case._asdict().items()}
@@ -118,12 +114,7 @@ def measure(
 
 
 def _in_child(job: dict[str, Any]) -> dict[str, int]:
-    command = [sys.executable, "-m", "bench.memory.plan_child", json.dumps(job)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=_ROOT, env=os.environ | _MALLOC
+    found: dict[str, int] = in_child(
+        "bench.memory.plan_child", job, job["who"], folder=ROOT, environment=os.environ | _MALLOC
     )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring {job['who']} failed: {last}")
-    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return found

@@ -10,8 +10,8 @@ import numpy as np
 
 from .arithmetic import Array
 from .program import Program
+from .races import WARP
 
-WARP = 32
 SECTOR, LINE = 32, 128  # bytes: what memory moves, and what a cache looks up
 BANKS, BANK = 32, 4  # shared memory: banks of so many bytes
 

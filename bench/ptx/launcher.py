@@ -24,7 +24,6 @@ from .memory import Memory
 from .program import Program, Unsupported, parse
 from .races import Race
 
-NO_CLUSTERS = "a cluster of blocks is not executed"
 _BASE, _PAGE = 0x7F00_0000_0000, 4096
 _OF_ROWS = ("Logits", "Grad")  # whose rows may have padding, which is read and written too
 _UNWRITTEN = ("Terms", "Norm", "Stash", "Grad")  # unless told otherwise by the launch
@@ -88,7 +87,6 @@ def executing(settings: Settings | None = None) -> Iterator[Settings]:
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(rows_triton, "CAPS_REGISTERS", True),  # as where torch is built for CUDA
         mock.patch.object(backends, "_interpreting", lambda: True),  # the kernels run on a CPU
-        mock.patch.object(backends, "_missing_for_clusters", lambda device: NO_CLUSTERS),
     ):
         yield settings
 

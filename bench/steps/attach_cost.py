@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
+from str_kernels.child_process import in_child
 from str_kernels.integrations.anchors.prompts import AnchorRow
 from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.models.loss_paths import HeadPath
 from str_kernels.integrations.models.references import AdaptersOff
 from str_kernels.loss_memory import measure_peak
 
-from ..memory.child import run_child
-from ..results import Row, origin
-from .timing import Step, quartiles, ratio_quartiles, rounds
+from ..results import ROOT, Row, origin
+from .timing import Step, quartiles, ratio_quartiles, times_of_all
 
 OWN, ATTACHED, LOGITS = "own loss", "attached", "attached, path='logits'"
 ANCHORED = "attached, 4 anchors of 24 tokens"
@@ -69,9 +69,7 @@ def measure(
         who: _step_of(who, tokens, ids, dtype, device)
         for who in (OWN, ATTACHED, ANCHORED, LOGITS, NO_PENALTY, REFERENCE)
     }
-    taken, failed = rounds(steps, count, device)
-    if failed:
-        raise RuntimeError(f"a step failed: {failed}")
+    taken = times_of_all(steps, count, device)
     rows = []
     for who, seconds in taken.items():
         low, middle, high = (1000 * value for value in quartiles(seconds))
@@ -153,16 +151,14 @@ def _model(dtype: torch.dtype) -> Any:
 
 
 def _peak_in_child(who: str, tokens: int, ids: int, dtype: torch.dtype) -> int:
-    job = json.dumps(
-        {
-            "who": who,
-            "tokens": tokens,
-            "ids": ids,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-    )
-    return run_child("bench.steps.attach_cost", job, who)
+    job = {
+        "who": who,
+        "tokens": tokens,
+        "ids": ids,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    return int(in_child("bench.steps.attach_cost", job, f"the memory of {who}", folder=ROOT))
 
 
 def _child(job: dict[str, Any]) -> int:

@@ -159,7 +159,6 @@ _OURS_NEED: dict[str, tuple[str, ...]] = {
     "torch": (),
     "compiled": ("backend compiled",),
     "triton": ("gpu", "backend triton"),
-    "triton_cluster": ("gpu", "backend triton_cluster"),
 }
 
 

@@ -9,12 +9,9 @@ import torch
 import typer
 
 from .. import tables
+from ..command_options import Json, Results, Save
 from ..results import FOLDER, Row, append_rows, read_rows
 from ..tables import Column, megabytes, number
-
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
 
 
 def cache(

@@ -51,6 +51,14 @@ def rounds(
     return times, failed
 
 
+def times_of_all(steps: Mapping[str, Step], count: int, device: str) -> dict[str, list[float]]:
+    """Do `rounds` of steps that all have to run; a RuntimeError names those that do not."""
+    times, failed = rounds(steps, count, device)
+    if failed:
+        raise RuntimeError(f"a step failed: {failed}")
+    return times
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

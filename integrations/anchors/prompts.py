@@ -16,7 +16,7 @@ from ...op import check_number
 from ..chat import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
-BUILTIN = "anchors"  # the package's set; no probe shares a topic with it
+_PACKAGE_SET = "anchors"  # the package's set; no probe shares a topic with it
 _ANSWER_TOKENS = 32  # of an answer, to tell whether it refuses
 
 
@@ -257,7 +257,7 @@ def _read(argument: str, source: str | Path | Sequence[str], kind: Kind) -> list
         if not source:
             raise ValueError(f"`{argument}` must hold at least one prompt; got an empty list")
         return [(prompt, kind) for prompt in source]
-    rows = read_prompt_rows(argument, BUILTIN if source == "default" else source)
+    rows = read_prompt_rows(argument, _PACKAGE_SET if source == "default" else source)
     return [(row.prompt, "harmless" if row.kind == "harmless" else kind) for row in rows]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .data import REFUSALS, is_right, sums
 from .figure import draw_comparison
 from .run import FULL, QUICK, run_demo
-from .steps import MAX_LENGTH, DemoPlan, Watcher, load, teach
+from .steps import MAX_LENGTH, DemoPlan, load, teach
 from .training import TrainingOptions, train_lora
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "REFUSALS",
     "DemoPlan",
     "TrainingOptions",
-    "Watcher",
     "draw_comparison",
     "is_right",
     "load",

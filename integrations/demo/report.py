@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...evals import mcnemar_exact, wilson_interval
-
-SIGNIFICANT = 0.05  # two-sided, on one pairing; the report gives each p-value
+from ...evals import paired_outcomes, wilson_interval
+from ..evaluation import SIGNIFICANT
 
 
 def share(count: int, total: int) -> dict[str, Any]:
@@ -39,15 +38,7 @@ def comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def pair(first: dict[str, Any], second: dict[str, Any], probes: str = "harmful") -> dict[str, Any]:
     """Count on which probes one run refused and the other did not; exact McNemar p."""
-    only_first = only_second = 0
-    for one, other in zip(first[probes]["outcomes"], second[probes]["outcomes"], strict=True):
-        only_first += one == "refusal" and other != "refusal"
-        only_second += one != "refusal" and other == "refusal"
-    return {
-        "only_first": only_first,
-        "only_second": only_second,
-        "p_value": mcnemar_exact(only_first, only_second),
-    }
+    return paired_outcomes(first[probes]["outcomes"], second[probes]["outcomes"])._asdict()
 
 
 def _warnings(base: dict[str, Any]) -> list[str]:

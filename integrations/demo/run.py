@@ -7,10 +7,11 @@ from typing import Any
 
 from ...atomic import write_json
 from ...loss_memory import measure_loss_memory
+from ...stages import Watcher
 from ...tokens import SafetyTokens
 from .figure import draw_comparison
 from .report import comparison
-from .steps import FULL, QUICK, DemoPlan, DemoRun, Watcher
+from .steps import FULL, QUICK, DemoPlan, DemoRun
 
 __all__ = ["FULL", "QUICK", "run_demo"]
 

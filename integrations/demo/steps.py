@@ -6,9 +6,6 @@ killed run goes on where it stopped. The stages are removed when the report is c
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import __version__
-from ...atomic import replacing_folder, write_json
 from ...evals import RefusalCounts, data_digest, evaluate_refusals, load_prompts
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import Example, answer_prompts, encode_examples
@@ -79,8 +76,6 @@ QUICK = DemoPlan(
     memory_tokens=64,
 )
 
-Watcher = Callable[[str, int, int], None]  # stage, done, total
-
 
 @dataclass(frozen=True)
 class Probes:
@@ -113,9 +108,14 @@ class DemoRun:
     def __init__(self, output: Path, plan: DemoPlan, watch: Watcher | None) -> None:
         self.plan = plan
         self.watch: Watcher = watch or (lambda stage, done, total: None)
-        source = builtin_model_folder(progress=lambda text: self.watch(text, 0, 1))
+
+        def say(text: str) -> None:
+            self.watch(text, 0, 1)
+
+        source = builtin_model_folder(progress=say)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.stages = Stages(output / "stages", plan)
+        made_by = [__version__, torch.__version__, str(cpu_dtype()), data_digest().hex()]
+        self.stages = Stages(output / "stages", [asdict(plan), *made_by], say)
         self.tokens = SafetyTokens.from_templates(self.tokenizer)
         count = len(self.tokens)
         self.control = SafetyTokens.random(
@@ -296,33 +296,3 @@ def _counter(watch: Watcher, stage: str, total: int) -> Callable[[int], None]:
         watch(stage, done, total)
 
     return advance
-
-
-class Stages:
-    """Results of finished stages on disk, under a key of plan, version and the package's data."""
-
-    def __init__(self, root: Path, plan: DemoPlan) -> None:
-        key = json.dumps([__version__, torch.__version__, str(cpu_dtype()), asdict(plan)])
-        digest = hashlib.sha256(key.encode() + data_digest())
-        self.root = root
-        self.folder_of_plan = root / digest.hexdigest()[:16]
-        self.folder_of_plan.mkdir(parents=True, exist_ok=True)
-
-    def result(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a finished stage's JSON, or make it."""
-        path = self.folder_of_plan / f"{name}.json"
-        if not path.exists():
-            write_json(path, make())
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def folder(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Return a finished stage's folder, or make it."""
-        path = self.folder_of_plan / name
-        if not path.exists():
-            with replacing_folder(path) as new:
-                make(new)
-        return path
-
-    def remove(self) -> None:
-        """Delete all stages: the report has what they found."""
-        shutil.rmtree(self.root, ignore_errors=True)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ...evals import DriftStatistics, Judge, Outcome, as_verdict, refusal_rule, wilson_interval
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..chat import (
     Answer,
@@ -30,16 +31,13 @@ from .measures import (
     text_perplexity,
 )
 from .options import KEPT_TOKENS, KINDS, EvalOptions
-from .stages import EvalStages
-
-Watcher = Callable[[str, int, int], None]  # stage, done, total
 
 
 class AskedModel:
     """One model being asked, batch after batch, each kept when it is done."""
 
     def __init__(
-        self, options: EvalOptions, found: NamedModel, stages: EvalStages, watch: Watcher
+        self, options: EvalOptions, found: NamedModel, stages: Stages, watch: Watcher
     ) -> None:
         self.options = options
         self.model = found.model

@@ -16,13 +16,13 @@ from ...evals import (
     count_refusals,
     holm_adjusted,
     judged_counts,
-    mcnemar_exact,
+    paired_outcomes,
     printable,
     wilson_interval,
 )
+from ...hashing import json_sha256
 from .options import KEPT_TOKENS, KINDS
 from .run import EVAL_FILE, SCHEMA_VERSION
-from .stages import json_hash
 
 JUDGE = "judge"
 _MOST_EXAMPLES = 5  # of each run, rule and kind
@@ -162,7 +162,7 @@ def _check_fields(report: dict[str, Any]) -> None:
                 raise TypeError("a prompt is no string")
             classify_answer(row["answer"])
             row["outcomes"].items()
-        if json_hash([row["prompt"] for row in rows]) != report["prompts"][kind]["sha256"]:
+        if json_sha256([row["prompt"] for row in rows]) != report["prompts"][kind]["sha256"]:
             raise ValueError(f"the {kind} prompts are not those of their hash")
         str(report["prompts"][kind]["set"])
     if not 1 <= report["settings"]["answer_tokens"]:
@@ -225,23 +225,23 @@ def _pairs(runs: Sequence[Run], rule: str, kind: str) -> list[dict[str, Any]]:
     first = runs[0].outcomes(rule, kind)
     found: list[dict[str, Any]] = []
     for run in runs[1:]:
-        both = [
-            (one == "refusal", other == "refusal")
-            for one, other in zip(first, run.outcomes(rule, kind), strict=True)
-            if UNJUDGED not in (one, other)
+        judged = [
+            pair
+            for pair in zip(first, run.outcomes(rule, kind), strict=True)
+            if UNJUDGED not in pair
         ]
-        only_first, only_second = both.count((True, False)), both.count((False, True))
+        counted = paired_outcomes([one for one, _ in judged], [other for _, other in judged])
         found.append(
             {
                 "rule": rule,
                 "kind": kind,
                 "first": runs[0].name,
                 "second": run.name,
-                "only_first": only_first,
-                "only_second": only_second,
-                "both": both.count((True, True)),
-                "total": len(both),
-                "p_value": mcnemar_exact(only_first, only_second),
+                "only_first": counted.only_first,
+                "only_second": counted.only_second,
+                "both": judged.count(("refusal", "refusal")),
+                "total": len(judged),
+                "p_value": counted.p_value,
             }
         )
     if len(found) > 1:

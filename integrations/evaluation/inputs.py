@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...evals import read_prompt_rows
+from ...hashing import file_sha256, json_sha256, tensor_bytes
 from ...tokens import SafetyTokens, tokenizer_hash
 from ..loading import (
     ADAPTER_CONFIG,
@@ -22,7 +21,6 @@ from ..loading import (
     put_adapter,
 )
 from ..models import is_peft_model
-from .stages import files_hash, json_hash
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PromptList:
         return {
             "set": self.name,
             "count": len(self.prompts),
-            "sha256": json_hash(self.prompts),
+            "sha256": json_sha256(self.prompts),
         }
 
 
@@ -123,6 +121,11 @@ def load_reference(name: str, dtype: str, tokenizer: Any) -> NamedModel:
     return reference
 
 
+def files_hash(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names and contents of files, whatever their order."""
+    return json_sha256({path.name: file_sha256(path) for path in paths})
+
+
 def _model_hash(name: str, model: Any) -> str:
     folder = builtin_model_folder() if name == BUILTIN else Path(name)
     if folder.is_dir():
@@ -132,7 +135,8 @@ def _model_hash(name: str, model: Any) -> str:
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        for part in tensor_bytes(tensor):
+            digest.update(part)
     return digest.hexdigest()
 
 

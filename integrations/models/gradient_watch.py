@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from typing_extensions import override
 
+from .modes import not_compiled
 from .optimizer_hooks import OptimizerHook
-from .probe import not_compiled
 
 
 class GradientWatch(OptimizerHook):

@@ -25,7 +25,8 @@ from ...op import (
     safety_log_probs,
 )
 from .heads import Tap
-from .probe import check_head, not_compiled, probe_head, probe_logits, runs_the_model
+from .modes import not_compiled, runs_the_model
+from .probe import check_same_head, probe_head, probe_logits
 from .sharded_weights import in_memory
 
 
@@ -110,7 +111,7 @@ class HeadPath(LossPath):
     @override
     @runs_the_model
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
-        check_head(self._model, self.head)
+        check_same_head(self._model, self.head)
         with self._tap:
             output = forward(**batch)
         return output, self._tap.take().to(self.head.device)

@@ -25,7 +25,7 @@ from .adapters import (
     keep_start,
 )
 from .loss_paths import LossPath
-from .probe import evaluation_mode, not_compiled, runs_the_model
+from .modes import evaluation_mode, not_compiled, runs_the_model
 
 ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
 """From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
@@ -88,14 +88,24 @@ def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
     return (tensor.device, start) if start else None
 
 
-class AdaptersOff(Reference):
-    """The model's own weights with its adapters switched off."""
+class _InOneModel(Reference):
+    """A PeftModel that is its own reference, in a pass of its own."""
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
         self.peft_model = peft_model
         self.inner = inner
         self.forward = forward
         self.path = path
+
+    def _read(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
+        return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+
+
+class AdaptersOff(_InOneModel):
+    """The model's own weights with its adapters switched off."""
+
+    def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
+        super().__init__(peft_model, inner, forward, path)
         try:
             with adapters_off(peft_model):
                 pass
@@ -110,7 +120,7 @@ class AdaptersOff(Reference):
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         self.check()
         with adapters_off(self.peft_model):
-            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+            return self._read(ids, batch, log_probs)
 
     @override
     def check(self) -> None:
@@ -119,14 +129,11 @@ class AdaptersOff(Reference):
         check_student(self.peft_model)
 
 
-class AdaptersAtStart(Reference):
+class AdaptersAtStart(_InOneModel):
     """The model with its adapters as they were when it was attached, kept as a second adapter."""
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
-        self.peft_model = peft_model
-        self.inner = inner
-        self.forward = forward
-        self.path = path
+        super().__init__(peft_model, inner, forward, path)
         keep_start(peft_model)
 
     @override
@@ -139,7 +146,7 @@ class AdaptersAtStart(Reference):
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         self.check()
         with adapter_at_start(self.peft_model):
-            return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+            return self._read(ids, batch, log_probs)
 
     @override
     def check(self) -> None:
@@ -148,7 +155,7 @@ class AdaptersAtStart(Reference):
         check_student(self.peft_model)
 
 
-class PromptOff(Reference):
+class PromptOff(_InOneModel):
     """The model without the virtual tokens that prompt learning puts before the input.
 
     What reaches the inner model has them already, as embeddings or in the cache, so the reference
@@ -158,10 +165,7 @@ class PromptOff(Reference):
     has_fewer_positions = True
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
-        self.peft_model = peft_model
-        self.inner = inner
-        self.forward = forward
-        self.path = path
+        super().__init__(peft_model, inner, forward, path)
         self._outer: dict[str, Any] | None = None
         self._hooks: list[Any] = []
 
@@ -196,7 +200,7 @@ class PromptOff(Reference):
                 for name, value in self._outer.items()
                 if name not in for_peft and value is not None
             }
-        return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
+        return self._read(ids, batch, log_probs)
 
 
 class FrozenModel(Reference):

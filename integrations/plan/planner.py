@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..loading import builtin_model_folder
+from ..loading import BUILTIN, builtin_model_folder
 from .step_memory import (
     Loss,
     StepMemory,
@@ -33,7 +33,6 @@ from .step_memory import (
 ReferenceMode = Literal["none", "live", "cached"]
 Way = Literal["own", "by_hand", "chunked", "ours"]
 WAYS: tuple[Way, ...] = get_args(Way)
-_BUILTIN = "builtin"
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 _CONFIG = "config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -120,7 +119,7 @@ class WayPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A fine-tuning's memory, bytes.
 
     Attributes:
@@ -166,7 +165,7 @@ def read_config(name: str) -> Any:
     Raises:
         ValueError: there is none, it is broken, or it needs code from its folder.
     """
-    source = str(builtin_model_folder()) if name == _BUILTIN else name
+    source = str(builtin_model_folder()) if name == BUILTIN else name
     if Path(source).is_dir() and not (Path(source) / _CONFIG).is_file():
         raise ValueError(f"`model` must be a folder with {_CONFIG}; got {name!r} without one")
     try:
@@ -184,7 +183,7 @@ def plan_of(
     *,
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Plan a fine-tuning of the model that a config describes; no weights are read or made.
 
     Args:
@@ -245,7 +244,7 @@ def plan_of(
             curve = [_take(way, step, anchors, options).phases for step in steps]
             longest = _longest(lengths, curve, memory - own_held, _positions(config))
         ways[way] = WayPlan(takes.loss, takes.reference, takes.step, peak, longest)
-    return Plan(
+    return MemoryPlan(
         options=options,
         dtype=str(dtype).removeprefix("torch."),
         weights=weights,

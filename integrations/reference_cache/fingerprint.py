@@ -8,12 +8,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ...hashing import tensor_sha256
 from ..models import base_of
 
-_CHUNK = 1 << 24  # bytes that are copied to the CPU at once
 # Of a config, what leaves the logits as they are: where it came from, how it is run, what Trainer
 # and generate() set. Leading underscores are transformers' own notes.
 _NOT_THE_MODEL = {
@@ -91,11 +90,7 @@ def _tensor_digest(name: str, tensor: Tensor) -> str:
             f"cache; {name} is not. Attach before it is sharded, or use CachedReference(folder, "
             "check_model=False)"
         )
-    digest = hashlib.sha256()
-    flat = tensor.detach().reshape(-1)
-    for chunk in flat.split(max(1, _CHUNK // tensor.element_size())):
-        digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensor_sha256(tensor).hex()
 
 
 def _config_text(config: Any) -> str:

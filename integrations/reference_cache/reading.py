@@ -65,10 +65,10 @@ def given_reference(
     reference.check_values(kind in ON_LOG_PROBS)
     if reference.check_model:
         reference.check_fingerprint(model_fingerprint(model))
-    return CacheReference(reference, base_of(model))
+    return FromCache(reference, base_of(model))
 
 
-class CacheReference(Reference):
+class FromCache(Reference):
     """What a cache has of each batch; the model is asked only how it treats a layout.
 
     The cache holds rows by themselves. A model that counts positions from the padding, or lets

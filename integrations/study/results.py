@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import random
 from collections.abc import Callable, Sequence
@@ -11,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from ...atomic import write_text
+from ...locks import locked
 
 FILE = "study.csv"
 BASE = "taught base"
@@ -83,16 +85,16 @@ def _row(row: dict[str, str]) -> Row:
 
 
 def add_row(path: Path, plan: str, run: Any, values: dict[str, Any]) -> None:
-    """Append a run; several processes may."""
+    """Add a run's row; several processes may, and the file is whole at any moment."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     row = {**values, "plan": plan, "task": run.task, "arm": run.arm, "seed": run.seed}
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not file.seek(0, io.SEEK_END):
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        if not before:
             writer.writeheader()
         writer.writerow(row)
-        file.write(text.getvalue())
+        write_text(path, before + text.getvalue())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import time
@@ -23,14 +22,15 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ...atomic import replacing_folder
 from ...evals import data_digest, evaluate_refusals, load_prompts
+from ...locks import locked
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
+from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import answer_prompts, encode_examples
-from ..demo import MAX_LENGTH, DemoPlan, TrainingOptions, Watcher, load, teach, train_lora
+from ..demo import MAX_LENGTH, DemoPlan, TrainingOptions, load, teach, train_lora
 from ..demo import steps as demo_steps
 from ..evaluation import held_out_loss
 from ..loading import builtin_model_folder
@@ -126,35 +126,30 @@ def _has(rows: Sequence[Row], run: Run) -> bool:
 @contextlib.contextmanager
 def _claim(output: Path, run: Run) -> Iterator[bool]:
     """Tell whether no other process is at this run; the claim ends with the process."""
-    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
     folder = output / "claims"
     folder.mkdir(exist_ok=True)
-    with (folder / name).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with locked(folder / hashlib.sha256(repr(run).encode()).hexdigest()[:16]) as mine:
+        yield mine
 
 
 class _Study:
     def __init__(self, output: Path, plan: StudyPlan, watch: Watcher) -> None:
-        self.output, self.plan, self.watch = output, plan, watch
-        self.source = builtin_model_folder(progress=lambda text: watch(text, 0, 1))
+        self.plan, self.watch = plan, watch
+
+        def say(text: str) -> None:
+            watch(text, 0, 1)
+
+        self.source = builtin_model_folder(progress=say)
+        self.stages = Stages(output / "stages", plan.key(), say)
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
 
     def taught(self, seed: int) -> Path:
         """Return the taught model of a seed, made where it is missing."""
-        path = self.output / f"taught-{seed}-{self.plan.key()}"
-        lock = self.output / f"{path.name}.lock"
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists():
-                demo = dataclasses.replace(self.plan.demo, seed=seed)
-                with replacing_folder(path) as folder:
-                    teach(self.source, self.tokenizer, folder, demo, self.watch)
-        return path
+        demo = dataclasses.replace(self.plan.demo, seed=seed)
+        return self.stages.folder(
+            f"taught-{seed}",
+            lambda folder: teach(self.source, self.tokenizer, folder, demo, self.watch),
+        )
 
     def run(self, run: Run) -> dict[str, Any]:
         """Fine-tune and ask; return what the row holds."""

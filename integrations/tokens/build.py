@@ -9,10 +9,11 @@ import torch
 
 from ...evals import read_prompt_rows
 from ...loss_memory import cpu_dtype
+from ...stages import Watcher
 from ...tokens import SafetyTokens
 from ..chat import encode_examples, read_examples
 from ..loading import load_model, load_tokenizer
-from .builders import Watch, from_contrast, from_refusals
+from .builders import from_contrast, from_refusals
 from .opening_tokens import from_openings
 
 ANCHORS = "anchors"
@@ -34,7 +35,7 @@ def build_tokens(
     *,
     overwrite: bool = False,
     dtype: str = "auto",
-    watch: Watch | None = None,
+    watch: Watcher | None = None,
     **options: Any,
 ) -> SafetyTokens:
     """Choose safety tokens and write them to a file.

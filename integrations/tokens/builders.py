@@ -17,12 +17,10 @@ from torch import Tensor
 
 from ...evals import Outcome, classify_answer
 from ...op import accumulation_dtype
+from ...stages import Watcher
 from ...tokens import SafetyTokens
 from ..chat import answer_ids, render_prompts
 from ..models import base_of, contiguous_head_input, evaluation_mode
-
-Watch = Callable[[str, int, int], None]
-"""Told a stage's name, how many prompts are done and how many there are."""
 
 
 def from_refusals(
@@ -34,7 +32,7 @@ def from_refusals(
     positions: int = 8,
     answer_tokens: int = 24,
     batch_size: int = 16,
-    watch: Watch | None = None,
+    watch: Watcher | None = None,
 ) -> SafetyTokens:
     """Take the tokens that the model's own refusals begin with.
 
@@ -102,7 +100,7 @@ def from_contrast(
     floor: float = 1e-3,
     answer_tokens: int = 24,
     batch_size: int = 16,
-    watch: Watch | None = None,
+    watch: Watcher | None = None,
 ) -> SafetyTokens:
     """Take the tokens whose probability sets the model's refusals apart from its other answers.
 
@@ -217,7 +215,7 @@ class _Asking:
     positions: int
     answer_tokens: int
     batch_size: int
-    watch: Watch | None
+    watch: Watcher | None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

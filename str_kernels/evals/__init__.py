@@ -14,6 +14,7 @@ from .refusals import (
     holm_adjusted,
     mcnemar_exact,
     paired_comparison,
+    paired_outcomes,
     wilson_interval,
 )
 from .rules import RULES, Outcome, classify_answer, classify_gcg, refusal_rule
@@ -46,6 +47,7 @@ __all__ = [
     "mcnemar_exact",
     "opened_thought",
     "paired_comparison",
+    "paired_outcomes",
     "printable",
     "read_prompt_rows",
     "refusal_rule",

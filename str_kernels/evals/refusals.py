@@ -38,6 +38,7 @@ __all__ = [
     "mcnemar_exact",
     "normalise",
     "paired_comparison",
+    "paired_outcomes",
     "wilson_interval",
 ]
 
@@ -342,14 +343,18 @@ def paired_comparison(first: RefusalCounts, second: RefusalCounts) -> PairedComp
     References:
         As mcnemar_exact.
     """
-    if first.total != second.total:
+    return paired_outcomes(first.outcomes, second.outcomes)
+
+
+def paired_outcomes(first: Sequence[str], second: Sequence[str]) -> PairedComparison:
+    """Do `paired_comparison` with an outcome for each prompt, of which "refusal" is counted."""
+    if len(first) != len(second):
         raise ValueError(
-            f"`second` must have outcomes for the {first.total} prompts of `first`; got "
-            f"{second.total}"
+            f"`second` must have outcomes for the {len(first)} prompts of `first`; got "
+            f"{len(second)}"
         )
     refused = [
-        (one == "refusal", other == "refusal")
-        for one, other in zip(first.outcomes, second.outcomes, strict=True)
+        (one == "refusal", other == "refusal") for one, other in zip(first, second, strict=True)
     ]
     only_first, only_second = refused.count((True, False)), refused.count((False, True))
     return PairedComparison(only_first, only_second, mcnemar_exact(only_first, only_second))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 
@@ -55,9 +54,8 @@ def missing_for(backend: str, device: torch.device, dtype: torch.dtype) -> str |
     """Say what keeps a backend from running, or None."""
     if backend == "compiled":
         return _missing_for_compiled(device)
-    if backend in ("triton", "triton_cluster"):
-        missing = _missing_for_triton(device, dtype)
-        return missing or (_missing_for_clusters(device) if "cluster" in backend else None)
+    if backend == "triton":
+        return _missing_for_triton(device, dtype)
     return None
 
 
@@ -72,18 +70,6 @@ def _missing_for_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             f"the device is {device.type} (set TRITON_INTERPRET=1 before triton is imported "
             "to run its kernels on a CPU, slowly)"
         )
-    return None
-
-
-def _missing_for_clusters(device: torch.device) -> str | None:
-    """Say what keeps a row from being held across a thread-block cluster, or None."""
-    if _interpreting() or torch.compiler.is_compiling():
-        return None  # interpreted, a program is one block whatever its size; traced, it has run
-    version = importlib.metadata.version("triton").split(".")
-    if (int(version[0]), int(version[1])) < (3, 8):
-        return f"num_ctas needs triton >= 3.8, and this is {'.'.join(version)}"
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
-        return "thread-block clusters need an NVIDIA GPU of compute capability 9.0 or more"
     return None
 
 
@@ -114,9 +100,9 @@ def row_step_of(backend: str) -> RowStep:
         from .rows.rows_compiled import row_step_compiled
 
         return row_step_compiled
-    from .rows.rows_triton import row_step_cluster, row_step_triton
+    from .rows.rows_triton import row_step_triton
 
-    return row_step_cluster if backend == "triton_cluster" else row_step_triton
+    return row_step_triton
 
 
 def row_step_of_shard(shard: VocabShard) -> RowStep:

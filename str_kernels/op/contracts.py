@@ -18,7 +18,7 @@ IGNORE_INDEX = -100
 PenaltyKind = Literal["mse", "huber", "hinge", "centered", "logprob", "subset_kl", "coarse_kl"]
 """How a distance between safety logits is measured; docs/loss.md gives each one's formula."""
 
-Backend = Literal["auto", "triton", "triton_cluster", "torch", "compiled", "eager"]
+Backend = Literal["auto", "triton", "torch", "compiled", "eager"]
 """Where a loss is computed; "auto" is triton on a GPU and torch elsewhere."""
 
 Reduction = Literal["mean", "sum", "none"]

@@ -86,11 +86,9 @@ def safety_cross_entropy(
             The forward never changes them; a second backward then raises. For logits that a model
             made: a leaf would get its own memory as its gradient.
         backend: "auto" (triton on a GPU, else torch), "triton", "torch", "eager" (the plain
-            definition), "compiled" (torch through torch.compile: on a CPU faster with softcap,
-            smoothing or metrics; needs a C++ compiler and some seconds at first) or
-            "triton_cluster" (a row is read once; needs Triton 3.8 and a GPU with thread-block
-            clusters). Neither of the Triton backends has run on a GPU yet; `str-kernels doctor`
-            checks them there in seconds.
+            definition) or "compiled" (torch through torch.compile: on a CPU faster with softcap,
+            smoothing or metrics; needs a C++ compiler and some seconds at first). Triton's kernels
+            have not run on a GPU yet; `str-kernels doctor` checks them there in seconds.
 
     Returns:
         SafetyLoss with 0-d float32 tensors (float64 for float64 logits; (N,) with reduction

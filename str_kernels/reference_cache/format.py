@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..hashing import file_sha256, tensor_sha256
+
 SCHEMA_VERSION = 1
 INDEX, PLAN, TIMINGS, LOCK = "index.json", "plan.json", "timings.json", "build.lock"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +40,7 @@ _DAMAGED = "restore it, or run `str-kernels cache build` again, which rebuilds w
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """Everything that determines what a cache holds, byte for byte.
 
     Attributes:
@@ -86,7 +88,7 @@ class Plan:
         ):
             raise ValueError(f"`made_with` must hold texts; got {self.made_with!r}")
 
-    def differences(self, other: Plan) -> str:
+    def differences(self, other: CachePlan) -> str:
         """Return what differs from another plan, by name."""
         mine, others = asdict(self), asdict(other)
         found = [
@@ -132,29 +134,6 @@ def row_hash(ids: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
     return hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).digest()
 
 
-def tables_digest(offsets: Tensor, hashes: Tensor, checks: Tensor) -> str:
-    """Return the SHA-256, hex, of a shard's three tables in this order."""
-    digest = hashlib.sha256()
-    for table in (offsets, hashes, checks):
-        digest.update(bytes_of(table))
-    return digest.hexdigest()
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a CPU tensor's bytes."""
-    as_bytes: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-    return as_bytes
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def tensors_of(
     logits: Tensor,  # (tokens, K)
     lengths: Sequence[int],  # R
@@ -162,7 +141,7 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Lay out one shard."""
     offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    checks = [hashlib.sha256(bytes_of(row)).digest() for row in logits.split(list(lengths))]
+    checks = [tensor_sha256(row) for row in logits.split(list(lengths))]
     return {
         _LOGITS: logits,
         _OFFSETS: offsets,
@@ -180,7 +159,7 @@ def entry_of(file: str, data: bytes, tensors: Mapping[str, Tensor]) -> ShardEntr
         tokens=tensors[_LOGITS].shape[0],
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        tables_sha256=tables_digest(offsets, hashes, checks),
+        tables_sha256=tensor_sha256(offsets, hashes, checks).hex(),
     )
 
 
@@ -191,7 +170,7 @@ class Shard:
         ValueError: the file is missing, has another size, or its tables are damaged.
     """
 
-    def __init__(self, folder: Path, entry: ShardEntry, plan: Plan) -> None:
+    def __init__(self, folder: Path, entry: ShardEntry, plan: CachePlan) -> None:
         self.path, self.entry = folder / entry.file, entry
         self._dtype = DTYPES[plan.dtype]
         self._check_size()
@@ -212,7 +191,8 @@ class Shard:
             self._logits = opened.get_slice(_LOGITS)
         except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise self._damaged(str(error)) from error
-        if tables_digest(self.offsets, self.hashes, self.checks) != entry.tables_sha256:
+        tables = tensor_sha256(self.offsets, self.hashes, self.checks).hex()
+        if tables != entry.tables_sha256:
             raise self._damaged("its tables are not those that were written")
         steps = self.offsets.diff()
         if int(self.offsets[0]) or int(self.offsets[-1]) != entry.tokens or int(steps.min()) < 1:
@@ -233,7 +213,7 @@ class Shard:
         # of the copy that is served: what is mapped may change after the look
         if (
             values.dtype != self._dtype
-            or hashlib.sha256(bytes_of(values)).digest() != bytes_of(self.checks[number]).tobytes()
+            or tensor_sha256(values) != self.checks[number].numpy().tobytes()
         ):
             raise self._damaged(f"row {number} of it is not what was written")
         return values
@@ -246,7 +226,7 @@ class Shard:
         """
         for number in range(self.entry.rows):
             self.row(number)
-        if file_digest(self.path) != self.entry.sha256:
+        if file_sha256(self.path) != self.entry.sha256:
             raise self._damaged("its bytes are not those that were written")
 
     def _check_size(self) -> None:
@@ -271,28 +251,28 @@ def regular_size(path: Path) -> int:
     return found.st_size
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: CachePlan) -> dict[str, Any]:
     """Return what plan.json holds."""
     return _sealed(asdict(plan))
 
 
-def index_as_json(plan: Plan, shards: Sequence[ShardEntry]) -> dict[str, Any]:
+def index_as_json(plan: CachePlan, shards: Sequence[ShardEntry]) -> dict[str, Any]:
     """Return what index.json holds."""
     return _sealed({**asdict(plan), "shards": [asdict(shard) for shard in shards]})
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: Path) -> CachePlan:
     """Read plan.json; ValueError where it is damaged."""
     path = folder / PLAN
     content = _read_sealed(path)
     try:
-        plan: Plan = _made(Plan, content)
+        plan: CachePlan = _made(CachePlan, content)
     except (TypeError, ValueError) as error:
         raise _bad_json(path, error) from error
     return plan
 
 
-def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
+def read_index(folder: Path) -> tuple[CachePlan, list[ShardEntry]]:
     """Read index.json and look at every number in it.
 
     Raises:
@@ -307,7 +287,7 @@ def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
     content = _read_sealed(path)
     try:
         listed = content.pop("shards", None)
-        plan = _made(Plan, content)
+        plan = _made(CachePlan, content)
         if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
             raise ValueError("`shards` must be a list of objects")
         shards = [_made(ShardEntry, item) for item in listed]
@@ -317,7 +297,7 @@ def read_index(folder: Path) -> tuple[Plan, list[ShardEntry]]:
     return plan, shards
 
 
-def _check_shards(plan: Plan, shards: Sequence[ShardEntry]) -> None:
+def _check_shards(plan: CachePlan, shards: Sequence[ShardEntry]) -> None:
     for number, shard in enumerate(shards):
         if shard.file != shard_name(number):
             raise ValueError(f"shard {number} must be {shard_name(number)}; got {shard.file}")

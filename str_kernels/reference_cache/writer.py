@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..atomic import replacing, write_json
+from ..locks import holder, locked
 from .format import (
     DTYPES,
     INDEX,
     LOCK,
     PLAN,
     TIMINGS,
-    Plan,
+    CachePlan,
     ShardEntry,
     Values,
     entry_of,
@@ -142,7 +142,7 @@ def build_reference_cache(
     distinct = dict(zip(map(row_hash, rows), rows, strict=True))
     if not distinct or not all(len(row) for row in distinct.values()):
         raise ValueError("`rows` must be at least one row, each of at least one id; got an empty")
-    plan = Plan(
+    plan = CachePlan(
         model=model,
         safety_tokens=safety_tokens,
         tokenizer=tokenizer,
@@ -157,7 +157,11 @@ def build_reference_cache(
         made_with=dict(made_with or {}),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / LOCK):
+    with locked(folder / LOCK) as mine:
+        if not mine:
+            raise ValueError(
+                f"`folder` must not be built by two processes at once; {holder(folder / LOCK)}"
+            )
         _prepare(folder, plan, overwrite)
         build = _Build(folder, plan, make, on_tokens or (lambda done, total: None))
         return build.run(distinct, len(rows))
@@ -167,7 +171,7 @@ class _Build:
     """One run of a builder, in a folder that is its own."""
 
     def __init__(
-        self, folder: Path, plan: Plan, make: MakeRows, on_tokens: Callable[[int, int], None]
+        self, folder: Path, plan: CachePlan, make: MakeRows, on_tokens: Callable[[int, int], None]
     ) -> None:
         self.folder, self.plan, self.make, self.on_tokens = folder, plan, make, on_tokens
         self.done = self.computed = self.kept = 0
@@ -290,7 +294,7 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _prepare(folder: Path, plan: Plan, overwrite: bool) -> None:
+def _prepare(folder: Path, plan: CachePlan, overwrite: bool) -> None:
     """Leave nothing in the folder but this plan and shards that may be its own."""
     ours = {INDEX, PLAN, TIMINGS, LOCK}
     names = sorted(path.name for path in folder.iterdir())
@@ -318,7 +322,7 @@ def _prepare(folder: Path, plan: Plan, overwrite: bool) -> None:
         write_json(folder / PLAN, plan_as_json(plan))
 
 
-def _reason_to_refuse(folder: Path, plan: Plan) -> str | None:
+def _reason_to_refuse(folder: Path, plan: CachePlan) -> str | None:
     if not os.path.lexists(folder / PLAN):
         made = [path.name for path in folder.iterdir() if path.name not in (LOCK, TIMINGS)]
         return f"holds {min(made)} and no {PLAN}" if made else None
@@ -327,39 +331,3 @@ def _reason_to_refuse(folder: Path, plan: Plan) -> str | None:
     except ValueError as error:
         return f"holds a plan that cannot be read: {error}"
     return None if there == plan else f"was built with {there.differences(plan)}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Be the only builder in a folder. The lock goes with the process, however that ends."""
-    busy = f"`folder` must not be built by two processes at once; another one holds {path}"
-    try:
-        import fcntl
-    except (
-        ImportError
-    ):  # Windows: a file that is there is a lock, and one that was killed leaves it
-        with _locked_by_file(path, f"{busy} (delete it if none is running)"):
-            yield
-        return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(busy) from error
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked_by_file(path: Path, busy: str) -> Iterator[None]:
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    except FileExistsError as error:
-        raise ValueError(busy) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
-        path.unlink()

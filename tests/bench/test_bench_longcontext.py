@@ -128,7 +128,7 @@ def test_every_way_makes_the_loss_that_it_says(tmp_path):
 
 def test_a_child_that_was_killed_says_so(monkeypatch):
     done = subprocess.CompletedProcess([], -9, "", "some warning")
-    monkeypatch.setattr(longcontext.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     assert longcontext._in_child({"who": OWN}, {}) == {"status": "killed by SIGKILL"}
 
 

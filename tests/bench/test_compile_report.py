@@ -25,7 +25,6 @@ CODE = {
     "registers": 40,
     "spills": {"STACK": 0, "LOCAL": 0},
     "num_warps": 8,
-    "num_ctas": 1,
     "block": 4096,
     "on_chip": False,
     "row_loads": 64,
@@ -52,7 +51,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(compile_report, "launch_of", lambda variant: variant)
     monkeypatch.setattr(compile_report, "specialize", Code)
     monkeypatch.setattr(compile_report, "compile_and_examine", compile_and_examine)
-    monkeypatch.setattr(compile_report, "HAS_CLUSTERS", False)
     return changes
 
 
@@ -67,15 +65,15 @@ def test_the_sample_has_some_of_everything() -> None:
         assert values(some, field) == values(every, field), field
     assert values(every, "target") == set(TARGETS)
     assert values(every, "vocab") == set(compile_report.VOCABS)
-    assert values((v for v in every if v.path == "cluster"), "target") == {"sm_90", "sm_100"}
+    assert values((v for v in every if v.path == "scatter"), "target") == {"gfx942"}
 
 
 def test_each_code_is_compiled_once(made) -> None:
     variants = [LINEAR, LINEAR._replace(vocab=32000), LINEAR._replace(vocab=50257)]
     total = []
-    rows = report([*variants, LINEAR._replace(path="cluster")], started=total.append)
+    rows = report(variants, started=total.append)
     assert (made["count"], total) == (2, [2])
-    assert [row["status"] for row in rows] == ["needs Triton 3.8", "compiled", "compiled"]
+    assert [row["status"] for row in rows] == ["compiled", "compiled"]
     assert not any(row.get("bad") for row in rows)
     assert sum(row["codes"] for row in summary(rows)) == 2
 
@@ -112,16 +110,6 @@ def test_it_goes_on_where_it_was(made, tmp_path) -> None:
     assert made["count"] == 2
     assert again[0] == first[0] and len(again) == 2
     assert len(lines.read_text().splitlines()) == 3
-
-
-def test_a_row_that_no_cluster_holds_is_said(made, monkeypatch) -> None:
-    def refuse(variant: Variant) -> None:
-        raise ValueError("`backend` must be one that can hold a row: ...")
-
-    monkeypatch.setattr(compile_report, "HAS_CLUSTERS", True)
-    monkeypatch.setattr(compile_report, "launch_of", refuse)
-    (row,) = report([LINEAR._replace(path="cluster")])
-    assert row["status"] == "fits no cluster"
 
 
 @pytest.mark.parametrize(("spills", "code"), [(0, 0), (8, 1)])

@@ -166,7 +166,7 @@ def test_doctor_reports_and_fails_on_a_wrong_backend(monkeypatch):
     found = json.loads(result.stdout)
     statuses = {check["backend"]: check["status"] for check in found["devices"][0]["backends"]}
     assert found["healthy"] and statuses.pop("compiled") in ("ok", "unavailable")
-    assert statuses == dict.fromkeys(("torch", "triton", "triton_cluster"), "ok")
+    assert statuses == dict.fromkeys(("torch", "triton"), "ok")
     assert found["devices"][0]["auto"] == "torch" and found["versions"]["torch"] != "missing"
     assert "auto picks" in run("doctor").output
     original = doctor.safety_linear_cross_entropy

@@ -10,7 +10,7 @@ from cases import KINDS, Case, make_case
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ["eager", "torch", "triton", "triton_cluster"]
+BACKENDS = ["eager", "torch", "triton"]
 CAPS = ["none", "scale+cap"]
 ROW = 4
 

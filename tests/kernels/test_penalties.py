@@ -70,7 +70,7 @@ def test_every_pair_of_options(options: dict[str, Any], rng, device) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("backend", [*OURS, "triton_cluster"])
+@pytest.mark.parametrize("backend", OURS)
 def test_every_kind_in_float32_with_everything_on(kind, path, backend, rng, device) -> None:
     """The full product where it is judged most sharply."""
     skip_without(backend, device)

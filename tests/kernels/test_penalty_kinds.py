@@ -209,7 +209,7 @@ def test_no_ids(kind: str, backend: str, path: str, rng, device) -> None:
     assert not alone.grads["logits"].any() and float(alone.terms.loss) == 0.0
 
 
-@pytest.mark.parametrize("backend", [*OURS, "triton_cluster"])
+@pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_ids(kind: str, backend: str, dtype, rng, device) -> None:

@@ -30,25 +30,21 @@ from str_kernels.op.rows.rows_torch import row_step_torch
 
 triton = pytest.importorskip("triton", reason="an optional dependency outside Linux")
 from str_kernels.op.rows import rows_triton  # noqa: E402
-from str_kernels.op.rows.rows_triton import (  # noqa: E402
-    Launch,
-    launch_sizes,
-    row_step_cluster,
-    row_step_triton,
-)
+from str_kernels.op.rows.rows_triton import Launch, launch_sizes, row_step_triton  # noqa: E402
 
-# held: the row is read once; streamed: block by block; cluster: held by several thread blocks, and
-# a second launch for the safety columns (which the interpreter runs as one).
-WAYS = ["torch", "held", "streamed", "cluster"]
+# held: the row is read once; streamed: block by block; two launches: as on AMD, where the safety
+# columns are the second.
+WAYS = ["torch", "held", "streamed", "two launches"]
 
 
 @pytest.fixture
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RowStep:
-    if request.param in ("streamed", "cluster"):  # as if these rows were too long to be held by one
+    if request.param == "streamed":  # as if these rows were too long to be held
         monkeypatch.setattr(rows_triton, "_HELD_BYTES", 8)
         monkeypatch.setattr(rows_triton, "_THREADS", 128)
-    steps = {"torch": row_step_torch, "cluster": row_step_cluster}
-    return steps.get(request.param, row_step_triton)
+    if request.param == "two launches":
+        monkeypatch.setattr(rows_triton, "BARRIERS_HOLD_LOADS", False)
+    return row_step_torch if request.param == "torch" else row_step_triton
 
 
 @pytest.mark.gpu
@@ -161,26 +157,23 @@ def test_rows_that_are_far_apart(step, rng, device) -> None:
 @pytest.mark.parametrize(
     ("vocab", "ids", "itemsize", "options", "how", "sizes"),
     [
-        (1, 0, 2, {}, {}, (128, 16, 0, 4, 1, 64)),
-        (129, 17, 2, {}, {}, (256, 32, 0, 4, 1, 64)),
-        (4096, 256, 4, {}, {}, (4096, 256, 0, 8, 1, 64)),
-        (151936, 500, 2, {}, {"one_launch": True}, (4096, 512, 0, 8, 1, 64)),
-        (151936, 1024, 2, {}, {"one_launch": True}, (8192, 1024, 0, 16, 1, 64)),
-        (151936, 64, 2, {"metrics": True}, {}, (2048, 64, 0, 8, 1, 80)),
-        (32768, 64, 2, {}, {}, (4096, 64, 0, 8, 1, 64)),
-        (32768, 64, 2, {}, {"one_launch": True}, (4096, 64, 8, 16, 1, 64)),
-        (32768, 1000, 2, {}, {"one_launch": True}, (4096, 1024, 8, 16, 1, 128)),
-        (32768, 2000, 2, {}, {"one_launch": True}, (16384, 2048, 0, 32, 1, 64)),
-        (32001, 64, 2, {"kind": "logprob"}, {"one_launch": True}, (4096, 64, 8, 16, 1, 64)),
-        (32769, 64, 2, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
-        (16384, 64, 4, {}, {"one_launch": True}, (4096, 64, 4, 16, 1, 64)),
-        (32768, 64, 4, {}, {"one_launch": True}, (4096, 64, 0, 8, 1, 64)),
-        (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (4096, 64, 2, 16, 1, 80)),
-        (8193, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 0, 8, 1, 80)),
-        (100, 64, 2, {}, {"one_launch": True}, (1024, 64, 1, 4, 1, 64)),
-        (262144, 64, 2, {}, {"one_launch": True, "cluster": True}, (32768, 64, 8, 16, 8, 128)),
-        (49152, 64, 2, {}, {"one_launch": True, "cluster": True}, (8192, 64, 6, 16, 2, 128)),
-        (128256, 64, 2, {}, {"one_launch": False, "cluster": True}, (4096, 64, 0, 8, 1, 64)),
+        (1, 0, 2, {}, {}, (128, 16, 0, 4, 64)),
+        (129, 17, 2, {}, {}, (256, 32, 0, 4, 64)),
+        (4096, 256, 4, {}, {}, (4096, 256, 0, 8, 64)),
+        (151936, 500, 2, {}, {"one_launch": True}, (4096, 512, 0, 8, 64)),
+        (151936, 1024, 2, {}, {"one_launch": True}, (8192, 1024, 0, 16, 64)),
+        (151936, 64, 2, {"metrics": True}, {}, (2048, 64, 0, 8, 80)),
+        (32768, 64, 2, {}, {}, (4096, 64, 0, 8, 64)),
+        (32768, 64, 2, {}, {"one_launch": True}, (4096, 64, 8, 16, 64)),
+        (32768, 1000, 2, {}, {"one_launch": True}, (4096, 1024, 8, 16, 128)),
+        (32768, 2000, 2, {}, {"one_launch": True}, (16384, 2048, 0, 32, 64)),
+        (32001, 64, 2, {"kind": "logprob"}, {"one_launch": True}, (4096, 64, 8, 16, 64)),
+        (32769, 64, 2, {}, {"one_launch": True}, (4096, 64, 0, 8, 64)),
+        (16384, 64, 4, {}, {"one_launch": True}, (4096, 64, 4, 16, 64)),
+        (32768, 64, 4, {}, {"one_launch": True}, (4096, 64, 0, 8, 64)),
+        (8192, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (4096, 64, 2, 16, 80)),
+        (8193, 64, 2, {"softcap": 30.0}, {"one_launch": True}, (2048, 64, 0, 8, 80)),
+        (100, 64, 2, {}, {"one_launch": True}, (1024, 64, 1, 4, 64)),
     ],
 )
 def test_launch_sizes(vocab, ids, itemsize, options, how, sizes, monkeypatch) -> None:
@@ -198,16 +191,6 @@ def test_no_launch_has_more_than_1024_threads(vocab, ids, options, monkeypatch) 
         for one_launch in (False, True):
             sizes = launch_sizes(vocab, ids, 2, RowOptions(**options), one_launch=one_launch)
             assert 4 <= sizes.num_warps <= 1024 // threads_per_warp
-
-
-@pytest.mark.parametrize(
-    ("options", "itemsize", "holds"),
-    [({}, 2, 262144), ({}, 4, 131072), ({"softcap": 30.0}, 2, 65536)],
-)
-def test_a_row_that_no_cluster_holds(options, itemsize, holds) -> None:
-    text = f"`backend` must be .*{holds} logits of {itemsize} bytes; got V = 300000"
-    with pytest.raises(ValueError, match=text):
-        launch_sizes(300000, 4, itemsize, RowOptions(**options), one_launch=True, cluster=True)
 
 
 @pytest.mark.gpu

@@ -146,7 +146,7 @@ def test_errors_are_the_same_on_every_rank(found) -> None:
     assert first["ids"] == f"ValueError: `safety_ids` must be in [0, {VOCAB}); got {VOCAB}"
     assert first["ids of the loss"] == first["ids"]
     assert first["group"].startswith("TypeError: `process_group` must be a torch.distributed")
-    for backend in ("eager", "compiled", "triton", "triton_cluster"):
+    for backend in ("eager", "compiled", "triton"):
         assert first[backend].startswith("ValueError: `backend` must be 'auto' or 'torch' where")
 
 

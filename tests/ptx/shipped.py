@@ -26,13 +26,10 @@ EVERYTHING: dict[str, Any] = {
 
 
 def codes(target: str, every: bool) -> dict[str, Variant]:
-    """Return the codes of a target by their key; without `every` a sample of all kinds of them.
-
-    Clusters of blocks are not executed, nor is the launch that follows them.
-    """
+    """Return the codes of a target by their key; without `every` a sample of all kinds of them."""
     found: dict[str, Variant] = {}
     for variant in compile_report.every_variant() if every else compile_report.sample():
-        if variant.target == target and not variant.by_cluster:
+        if variant.target == target:
             code = specialize(launch_of(variant), TARGETS[target])
             found.setdefault(code.key, variant)
     return found

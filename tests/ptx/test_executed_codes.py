@@ -56,7 +56,7 @@ def test_with_the_largest_errors_of_ex2_and_div(key, variant, noise, rng) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_columns_by_a_second_launch(dtype: str, rng: torch.Generator, monkeypatch) -> None:
-    """As on AMD and with clusters: the row's launch puts them aside, the next one writes them."""
+    """As on AMD: the row's launch puts them aside, the next one writes them."""
     monkeypatch.setattr(rows_triton, "BARRIERS_HOLD_LOADS", False)
     settings = Settings(target=TARGET)
     execute(Variant("linear", dtype, 5008, 20, "mse", False, TARGET), rng, settings)

@@ -71,9 +71,8 @@ def test_a_tensor_of_another_form_is_refused() -> None:
 
 
 def test_what_was_replaced_is_back_afterwards() -> None:
-    before = rows_triton.CAPS_REGISTERS, backends._missing_for_clusters
+    before = rows_triton.CAPS_REGISTERS, backends._interpreting
     with executing():
         assert rows_triton.CAPS_REGISTERS
         assert backends.missing_for("triton", torch.device("cpu"), torch.float32) is None
-        assert backends.missing_for("triton_cluster", torch.device("cpu"), torch.float32)
-    assert (rows_triton.CAPS_REGISTERS, backends._missing_for_clusters) == before
+    assert (rows_triton.CAPS_REGISTERS, backends._interpreting) == before

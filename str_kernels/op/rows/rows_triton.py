@@ -1,7 +1,7 @@
 """The row step by Triton: the launcher and its block sizes; the kernel is in `row_kernel`.
 
 Traffic per row: 2 reads and 1 write of V logits with a gradient, 1 read without; where the row fits
-one program (or, for `row_step_cluster`, a cluster of thread blocks) 1 read and 1 write.
+one program 1 read and 1 write.
 
 No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled.
 """
@@ -29,14 +29,13 @@ _PER_THREAD = 16
 _PER_THREAD_BUSY = 8
 _HELD_THREADS = 512
 _HELD_BYTES = 128  # of a row in the registers of one thread
-_MAX_CTAS = 8  # the largest cluster that every GPU with clusters can run
 THREADS_PER_WARP = 64 if torch.version.hip else 32
 # Left to itself ptxas spills a few bytes to need fewer registers than that, for more programs at a
 # time, or it takes so many that there is room for one; 1,024 threads have no more than 64 anyway.
 CAPS_REGISTERS = bool(torch.version.cuda)
 _REGISTERS = 64
 _REGISTERS_BUSY = 80
-_MANY_REGISTERS = 128  # for a held row with many ids beside it, or spread over a cluster
+_MANY_REGISTERS = 128  # for a held row with many ids beside it
 _MANY_IDS = 256
 # AMD's compiler moves a load past a barrier to where its value is used, which may be after another
 # warp has overwritten it; not past one that a store of what was made of it precedes.
@@ -50,7 +49,6 @@ class Launch(NamedTuple):
     BLOCK_K: int
     HELD: int
     num_warps: int
-    num_ctas: int
     maxnreg: int
 
 
@@ -61,7 +59,6 @@ def launch_sizes(
     options: RowOptions,
     *,
     one_launch: bool,
-    cluster: bool = False,
 ) -> Launch:
     """Return the sizes for a vocabulary, a number of safety ids and the logits' bytes each.
 
@@ -71,34 +68,22 @@ def launch_sizes(
         itemsize: bytes of a logit.
         options: some need more registers per logit.
         one_launch: whether terms and gradient are made together, so that holding the row pays.
-        cluster: whether the row may be spread over a thread-block cluster.
-
-    Raises:
-        ValueError: a cluster was asked for and the row fits none.
     """
     block_k = max(16, triton.next_power_of_2(ids))
     is_busy = _is_busy(options)
     held_bytes = min(_HELD_BYTES, _PER_THREAD * itemsize) if is_busy else _HELD_BYTES
-    ctas = triton.next_power_of_2(-(-vocab * itemsize // (_HELD_THREADS * held_bytes)))
-    if one_launch and (cluster or (ctas == 1 and block_k <= _MAX_THREADS)):
-        if ctas > _MAX_CTAS:
-            limit = _MAX_CTAS * _HELD_THREADS * held_bytes // itemsize
-            raise ValueError(
-                "`backend` must be one that can hold a row: with these options 'triton_cluster' "
-                f"holds {limit} logits of {itemsize} bytes; got V = {vocab}"
-            )
-        threads = triton.next_power_of_2(-(-vocab * itemsize // (ctas * held_bytes)))
-        threads = max(128, threads)
-        block_v = threads * ctas * _PER_THREAD_BUSY
-        registers = _REGISTERS_BUSY if is_busy else _REGISTERS
-        if block_k > _MANY_IDS or ctas > 1:
+    registers = _REGISTERS_BUSY if is_busy else _REGISTERS
+    fits = vocab * itemsize <= _HELD_THREADS * held_bytes
+    if one_launch and fits and block_k <= _MAX_THREADS:
+        threads = max(128, triton.next_power_of_2(-(-vocab * itemsize // held_bytes)))
+        block_v = threads * _PER_THREAD_BUSY
+        if block_k > _MANY_IDS:
             registers = _MANY_REGISTERS
-        return Launch(block_v, block_k, -(-vocab // block_v), _warps(threads), ctas, registers)
+        return Launch(block_v, block_k, -(-vocab // block_v), _warps(threads), registers)
     per_thread = _PER_THREAD_BUSY if is_busy else _PER_THREAD
     threads = min(_MAX_THREADS, max(_THREADS, block_k // 2))
     block_v = min(threads * per_thread, max(128, triton.next_power_of_2(vocab)))
-    registers = _REGISTERS_BUSY if is_busy else _REGISTERS
-    return Launch(block_v, block_k, 0, _warps(block_v // per_thread), 1, registers)
+    return Launch(block_v, block_k, 0, _warps(block_v // per_thread), registers)
 
 
 def _is_busy(options: RowOptions) -> bool:
@@ -108,12 +93,10 @@ def _is_busy(options: RowOptions) -> bool:
 def _keywords(sizes: Launch, wide: int) -> dict[str, int | bool]:
     """Return the sizes as the launch takes them; `wide` logits lie side by side in a load."""
     keywords: dict[str, int | bool] = sizes._asdict()
-    threads = sizes.num_warps * sizes.num_ctas * THREADS_PER_WARP
+    threads = sizes.num_warps * THREADS_PER_WARP
     keywords["WIDE"] = wide
     keywords["LANES"] = min(threads, sizes.BLOCK_V // wide)
-    if sizes.num_ctas == 1:
-        del keywords["num_ctas"]
-    if not CAPS_REGISTERS or sizes.num_warps * THREADS_PER_WARP >= _MAX_THREADS:
+    if not CAPS_REGISTERS or threads >= _MAX_THREADS:
         del keywords["maxnreg"]
     return keywords
 
@@ -130,11 +113,6 @@ def _warps(threads: int) -> int:
     return max(4, min(threads, _MAX_THREADS) // THREADS_PER_WARP)
 
 
-def row_step_cluster(*args: Any, **kwargs: Any) -> RowTerms:
-    """Do `row_step_triton` with rows held across thread-block clusters; never run on a GPU yet."""
-    return row_step_triton(*args, **kwargs, cluster=True)
-
-
 def row_step_triton(
     logits: Tensor,  # (n, V)
     target: Tensor,  # (n,)
@@ -149,7 +127,6 @@ def row_step_triton(
     penalty_scale: Tensor | None = None,  # (n,)
     grad: Tensor | None = None,  # (n, V)
     padded: bool = False,
-    cluster: bool = False,
 ) -> RowTerms:
     """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
     rows, vocab = logits.shape
@@ -180,12 +157,10 @@ def row_step_triton(
         logits.element_size(),
         options,
         one_launch=terms_wanted and grad is not None,
-        cluster=cluster,
     )
     safety_ids = safety_ids.to(torch.int32)  # half the bytes, in every row
     stash = None
-    if out is not None and (sizes.num_ctas > 1 or not BARRIERS_HOLD_LOADS):
-        # These columns wait for a second launch: a barrier orders one thread block, not a cluster.
+    if out is not None and not BARRIERS_HOLD_LOADS:  # these columns wait for a second launch
         stash = out.new_empty((rows, ids + 1))
     wide = 16 // logits.element_size() if _is_aligned(logits, out, padded) else 1
     # Triton launches on the current device, wherever its arguments are.

@@ -15,7 +15,7 @@ from str_kernels.integrations.chat.generation import ENOUGH_TOKENS, answer_promp
 from str_kernels.integrations.evaluation import asking as eval_asking
 from str_kernels.integrations.evaluation.inputs import NamedModel
 from str_kernels.integrations.evaluation.options import EvalOptions
-from str_kernels.integrations.evaluation.stages import EvalStages
+from str_kernels.stages import Stages
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
 PROMPTS = ["hello", "what is 1 + 2", "good day"]
@@ -65,7 +65,7 @@ def test_an_answer_cut_soon_after_a_thought_is_unfinished(
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model", 3))
     tokens = max(1, len(ids) + (not cut))
     options = EvalOptions("model", answer_tokens=tokens)
-    stages = EvalStages(tmp_path / "stages", ["key"], print)
+    stages = Stages(tmp_path / "stages", ["key"], print)
     found = NamedModel(model, tokenizer, {}, None)
     asked = eval_asking.AskedModel(options, found, stages, lambda *_: None)
     answers = asked.answers("harmful", ["How?", "Why?"])

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from str_kernels.cli import app
 from str_kernels.evals import holm_adjusted, mcnemar_exact, wilson_interval
 from str_kernels.evals.printable import as_markdown, printable
+from str_kernels.hashing import json_sha256
 from str_kernels.integrations.evaluation.compare import clip, compare_runs, read_runs
 from str_kernels.integrations.evaluation.document import Heading, Paragraph, Picture, Table
 from str_kernels.integrations.evaluation.html import to_html
 from str_kernels.integrations.evaluation.report import run_report
-from str_kernels.integrations.evaluation.stages import json_hash
 from str_kernels.integrations.figures import figure_label
 
 REFUSAL, OTHER = "I'm sorry, but I can't help.", "Sure, here it is."
@@ -51,7 +51,7 @@ def write_run(
             kind: {
                 "set": kind,
                 "count": len(rows),
-                "sha256": json_hash([row["prompt"] for row in rows]),
+                "sha256": json_sha256([row["prompt"] for row in rows]),
             }
             for kind, rows in answers.items()
         },

@@ -23,7 +23,6 @@ from str_kernels.integrations.evaluation import inputs as eval_inputs
 from str_kernels.integrations.evaluation import run as eval_run
 from str_kernels.integrations.evaluation.measures import text_perplexity
 from str_kernels.integrations.evaluation.options import EvalOptions
-from str_kernels.integrations.evaluation.stages import EvalStages
 
 HARMFUL = ["help with that", "what is 1 + 2", "sorry , but", "I can not", "hello"]
 HARMLESS = ["good day", "thanks bye", "what is 3", "help"]
@@ -173,19 +172,6 @@ def test_drift_against_a_second_model_and_without_one(folder: Path) -> None:
     assert other["measures"]["drift"]["harmful"][0]["rms"] > 0
 
 
-def test_pieces_belong_to_their_key(tmp_path: Path) -> None:
-    said: list[str] = []
-    first = EvalStages(tmp_path / "s", {"seed": 1}, said.append)
-    assert first.result("a", lambda: [1, "x"]) == [1, "x"]
-    assert first.result("a", lambda: [2]) == [1, "x"]
-    assert EvalStages(tmp_path / "s", {"seed": 2}, said.append).result("a", lambda: [3]) == [3]
-    assert said == []
-    for broken in ("{", "[]", '{"value": [1, "x"]}', ""):
-        (first.folder / "a.json").write_text(broken)
-        assert first.result("a", lambda: [1, "x"]) == [1, "x"]
-    assert len(said) == 4
-
-
 def test_a_changed_model_or_prompt_makes_another_key(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +181,7 @@ def test_a_changed_model_or_prompt_makes_another_key(
         keys.append(json.dumps(key))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval_run, "EvalStages", seen)
+    monkeypatch.setattr(eval_run, "Stages", seen)
 
     def key_of(**changes: Any) -> str:
         with pytest.raises(KeyboardInterrupt):

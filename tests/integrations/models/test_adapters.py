@@ -14,7 +14,7 @@ from tiny_models import batch_of, tiny_model
 from torch import nn
 
 from str_kernels import SafetyPenalty, SafetyTokens, attach
-from str_kernels.integrations.models.heads import Head
+from str_kernels.integrations.models.heads import ModelHead
 
 TOKENS = SafetyTokens(ids=IDS)
 PENALTY = SafetyPenalty(0.3)
@@ -343,7 +343,7 @@ def test_dropout_on_the_head_is_the_layers_own(seed: int) -> None:
     torch.manual_seed(seed)
     wanted = layer(hidden)
     torch.manual_seed(seed)
-    weight, bias, low_rank = Head(layer).operands(hidden)
+    weight, bias, low_rank = ModelHead(layer).operands(hidden)
     assert bias is None and low_rank is not None
     got = hidden @ weight.T + low_rank[0] @ low_rank[1].T
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from str_kernels import attach
-from str_kernels.integrations.models.probe import is_packed
+from str_kernels.integrations.models.modes import is_packed
 
 # 128 is a multiple of the 32 rows that bitsandbytes packs together, 120 is none; VOCAB is none.
 TAKEN, REFUSED = 128, 120

@@ -1,0 +1,82 @@
+"""Locks between processes: a file that one of them holds until its block, or its life, ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PAUSE = 0.1  # seconds between two looks at a file that is a lock by being there
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file for a block, and remove it afterwards.
+
+    Args:
+        path: the file, made if missing; its folder must exist.
+        wait: until whoever has it lets go.
+
+    Yields:
+        Whether it is held: always with `wait`; without, not where another process has it.
+
+    Notes:
+        A killed process lets go of it. Not so on Windows, where the file is the lock by being
+        there.
+    """
+    has_flock = _has_flock()
+    take = _flocked if has_flock else _made
+    while (handle := take(path)) is None and wait:
+        time.sleep(_PAUSE)
+    if handle is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if has_flock:
+            path.unlink(missing_ok=True)  # while it is held: `_flocked` looks for that
+        os.close(handle)
+        if not has_flock:  # an open file cannot be removed there
+            path.unlink(missing_ok=True)
+
+
+def holder(path: Path) -> str:
+    """Say who has a lock, for a message."""
+    return f"another process holds {path}" + (
+        "" if _has_flock() else " (delete it if none is running)"
+    )
+
+
+def _has_flock() -> bool:
+    try:
+        import fcntl  # noqa: F401 - a look whether there is one
+    except ImportError:
+        return False
+    return True
+
+
+def _flocked(path: Path) -> int | None:
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        # who had it may have removed it since it was opened: it would lock nobody out
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.lstat()):
+                return handle
+        os.close(handle)
+
+
+def _made(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return None
