@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from . import redraw, results, tables
+from . import options, redraw, results, tables
 from .compiled import kernel_commands
-from .results import Row
+from .options import Dtype, Ids, Json, Results, Rounds, Save
 from .steps import step_commands
 from .steps.heads import HEADS, HeadShape
 from .tables import Column, megabytes, number, seconds, times
@@ -27,10 +25,7 @@ app.command()(redraw.figures)
 _ROOT = Path(__file__).parents[1]
 
 Head = Annotated[str, typer.Option(help=f"One of {', '.join(HEADS)}.")]
-Ids = Annotated[int, typer.Option(min=1, help="Safety ids K.")]
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
+Png = Annotated[Path, typer.Option(help="The PNG to write.")]
 
 
 @app.callback()
@@ -38,19 +33,8 @@ def main() -> None:
     """Benchmarks of str-kernels. Every provider is checked against eager before it is timed."""
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _shape(head: str) -> HeadShape:
-    if head not in HEADS:
-        raise typer.BadParameter(f"`head` must be one of {', '.join(HEADS)}; got {head!r}")
-    return HEADS[head]
-
-
-def _keep(rows: list[Row], save: bool, folder: Path, name: str) -> None:
-    if save:
-        results.append_rows(folder / f"{name}.csv", rows)
+    return HEADS[options.one_of("head", head, *HEADS)]
 
 
 @app.command()
@@ -58,9 +42,9 @@ def speed(
     head: Head = "",
     tokens: Annotated[int, typer.Option(min=1, help="Rows N.")] = 2048,
     ids: Ids = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     train_head: Annotated[bool, typer.Option(help="Make the head's gradient too.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 15,
+    rounds: Rounds = 15,
     providers: Annotated[
         list[str] | None, typer.Option(help="Only those whose name begins so; may be repeated.")
     ] = None,
@@ -78,19 +62,17 @@ def speed(
     """Time the whole loss, forward and backward, against eager and the bare products."""
     from .steps.speed import Job, measure, penalty_pairs
 
-    device = _device()
+    device = options.device_here()
     head = head or ("llama-3" if device == "cuda" else "smollm2")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise typer.BadParameter(f"`dtype` must be bfloat16, float16 or float32; got {dtype!r}")
-    job = Job(_shape(head), tokens, ids, getattr(torch, dtype), train_head, device)
+    job = Job(_shape(head), tokens, ids, options.dtype_of(dtype), train_head, device)
     if pairs:
         rows = penalty_pairs(job, rounds, only=providers or ())
     else:
         rows = measure(job, rounds, only=providers or (), all_options=all_options, memory=memory)
     rows = [{"head": head, **row} for row in rows]
-    _keep(rows, save, results, "penalty_pairs" if pairs else "speed")
-    if as_json:
-        return tables.print_json(rows)
+    file = results / f"{'penalty_pairs' if pairs else 'speed'}.csv"
+    if options.kept(rows, file if save else None, as_json):
+        return
     title = (
         f"{head}: N {tokens}, D {job.shape.width}, V {job.shape.vocab}, K {ids}, {dtype}, "
         f"{'trainable' if train_head else 'frozen'} head, {rows[0]['device']}"
@@ -134,12 +116,11 @@ def memory(
     given = tokens or (() if long else TOKENS)
     rows = measure(_shape(head), given, long=long_tokens, ids=ids)
     rows = [{"head": head, **row} for row in rows]
-    _keep(rows, save, results, "memory")
-    if as_json:
-        return tables.print_json(rows)
-    tables.show(
-        f"{head}: peak memory above the inputs, frozen head, {rows[0]['dtype']}",
+    options.publish(
         rows,
+        results / "memory.csv" if save else None,
+        as_json,
+        f"{head}: peak memory above the inputs, frozen head, {rows[0]['dtype']}",
         [
             Column("tokens", "N", "{:,}".format),
             Column("by hand\nMB", "eager", megabytes),
@@ -149,7 +130,6 @@ def memory(
             Column("ours,\nof by hand", "ratio", "{:.2%}".format),
         ],
     )
-    tables.say(rows[0]["protocol"])
 
 
 @app.command()
@@ -159,7 +139,7 @@ def attach(
         int, typer.Option(min=1, help="Tokens in the row whose memory is measured.")
     ] = 4096,
     ids: Ids = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    rounds: Rounds = 5,
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
@@ -167,17 +147,14 @@ def attach(
     """A training step of the built-in model: its own loss, attached, the reference's pass."""
     from .steps.attach_cost import measure
 
-    device = _device()
-    # not every CPU multiplies bfloat16, and one that does not takes minutes for a step
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    rows = measure(tokens, memory_tokens, ids, rounds, dtype, device)
-    _keep(rows, save, results, "attach")
-    if as_json:
-        return tables.print_json(rows)
-    tables.show(
+    device = options.device_here()
+    rows = measure(tokens, memory_tokens, ids, rounds, options.step_dtype(device), device)
+    options.publish(
+        rows,
+        results / "attach.csv" if save else None,
+        as_json,
         f"SmolLM2-135M, LoRA, 1 x {tokens:,} tokens, K {ids}, {rows[0]['dtype']}, "
         f"{rows[0]['device']}",
-        rows,
         [
             Column("step", "who"),
             Column("seconds", "median_ms", seconds),
@@ -188,14 +165,12 @@ def attach(
             Column(f"peak MB,\n{memory_tokens:,}", "peak_bytes", megabytes),
         ],
     )
-    tables.say(rows[0]["protocol"])
 
 
 @app.command()
 def growth(
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES
-    / "growth.png",
+    rounds: Rounds = 7,
+    figure: Png = results.FIGURES / "growth.png",
     small: Annotated[bool, typer.Option("--small", help="Sizes for a try, of no use.")] = False,
     save: Save = False,
     results: Results = results.FOLDER,
@@ -205,32 +180,29 @@ def growth(
     from .memory.growth import SIZES, draw, measure
 
     sizes = {k: tuple(s // 16 for s in v[:2]) for k, v in SIZES.items()} if small else SIZES
-    rows = measure(sizes, rounds, _device())
-    _keep(rows, save, results, "growth")
+    rows = measure(sizes, rounds, options.device_here())
     draw(rows, figure)
-    if as_json:
-        return tables.print_json(rows)
-    for row in rows:
-        unit = 1e6 if row["unit"] == "bytes" else 1
-        row["shown"] = row["value"] / unit
-    tables.show(
-        f"growth on {rows[0]['device']}",
+    units = {"bytes": 1e6, "ms": 1}
+    options.publish(
         rows,
+        results / "growth.csv" if save else None,
+        as_json,
+        f"growth on {rows[0]['device']}",
         [
             Column("what grows", "grows"),
             Column("size", "size", "{:,}".format),
             Column("ms or MB", "shown", number),
             Column("off the\nline", "off", "{:.1%}".format),
         ],
+        shown=[row | {"shown": row["value"] / units[row["unit"]]} for row in rows],
+        note=f" Figure: {figure}",
     )
-    tables.say(f"{rows[0]['protocol']} Figure: {figure}")
 
 
 @app.command()
 def trainers(
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps.")] = 10,
-    figure: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES
-    / "trainers.png",
+    figure: Png = results.FIGURES / "trainers.png",
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
@@ -239,24 +211,25 @@ def trainers(
     from .steps.trainers import TRAINERS, draw, measure
 
     rows = measure(steps)
-    _keep(rows, save, results, "trainers")
     draw(rows, figure)
-    if as_json:
-        return tables.print_json(rows)
-    last = [max((r for r in rows if r["trainer"] == t), key=lambda r: r["step"]) for t in TRAINERS]
-    for row in last:
-        row["off"] = max(r["off"] for r in rows if r["trainer"] == row["trainer"])
-    tables.show(
+    last = []
+    for trainer in TRAINERS:
+        mine = [row for row in rows if row["trainer"] == trainer]
+        last.append(mine[-1] | {"off": max(row["off"] for row in mine)})
+    options.publish(
+        rows,
+        results / "trainers.csv" if save else None,
+        as_json,
         f"{steps} steps of SmolLM2-135M with LoRA; the last step, and the largest distance",
-        last,
         [
             Column("trainer", "trainer"),
             Column("loss", "loss", "{:.6f}".format),
             Column("penalty", "safety/penalty", "{:.6f}".format),
             Column("off the\nplain loop", "off", "{:.1e}".format),
         ],
+        shown=last,
+        note=f" Figure: {figure}",
     )
-    tables.say(f"{rows[0]['protocol']} Figure: {figure}")
 
 
 @app.command()
@@ -273,9 +246,8 @@ def traffic(
 
     interpret()
     rows = measure(vocab, ids, tokens)
-    _keep(rows, save, results, "traffic")
-    if as_json:
-        return tables.print_json(rows)
+    if options.kept(rows, results / "traffic.csv" if save else None, as_json):
+        return
     tables.show(
         f"bytes per row, forward and backward, bfloat16, V = {vocab:,}, K = {ids}",
         [row for row in rows if "bytes" in row],
@@ -314,25 +286,19 @@ def compile_kernels(
     as_json: Json = False,
 ) -> None:
     """Compile the kernels for GPUs that are not here: registers, spills, width of the loads."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
+    options.refuse_the_interpreter()
     from .compiled import compile_report as made
     from .results import origin
 
     with tables.progress("compiling") as (started, advanced):
         variants = made.every_variant() if every else made.sample()
-        found = made.report(
-            variants, lines=lines if every else None, started=started, advanced=advanced
-        )
+        known = lines if every else None
+        found = made.report(variants, lines=known, started=started, advanced=advanced)
     runs = [row for target in ("sm_90", "gfx942") for row in made.launches_of_a_run(target)]
     rows = [origin("cpu", made.PROTOCOL) | row for row in (*found, *runs)]
-    _keep(rows, save, results, "compile")
-    bad = [row for row in rows if row.get("bad")]
-    if as_json:
-        tables.print_json(rows)
-    else:
+    if not options.kept(rows, results / "compile.csv" if save else None, as_json):
         made.show(rows, runs)
-    raise typer.Exit(1 if bad else 0)
+    raise typer.Exit(1 if any(row.get("bad") for row in rows) else 0)
 
 
 @app.command()
@@ -340,7 +306,7 @@ def figure(
     head: Head = "smollm2",
     dtype: Annotated[str, typer.Option(help="The run in this dtype.")] = "bfloat16",
     train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
-    to: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES / "bench.png",
+    to: Png = results.FIGURES / "bench.png",
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:

@@ -23,7 +23,7 @@ from .inputs import WEIGHT
 from .results import FOLDER, Row, append_rows, device_name, origin
 from .steps.heads import HeadShape
 from .steps.speed import Job, measure
-from .steps.timing import one_line, quartiles, rounds
+from .steps.timing import milliseconds, one_line, quartiles, rounds
 
 _IDS, _ROUNDS, _DEADLINE = 64, 15, 300.0
 _COMPILED = "torch.compile"
@@ -168,14 +168,11 @@ def _logits_path(size: Size, device: str, count: int) -> Row:
     if failed:
         why = "; ".join(failed.values())
         return row | {"status": "failed", "why": why, "target": "not met: failed"}
-    low, middle, high = quartiles(times[_LOGITS])
     elements = size.tokens * size.vocab
     share = quartiles([1.5 * c / t for t, c in zip(times[_LOGITS], times["copy"], strict=True)])[1]
     return row | {
-        "median_ms": 1e3 * middle,
-        "low_ms": 1e3 * low,
-        "high_ms": 1e3 * high,
-        "gb_per_s": 6 * elements / middle / 1e9,
+        **milliseconds(times[_LOGITS]),
+        "gb_per_s": 6 * elements / quartiles(times[_LOGITS])[1] / 1e9,
         "copy_gb_per_s": 4 * elements / quartiles(times["copy"])[1] / 1e9,
         "peak_bytes": measure_peak(loss, device) if device == "cuda" else None,
         "target": _judge("of copy", share, ">=", MIN_OF_COPY),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import tables
-from ..results import FOLDER, append_rows, origin
+from ..options import Json, Results, Save, kept, one_of, publish, refuse_the_interpreter
+from ..results import FOLDER, origin
 from ..tables import Column, times
 
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
+_TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 def sass(
@@ -24,20 +21,18 @@ def sass(
     as_json: Json = False,
 ) -> None:
     """Count machine instructions per logit, ours and Liger's; a minute."""
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
+    refuse_the_interpreter()
     from . import sass as made
 
-    if target not in ("sm_80", "sm_90", "sm_100"):
-        raise typer.BadParameter(f"`target` must be sm_80, sm_90 or sm_100; got {target!r}")
+    one_of("target", target, *_TARGETS)
     rows = [origin("cpu", made.PROTOCOL) | row for row in made.measure(target)]
-    if save:
-        append_rows(results / "sass.csv", rows)
-    if as_json:
-        return tables.print_json(rows)
-    tables.show(
+    counted = [row for row in rows if not row["why"]]
+    versions = dict.fromkeys(row["version"] for row in counted)
+    publish(
+        rows,
+        results / "sass.csv" if save else None,
+        as_json,
         f"machine instructions per logit on {target}, forward and backward",
-        [row for row in rows if not row["why"]],
         [
             Column("kernel", "what"),
             Column("passes", "instructions", "{:.1f}".format),
@@ -48,15 +43,13 @@ def sass(
             Column("mufu", "clocks_mufu", times),
             Column("memory", "clocks_memory", times),
         ],
+        shown=counted,
+        note=" clocks: of an H200's multiprocessor, per logit, that each part of it takes at "
+        f"least. triton {rows[0]['triton']}, {', '.join(versions)}.",
     )
     for row in rows:
-        if row["why"]:
+        if row["why"] and not as_json:
             tables.say(f"{row['what']}: absent, {row['why']}")
-    versions = dict.fromkeys(row["version"] for row in rows if not row["why"])
-    tables.say(
-        f"{rows[0]['protocol']} clocks: of an H200's multiprocessor, per logit, that each part of "
-        f"it takes at least. triton {rows[0]['triton']}, {', '.join(versions)}."
-    )
 
 
 def execute(
@@ -71,15 +64,10 @@ def execute(
     """Execute the kernels' PTX on the CPU: instructions, bytes and barriers of each logit."""
     given = targets or ["sm_90", "sm_100"]
     for target in given:
-        if target not in ("sm_80", "sm_90", "sm_100"):
-            raise typer.BadParameter(f"`target` must be sm_80, sm_90 or sm_100; got {target!r}")
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
+        one_of("target", target, *_TARGETS)
+    refuse_the_interpreter()
     from .execute import measure, show
 
     rows = measure(given, short=short)
-    if save:
-        append_rows(results / "execute.csv", rows)
-    if as_json:
-        return tables.print_json(rows)
-    show(rows)
+    if not kept(rows, results / "execute.csv" if save else None, as_json):
+        show(rows)

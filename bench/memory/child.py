@@ -1,27 +1,17 @@
-"""Peak memory of one provider in a process of its own: a CPU process keeps what it freed.
-
-`python -m bench.memory.child '{"provider": "eager", "tokens": 64, ...}'` is the child.
-"""
+"""Peak memory of one provider in a process of its own."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from str_kernels.loss_memory import measure_peak
-
+from ..child import give_back, peak_of, run_in_child
 from ..inputs import draw_inputs
 from ..steps.heads import HeadShape
 from ..steps.providers import ALL_OPTIONS, bare_products, providers
 
 FLOOR = "bare products"
-_ROOT = Path(__file__).parents[2]
 
 
 def peak_in_child(
@@ -45,43 +35,21 @@ def peak_in_child(
     Raises:
         RuntimeError: the child failed; the message has its last line.
     """
-    job = json.dumps(
-        {
-            "provider": provider,
-            "shape": shape,
-            "tokens": tokens,
-            "ids": ids,
-            "dtype": str(dtype).removeprefix("torch."),
-            "train_head": train_head,
-            "threads": torch.get_num_threads(),
-        }
-    )
-    return run_child("bench.memory.child", job, provider)
+    job = {"provider": provider, "shape": shape, "tokens": tokens, "ids": ids}
+    job |= {"dtype": str(dtype).removeprefix("torch."), "train_head": train_head}
+    return int(run_in_child(__name__, job, provider))
 
 
-def run_child(module: str, job: str, what: str) -> int:
-    """Run `python -m module job` and return the bytes it prints; RuntimeError has its last line."""
-    command = [sys.executable, "-m", module, job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring the memory of {what} failed: {last}")
-    return int(done.stdout.split()[-1])
-
-
-def _child(job: dict[str, Any]) -> int:
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(0)
-    name = job["provider"]
-    shape = HeadShape(*job["shape"])
+def main(job: dict[str, Any]) -> int:
+    """Measure the provider of a job, in the child."""
+    name, tokens = job["provider"], job["tokens"]
     found = {p.name: p for p in providers(all_options=True)}
     provider = found.get(name)
     if provider is None and name != FLOOR:
         raise ValueError(f"`provider` must be one of {', '.join([*found, FLOOR])}; got {name!r}")
-
     inputs = draw_inputs(
-        shape,
-        job["tokens"],
+        HeadShape(*job["shape"]),
+        tokens,
         job["ids"],
         getattr(torch, job["dtype"]),
         train_head=job["train_head"],
@@ -89,21 +57,13 @@ def _child(job: dict[str, Any]) -> int:
     )
 
     def step(rows: int) -> None:
-        part = inputs if rows == job["tokens"] else inputs.first(rows)
+        part = inputs if rows == tokens else inputs.first(rows)
         if provider is None:
             bare_products(part)
         else:
             torch.autograd.grad(provider.loss(part), part.leaves())
 
     # Libraries allocate their buffers at first use, and a compiler its memory, for this very shape.
-    whole = provider is not None and provider.warm_up_whole
-    step(job["tokens"] if whole else 1)
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must count again
-    peak = measure_peak(lambda: step(job["tokens"]))
-    if peak is None:
-        raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")
-    return peak
-
-
-if __name__ == "__main__":
-    print(_child(json.loads(sys.argv[1])))
+    step(tokens if provider is not None and provider.warm_up_whole else 1)
+    give_back()
+    return peak_of(lambda: step(tokens))

@@ -18,7 +18,7 @@ from ..results import Row, origin
 from ..steps.heads import HeadShape
 from ..steps.providers import providers
 from ..steps.speed import step_of
-from ..steps.timing import quartiles, rounds
+from ..steps.timing import all_rounds, quartiles
 from .child import peak_in_child
 from .memory import OURS
 
@@ -64,9 +64,7 @@ def measure(
             now = _MIDDLE | {what: size}
             inputs = draw_inputs(HeadShape(now["V"], now["D"]), now["N"], _IDS, device=device)
             steps[f"{what} {size}"] = step_of(provider, inputs)
-    times, failed = rounds(steps, count, device)
-    if failed:
-        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    times = all_rounds(steps, count, device)
     rows = []
     for what, every in timed.items():
         values = [quartiles([1e3 * s for s in times[f"{what} {size}"]]) for size in every]
@@ -84,17 +82,9 @@ def _rows(
     base: Row, what: str, sizes: Sequence[int], values: Sequence[tuple[float, float, float]]
 ) -> list[Row]:
     line = fitted_line(sizes, [middle for _, middle, _ in values])
+    same = {"grows": what, "unit": "bytes" if what.startswith("memory") else "ms"}
     return [
-        base
-        | {
-            "grows": what,
-            "size": size,
-            "value": middle,
-            "low": low,
-            "high": high,
-            "unit": "bytes" if what.startswith("memory") else "ms",
-            **line._asdict(),
-        }
+        base | same | {"size": size, "value": middle, "low": low, "high": high} | line._asdict()
         for size, (low, middle, high) in zip(sizes, values, strict=True)
     ]
 

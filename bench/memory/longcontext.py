@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from matplotlib.ticker import StrMethodFormatter
 
 from str_kernels.integrations.figures import (
@@ -31,12 +26,12 @@ from str_kernels.integrations.figures import (
 )
 from str_kernels.loss_memory import available_bytes
 
+from ..child import ChildFailed, run_in_child
 from ..results import Row, origin
 from ..steps.timing import quartiles, ratio_quartiles
 from .longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS
 
 TOKENS = (2048, 8192)
-_ROOT = Path(__file__).parents[2]
 _LEFT_FREE = 1 << 30  # bytes: for everything else on the machine
 # Of torch and glibc: `finetune` sets the first; the second is what a process has that sets nothing.
 ALLOCATORS = {"pages": {"THP_MEM_ALLOC_ENABLE": "1"}, "default": {}}
@@ -88,7 +83,6 @@ def measure(
         for count in tokens:
             found: dict[str, list[dict[str, Any]]] = {who: [] for who in ways}
             same = {"tokens": count, "rank": rank, "limit": limit, "folder": folder}
-            same |= {"threads": torch.get_num_threads()}
             if CACHED in ways:  # by another process: what that frees would be there in the step
                 built = _in_child({**same, "who": CACHED, "builds_cache": True}, {})
                 if built["status"] != "built":
@@ -127,18 +121,14 @@ def _rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
 
 
 def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.memory.longcontext_child", json.dumps(job)]
     environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=_ROOT,
-        env=environment | dict(allocator),
-    )  # fmt: skip
-    if done.returncode < 0:
-        return {"status": f"killed by {signal.Signals(-done.returncode).name}"}
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"status": f"failed: {last[:200]}"}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    environment |= allocator
+    try:
+        found: dict[str, Any] = run_in_child(
+            "bench.memory.longcontext_child", job, job["who"], environment
+        )
+    except ChildFailed as failed:
+        return {"status": failed.why[:200]}
     return found
 
 

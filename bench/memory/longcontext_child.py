@@ -1,15 +1,8 @@
-"""One training step of long rows in a process of its own: its peak memory and its time.
-
-`python -m bench.memory.longcontext_child` with `{"who": "own", "tokens": 2048, ...}` prints, as
-JSON, the bytes above the loaded model and the seconds; or that memory ran out.
-"""
+"""One training step of long rows in a process of its own: its peak memory and its time."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +18,10 @@ from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.plan.losses import loss_by_hand
 from str_kernels.integrations.plan.step_memory import checkpoint_layers
 from str_kernels.integrations.reference_cache.reading import cache_model
-from str_kernels.loss_memory import measure_peak
 from str_kernels.op.chunks import is_out_of_memory
 from str_kernels.reference_cache.reader import CachedReference
+
+from ..child import give_back, peak_of
 
 OWN, BY_HAND, TRL = "own loss", "naive STR", "TRL's chunked loss"
 LIVE, CACHED, ANCHORS = "ours, live", "ours, cached", "ours, anchors only"
@@ -36,9 +30,11 @@ _WARM_UP = 16  # tokens: libraries load their code, and the optimizer makes its 
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure one step; the job has who, tokens, rank, threads, a folder, and a limit in bytes."""
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(0)
+    """Measure one step; the job has who, tokens, rank, a folder, and a limit in bytes.
+
+    Returns:
+        The bytes above the loaded model and the seconds; or that memory ran out.
+    """
     logging.disable_progress_bar()
     folder = builtin_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -51,7 +47,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("builds_cache"):
         return {"status": "built"}
     step(rows[:, :_WARM_UP])  # and reads the weights, which the file is mapped for until then
-    ctypes.CDLL(None).malloc_trim(0)  # what that freed must count again
+    give_back()
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["limit"], job["limit"]))
     seconds = 0.0
@@ -63,13 +59,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
 
     try:
-        peak = measure_peak(timed)
+        peak = peak_of(timed)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return {"status": "out of memory"}
-    if peak is None:
-        raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")
     return {"status": "measured", "peak_bytes": peak, "seconds": seconds}
 
 
@@ -136,7 +130,3 @@ def make_loss(
         return loss
 
     return trained, loss_of
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))

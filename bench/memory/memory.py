@@ -58,15 +58,7 @@ def measure(
         fits = count in tokens and predicted < available_bytes()
         eager = peak_in_child(EAGER.name, shape, count, ids, dtype) if fits else None
         ours = peak_in_child(OURS, shape, count, ids, dtype)
-        rows.append(
-            base
-            | {
-                "N": count,
-                "ours": ours,
-                "gradient": count * shape.width * dtype.itemsize,
-                "eager": eager,
-                "eager_predicted": predicted,
-                "ratio": ours / (eager or predicted),
-            }
-        )
+        row = {"N": count, "ours": ours, "gradient": count * shape.width * dtype.itemsize}
+        row |= {"eager": eager, "eager_predicted": predicted, "ratio": ours / (eager or predicted)}
+        rows.append(base | row)
     return rows

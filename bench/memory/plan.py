@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from str_kernels.integrations.plan.planner import Plan, PlanOptions, plan_of, read_config
 
+from ..child import run_in_child
 from ..results import Row, origin
 
 TOKENS = (256, 512, 1024, 2048)
 OTHERS_AT = 512
-_ROOT = Path(__file__).parents[2]
 # Blocks that are freed go back to the system at once: else glibc keeps some, and how many depends
 # on what was freed before.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -83,47 +77,20 @@ def measure(
     plans: dict[PlanOptions, Plan] = {}
     rows = []
     for case in cases(tokens, others_at):
-        same: dict[str, Any] = {name: value for name, value in case._asdict().items()}
+        same = case._asdict()
         who = same.pop("who")
         options = PlanOptions(batch_size=batch, lora_rank=rank, dtype=dtype, device="cpu", **same)
         if options not in plans:
             plans[options] = plan_of(config, options)
-        plan = plans[options]
-        predicted = plan.ways[who]
-        found = _in_child(
-            {
-                **case._asdict(),
-                "batch": batch,
-                "rank": rank,
-                "dtype": dtype,
-                "threads": torch.get_num_threads(),
-            }
-        )
-        rows.append(
-            base
-            | case._asdict()
-            | {
-                "batch": batch,
-                "dtype": dtype,
-                "predicted_step": predicted.step,
-                "measured_step": found["step"],
-                "step_ratio": predicted.step / found["step"],
-                "predicted_peak": predicted.peak,
-                "measured_peak": found["held"] + found["step"],
-                "peak_ratio": predicted.peak / (found["held"] + found["step"]),
-            }
-        )
+        predicted = plans[options].ways[who]
+        job = case._asdict() | {"batch": batch, "rank": rank, "dtype": dtype}
+        found = run_in_child("bench.memory.plan_child", job, who, os.environ | _MALLOC)
+        measured = {"step": found["step"], "peak": found["held"] + found["step"]}
+        row = base | case._asdict() | {"batch": batch, "dtype": dtype}
+        for what, size in measured.items():
+            row[f"predicted_{what}"] = getattr(predicted, what)
+            row[f"measured_{what}"] = size
+            row[f"{what}_ratio"] = getattr(predicted, what) / size
+        rows.append(row)
         advanced()
     return rows
-
-
-def _in_child(job: dict[str, Any]) -> dict[str, int]:
-    command = [sys.executable, "-m", "bench.memory.plan_child", json.dumps(job)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=_ROOT, env=os.environ | _MALLOC
-    )
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"measuring {job['who']} failed: {last}")
-    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found

@@ -1,13 +1,7 @@
-"""A training step of the built-in model in a process of its own, for its peak memory.
-
-`python -m bench.memory.plan_child '{"who": "ours", "tokens": 512, ...}'` prints the bytes that the
-model, its adapters and the optimizer hold, and those that a step takes above them.
-"""
+"""A training step of the built-in model in a process of its own, for its peak memory."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +15,18 @@ from str_kernels import AnchorPrompts, SafetyTokens, attach
 from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.plan.losses import loss_by_hand
 from str_kernels.integrations.plan.step_memory import checkpoint_layers
-from str_kernels.loss_memory import measure_peak
+
+from ..child import peak_of
 
 _STATUS = Path("/proc/self/status")
 
 
 def main(job: dict[str, Any]) -> dict[str, int]:
-    """Measure one step; the job has who, batch, tokens, rank, dtype, attention and flags."""
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(0)
+    """Measure one step; the job has who, batch, tokens, rank, dtype, attention and flags.
+
+    Returns:
+        The bytes that model, adapters and optimizer hold, and those of a step above them.
+    """
     logging.disable_progress_bar()
     folder = builtin_model_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -42,10 +39,7 @@ def main(job: dict[str, Any]) -> dict[str, int]:
     step = make_step(model, job, *held)
     step(job["tokens"])  # the optimizer's state, and what libraries keep for these shapes
     between = _resident() - before
-    peak = measure_peak(lambda: step(job["tokens"]))
-    if peak is None:
-        raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")
-    return {"held": between, "step": peak}
+    return {"held": between, "step": peak_of(lambda: step(job["tokens"]))}
 
 
 def make_step(
@@ -105,7 +99,3 @@ def _resident() -> int:
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{_STATUS} has no VmRSS")
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))

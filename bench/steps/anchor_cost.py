@@ -12,8 +12,8 @@ from str_kernels import AnchorPrompts, SafetyTokens, attach
 from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 
 from ..results import Row, origin
-from .cache_cost import lora_model
-from .timing import Step, quartiles, ratio_quartiles, rounds
+from .builtin import adamw_step, lora_model
+from .timing import Step, all_rounds, milliseconds, ratio_quartiles
 
 OWN, NO_IDS = "own loss", "attached, no ids"
 ANCHORS, ROWS = "anchors alone (default)", "on the rows (paper)"
@@ -50,9 +50,7 @@ def measure(
         who: _step_of(who, rows, tokens, dtype, device)
         for who in (OWN, NO_IDS, ANCHORS, NEW_ANCHORS, ROWS)
     }
-    taken, failed = rounds(steps, count, device)
-    if failed:
-        raise RuntimeError(f"a step failed: {failed}")
+    taken = all_rounds(steps, count, device)
     base = origin(device, PROTOCOL.format(count=count)) | {
         "rows": rows,
         "tokens": tokens,
@@ -60,8 +58,7 @@ def measure(
     }
     made = []
     for who, seconds in taken.items():
-        low, middle, high = (1000 * value for value in quartiles(seconds))
-        row = base | {"who": who, "median_ms": middle, "low_ms": low, "high_ms": high}
+        row = base | {"who": who, **milliseconds(seconds)}
         for name, other in (("no_ids", NO_IDS), ("own", OWN)):
             against = ratio_quartiles(seconds, taken[other])
             names = (f"{name}_low", f"against_{name}", f"{name}_high")
@@ -85,8 +82,7 @@ def _step_of(who: str, rows: int, tokens: int, dtype: torch.dtype, device: str) 
         anchors = AnchorPrompts.default(tokenizer) if alone else None
         where = "none" if alone else "response"
         handle = attach(model, held, anchors=anchors, positions=where)  # type: ignore[arg-type]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    step = adamw_step(model, batch)
     turns = itertools.count()
     if handle is not None and who == ANCHORS:
         with torch.no_grad():
@@ -94,11 +90,9 @@ def _step_of(who: str, rows: int, tokens: int, dtype: torch.dtype, device: str) 
                 handle.step = turn
                 model(**{name: value[:1, -2:] for name, value in batch.items()}, use_cache=False)
 
-    def step() -> None:
+    def next_step() -> None:
         if handle is not None:
             handle.step = next(turns)
-        optimizer.zero_grad()
-        model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
+        step()
 
-    return step
+    return next_step

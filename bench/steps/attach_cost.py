@@ -1,28 +1,20 @@
-"""What attach() costs a training step of a real model: time against its own loss, peak memory.
-
-`python -m bench.steps.attach_cost '{"who": "attached", "tokens": 4096, ...}'` is the child that
-measures memory: a CPU process keeps what it freed.
-"""
+"""What attach() costs a training step of a real model: time against its own loss, peak memory."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import sys
 from typing import Any
 
 import torch
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
 from str_kernels.integrations.anchors.prompts import AnchorRow
-from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.models.loss_paths import HeadPath
 from str_kernels.integrations.models.references import AdaptersOff
-from str_kernels.loss_memory import measure_peak
 
-from ..memory.child import run_child
+from ..child import give_back, peak_of, run_in_child
 from ..results import Row, origin
-from .timing import Step, quartiles, ratio_quartiles, rounds
+from .builtin import lora_model
+from .timing import Step, all_rounds, milliseconds, ratio_quartiles
 
 OWN, ATTACHED, LOGITS = "own loss", "attached", "attached, path='logits'"
 ANCHORED = "attached, 4 anchors of 24 tokens"
@@ -69,12 +61,9 @@ def measure(
         who: _step_of(who, tokens, ids, dtype, device)
         for who in (OWN, ATTACHED, ANCHORED, LOGITS, NO_PENALTY, REFERENCE)
     }
-    taken, failed = rounds(steps, count, device)
-    if failed:
-        raise RuntimeError(f"a step failed: {failed}")
+    taken = all_rounds(steps, count, device)
     rows = []
     for who, seconds in taken.items():
-        low, middle, high = (1000 * value for value in quartiles(seconds))
         added = against = None
         if who != OWN:
             against = ratio_quartiles(seconds, taken[OWN])
@@ -83,14 +72,15 @@ def measure(
             added = ratio_quartiles(more, taken[REFERENCE])
         rows.append(
             base
-            | {"who": who, "median_ms": middle, "low_ms": low, "high_ms": high}
+            | {"who": who, **milliseconds(seconds)}
             | _quartiles("against_own", against)
             | _quartiles("added", added)
         )
     if device == "cpu":
+        job = {"tokens": memory_tokens, "ids": ids, "dtype": base["dtype"]}
         for row in rows:
             if row["who"] != REFERENCE:
-                row["peak_bytes"] = _peak_in_child(row["who"], memory_tokens, ids, dtype)
+                row["peak_bytes"] = run_in_child(__name__, job | {"who": row["who"]}, row["who"])
     return rows
 
 
@@ -100,8 +90,7 @@ def _quartiles(name: str, values: tuple[float, float, float] | None) -> Row:
 
 
 def _step_of(who: str, tokens: int, ids: int, dtype: torch.dtype, device: str) -> Step:
-    """Make a model of its own for each: two that share weights would share their caches too."""
-    model = _model(dtype).to(device).train()
+    model = lora_model(dtype, ["q_proj", "v_proj"]).to(device).train()
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
     batch = {"input_ids": torch.randint(0, vocab, (1, tokens), generator=generator).to(device)}
@@ -110,16 +99,10 @@ def _step_of(who: str, tokens: int, ids: int, dtype: torch.dtype, device: str) -
         return _reference_pass(model, batch, safety_ids.to(device))
     batch["labels"] = batch["input_ids"]
     if who != OWN:
-        chosen = safety_ids[:0] if who == NO_PENALTY else safety_ids
-        tokens_of = SafetyTokens(ids=chosen.tolist())
+        held = SafetyTokens(ids=[] if who == NO_PENALTY else safety_ids.tolist())
         anchors = _anchors(vocab, generator) if who == ANCHORED else None
-        attach(
-            model,
-            tokens_of,
-            anchors=anchors,
-            path="logits" if who == LOGITS else "linear",
-            positions="response",
-        )
+        path: Any = "logits" if who == LOGITS else "linear"
+        attach(model, held, anchors=anchors, path=path, positions="response")
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -141,41 +124,10 @@ def _reference_pass(model: Any, batch: dict[str, Any], safety_ids: torch.Tensor)
     return lambda: reference(safety_ids, batch, False)
 
 
-def _model(dtype: torch.dtype) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar for each model loaded
-    model = AutoModelForCausalLM.from_pretrained(builtin_model_folder(), dtype=dtype)
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
-
-
-def _peak_in_child(who: str, tokens: int, ids: int, dtype: torch.dtype) -> int:
-    job = json.dumps(
-        {
-            "who": who,
-            "tokens": tokens,
-            "ids": ids,
-            "dtype": str(dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
-    )
-    return run_child("bench.steps.attach_cost", job, who)
-
-
-def _child(job: dict[str, Any]) -> int:
-    torch.set_num_threads(job["threads"])
-    dtype = getattr(torch, job["dtype"])
-    _step_of(job["who"], 16, job["ids"], dtype, "cpu")()  # libraries allocate at first use
-    step = _step_of(job["who"], job["tokens"], job["ids"], dtype, "cpu")
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must count again
-    peak = measure_peak(step)
-    if peak is None:
-        raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")
-    return peak
-
-
-if __name__ == "__main__":
-    print(_child(json.loads(sys.argv[1])))
+def main(job: dict[str, Any]) -> int:
+    """Measure the peak of a step, in a child."""
+    given = (job["ids"], getattr(torch, job["dtype"]), "cpu")
+    _step_of(job["who"], 16, *given)()  # libraries allocate at first use
+    step = _step_of(job["who"], job["tokens"], *given)
+    give_back()
+    return peak_of(step)

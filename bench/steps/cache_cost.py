@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from str_kernels import SafetyTokens, attach
-from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.reference_cache.reading import cache_model
 from str_kernels.reference_cache.reader import CachedReference
 
 from ..results import Row, origin
-from .timing import Step, quartiles, ratio_quartiles, rounds
+from .builtin import adamw_step, lora_model
+from .timing import Step, all_rounds, milliseconds, ratio_quartiles
 
 NO_IDS, CACHED, COLLATED, LIVE = "no ids", "cached", "cached, by collator", "live reference"
 
@@ -52,9 +52,7 @@ def measure(
             who: _step_of(who, rows, tokens, ids, dtype, device, Path(folder) / "cache")
             for who in (NO_IDS, CACHED, COLLATED, LIVE)
         }
-        taken, failed = rounds(steps, count, device)
-    if failed:
-        raise RuntimeError(f"a step failed: {failed}")
+        taken = all_rounds(steps, count, device)
     base = origin(device, PROTOCOL.format(count=count)) | {
         "rows": rows,
         "tokens": tokens,
@@ -63,8 +61,7 @@ def measure(
     }
     made = []
     for who, seconds in taken.items():
-        low, middle, high = (1000 * value for value in quartiles(seconds))
-        row = base | {"who": who, "median_ms": middle, "low_ms": low, "high_ms": high}
+        row = base | {"who": who, **milliseconds(seconds)}
         if who != NO_IDS:
             ratios = ratio_quartiles(seconds, taken[NO_IDS])
             names = ("against_low", "against_no_ids", "against_high")
@@ -92,24 +89,4 @@ def _step_of(
         given = options["reference"].with_collator(lambda _: {"input_ids": input_ids})(None)
         batch |= {name: value.to(device) for name, value in given.items()}
     attach(model, safety_tokens, **options, positions="response")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def lora_model(dtype: torch.dtype) -> Any:
-    """Return the built-in model with LoRA on all linear layers but the head."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # one bar for each model loaded
-    model = AutoModelForCausalLM.from_pretrained(builtin_model_folder(), dtype=dtype)
-    lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return adamw_step(model, batch)

@@ -85,17 +85,8 @@ def _trl(x: Inputs) -> Tensor:
 
     kept = x.target != -100
     hidden, target = (x.hidden[kept], x.target[kept]) if x.hidden.is_cuda else (x.hidden, x.target)
-    log_probs, *_ = ChunkedLogProbFunction.apply(
-        hidden,
-        x.head,
-        None,
-        target,
-        1.0,
-        chunk_size,
-        x.shape.softcap,
-        x.shape.logit_scale,
-        ("log_probs", "entropy", "is_top1"),
-    )
+    given = (hidden, x.head, None, target, 1.0, chunk_size, x.shape.softcap, x.shape.logit_scale)
+    log_probs, *_ = ChunkedLogProbFunction.apply(*given, ("log_probs", "entropy", "is_top1"))
     return -log_probs.sum() / kept.sum().clamp(min=1) + _separate_penalty(x)
 
 
@@ -114,33 +105,20 @@ def _cce(x: Inputs, impl: str = "cce") -> Tensor:
 
 
 def _ours(x: Inputs, backend: str, with_penalty: bool = True) -> Tensor:
-    given = (x.ids, x.ref) if with_penalty else ()
-    return safety_linear_cross_entropy(
-        x.hidden,
-        x.head,
-        x.target,
-        *given,
-        penalty=SafetyPenalty(WEIGHT),
-        logit_scale=x.shape.logit_scale,
-        softcap=x.shape.softcap,
-        backend=backend,
-    ).loss
+    options = {"penalty": SafetyPenalty(WEIGHT), "softcap": x.shape.softcap}
+    return _linear(x, (x.ids, x.ref) if with_penalty else (), backend, **options)
 
 
 def _ours_all_options(x: Inputs, backend: str) -> Tensor:
     options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss_weight": 1e-4, "metrics": True}
-    return safety_linear_cross_entropy(
-        x.hidden,
-        x.head,
-        x.target,
-        x.ids,
-        x.ref_log_probs,
-        penalty=SafetyPenalty(WEIGHT, kind="logprob"),
-        logit_scale=x.shape.logit_scale,
-        softcap=x.shape.softcap or _CAP_OF_ALL_OPTIONS,
-        backend=backend,
-        **options,
-    ).loss
+    options["penalty"] = SafetyPenalty(WEIGHT, kind="logprob")
+    options["softcap"] = x.shape.softcap or _CAP_OF_ALL_OPTIONS
+    return _linear(x, (x.ids, x.ref_log_probs), backend, **options)
+
+
+def _linear(x: Inputs, given: tuple[Tensor | None, ...], backend: Any, **options: Any) -> Tensor:
+    options = {"logit_scale": x.shape.logit_scale, "backend": backend, **options}
+    return safety_linear_cross_entropy(x.hidden, x.head, x.target, *given, **options).loss
 
 
 def bare_products(x: Inputs) -> None:
@@ -165,45 +143,27 @@ _OURS_NEED: dict[str, tuple[str, ...]] = {
 
 def providers(*, all_options: bool = False) -> list[Provider]:
     """Return every provider, whether or not it runs here; `all_options` adds ours with all on."""
+    # all logits, by torch.compile
+    compiles: dict[str, Any] = {"bytes_per_logit": 6, "warm_up_whole": True}
+    caps: dict[str, Any] = {"caps": False, "caps_without_scale": True}
     found = [
         EAGER,
-        Provider(
-            "torch.compile",
-            _compiled_by_hand,
-            needs=("backend compiled",),  # what it takes is the same
-            bytes_per_logit=6,
-            warm_up_whole=True,
-        ),
+        # what it takes is what backend "compiled" takes
+        Provider("torch.compile", _compiled_by_hand, needs=("backend compiled",), **compiles),
         Provider("two full logits", two_full_logits, bytes_per_logit=16),
         Provider(
             "F.linear_cross_entropy", _torch_linear, needs=("F.linear_cross_entropy",), caps=False
         ),
         Provider("TRL", _trl, "trl", ("trl",)),
-        Provider(
-            "Liger",
-            _liger,
-            "liger-kernel",
-            ("gpu", "liger_kernel"),
-            caps=False,
-            caps_without_scale=True,
-        ),
-        Provider(
-            "CCE",
-            _cce,
-            "cut-cross-entropy",
-            ("gpu", "cut_cross_entropy"),
-            caps=False,
-            caps_without_scale=True,
-        ),
-        Provider(  # all logits, by torch.compile: what CCE offers where Triton does not run
+        Provider("Liger", _liger, "liger-kernel", ("gpu", "liger_kernel"), **caps),
+        Provider("CCE", _cce, "cut-cross-entropy", ("gpu", "cut_cross_entropy"), **caps),
+        Provider(  # what CCE offers where Triton does not run
             "CCE (torch_compile)",
             functools.partial(_cce, impl="torch_compile"),
             "cut-cross-entropy",
             ("cut_cross_entropy", "backend compiled"),
-            caps=False,
-            caps_without_scale=True,
-            bytes_per_logit=6,
-            warm_up_whole=True,
+            **caps,
+            **compiles,
         ),
     ]
     for backend, needs in _OURS_NEED.items():

@@ -16,7 +16,7 @@ from ..memory.child import FLOOR, peak_in_child
 from ..results import Row, origin
 from .heads import HeadShape
 from .providers import ALL_OPTIONS, EAGER, Provider, bare_products, providers, version_of
-from .timing import Step, quartiles, ratio_quartiles, rounds
+from .timing import Step, milliseconds, quartiles, ratio_quartiles, rounds
 
 PROTOCOL = (
     "Forward and backward. {count} rounds in which every provider runs once, the first of them "
@@ -172,8 +172,7 @@ def _numbers(name: str, times: dict[str, list[float]]) -> Row:
     row: Row = dict.fromkeys(("median_ms", "low_ms", "high_ms"))
     mine = times.get(name)
     if mine:
-        low, middle, high = quartiles(mine)
-        row = {"median_ms": 1e3 * middle, "low_ms": 1e3 * low, "high_ms": 1e3 * high}
+        row = milliseconds(mine)
     for column, other in (("against_eager", EAGER.name), ("against_products", FLOOR)):
         found = ratio_quartiles(mine, times.get(other)) if mine else None
         row[column] = found[1] if found else None

@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .. import tables
+from .. import options, tables
+from ..options import Dtype, Ids, Json, Results, Rounds, Save
 from ..results import FOLDER, Row, append_rows, read_rows
 from ..tables import Column, megabytes, number
-
-Json = Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")]
-Save = Annotated[bool, typer.Option("--save", help="Add the rows to a CSV file in --results.")]
-Results = Annotated[Path, typer.Option(help="The folder of the CSV files.")]
 
 
 def cache(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 128,
-    ids: Annotated[int, typer.Option(min=1, help="Safety ids K.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
+    ids: Ids = 64,
+    rounds: Rounds = 7,
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
@@ -29,17 +25,14 @@ def cache(
     """A training step of the built-in model: reference from a cache, live, and none at all."""
     from .cache_cost import measure
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    measured = measure(rows, tokens, ids, rounds, dtype, device)
-    if save:
-        append_rows(results / "cache.csv", measured)
-    if as_json:
-        return tables.print_json(measured)
-    tables.show(
+    device = options.device_here()
+    measured = measure(rows, tokens, ids, rounds, options.step_dtype(device), device)
+    options.publish(
+        measured,
+        results / "cache.csv" if save else None,
+        as_json,
         f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, K {ids}, {measured[0]['dtype']}, "
         f"{measured[0]['device']}",
-        measured,
         [
             Column("step", "who"),
             Column("ms", "median_ms", number),
@@ -48,14 +41,13 @@ def cache(
             Column("quartiles", "against_low", "{:.3f}".format, upto="against_high"),
         ],
     )
-    tables.say(measured[0]["protocol"])
 
 
 def anchors(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    rounds: Rounds = 7,
+    dtype: Dtype = "bfloat16",
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
@@ -63,16 +55,12 @@ def anchors(
     """A training step of the built-in model: plain, with anchors alone, with the rows' penalty."""
     from .anchor_cost import measure
 
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise typer.BadParameter(f"`dtype` must be bfloat16, float16 or float32; got {dtype!r}")
-    measured = measure(rows, tokens, rounds, getattr(torch, dtype))
-    if save:
-        append_rows(results / "anchors.csv", measured)
-    if as_json:
-        return tables.print_json(measured)
-    tables.show(
-        f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, {dtype}, {measured[0]['device']}",
+    measured = measure(rows, tokens, rounds, options.dtype_of(dtype))
+    options.publish(
         measured,
+        results / "anchors.csv" if save else None,
+        as_json,
+        f"SmolLM2-135M, LoRA, {rows} x {tokens:,} tokens, {dtype}, {measured[0]['device']}",
         [
             Column("step", "who"),
             Column("ms", "median_ms", number),
@@ -82,7 +70,6 @@ def anchors(
             Column("/ own loss", "against_own", "{:.3f}".format),
         ],
     )
-    tables.say(measured[0]["protocol"])
 
 
 def plan(
@@ -101,21 +88,14 @@ def plan(
     from ..memory.plan import OTHERS_AT, TOKENS, measure
 
     with tables.progress("measuring") as (_, advanced):
-        measured = measure(
-            tokens or TOKENS,
-            batch=batch,
-            others_at=OTHERS_AT if others else None,
-            advanced=advanced,
-        )
-    if save:
-        append_rows(results / "plan.csv", measured)
-    if as_json:
-        return tables.print_json(measured)
+        at = OTHERS_AT if others else None
+        measured = measure(tokens or TOKENS, batch=batch, others_at=at, advanced=advanced)
+    shown = []
     for row in measured:
         extra = [name for name in ("checkpointing", "padding") if row[name]]
         extra += [row["attention"]] if row["attention"] != "sdpa" else []
         extra += [f"{row['reference']} reference"] if row["reference"] != "none" else []
-        row["what"] = ", ".join([row["who"], *extra])
+        shown.append(row | {"what": ", ".join([row["who"], *extra])})
     columns = [
         Column("loss", "what"),
         Column("tokens", "tokens", number),
@@ -126,8 +106,10 @@ def plan(
         Column("measured\nMB", "measured_peak", megabytes),
         Column("ratio", "peak_ratio", "{:.3f}".format),
     ]
-    tables.show(f"SmolLM2-135M, LoRA, {batch} rows, {measured[0]['dtype']}", measured, columns)
-    tables.say(measured[0]["protocol"])
+    title = f"SmolLM2-135M, LoRA, {batch} rows, {measured[0]['dtype']}"
+    options.publish(
+        measured, results / "plan.csv" if save else None, as_json, title, columns, shown=shown
+    )
 
 
 def longcontext(
@@ -173,10 +155,8 @@ def longcontext(
             found = longcontext_plan.planned(tokens or longcontext_plan.TOKENS, advanced=advanced)
         return tables.print_json(found) if as_json else show_planned(found)
     for name in ways or ():
-        if name not in bench.WAYS:
-            raise typer.BadParameter(f"`--way` must be of {', '.join(bench.WAYS)}; got {name!r}")
-    if allocator not in bench.ALLOCATORS:
-        raise typer.BadParameter(f"`--allocator` must be pages or default; got {allocator!r}")
+        options.one_of("--way", name, *bench.WAYS)
+    options.one_of("--allocator", allocator, *bench.ALLOCATORS)
     file = results / "longcontext.csv"
 
     def keep(row: Row) -> None:
@@ -195,8 +175,10 @@ def longcontext(
         )
     if figure is not None:
         bench.draw_saved(read_rows(file) if save else measured, figure, allocator)
-    if as_json:
-        return tables.print_json(measured)
+    shown = [
+        row | {"peak": megabytes(row["peak_bytes"]) if "peak_bytes" in row else row["status"]}
+        for row in measured
+    ]
     columns = [
         Column("loss", "who"),
         Column("tokens", "tokens", number),
@@ -207,11 +189,10 @@ def longcontext(
         Column("/ own", "time_against_own", tables.times),
         Column("/ naive", "time_against_naive", tables.times),
     ]
-    for row in measured:
-        known = row["status"] == "measured"
-        row["peak"] = megabytes(row["peak_bytes"]) if known else row["status"]
-    tables.show(f"one row, allocator {allocator}, {measured[0]['device']}", measured, columns)
-    tables.say(measured[0]["protocol"])
+    title = f"one row, allocator {allocator}, {measured[0]['device']}"
+    options.publish(
+        measured, None, as_json, title, columns, shown=shown
+    )  # each was saved when it came
 
 
 def show_parts(found: list[Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -51,6 +52,18 @@ def rounds(
     return times, failed
 
 
+def all_rounds(steps: Mapping[str, Step], count: int, device: str) -> dict[str, list[float]]:
+    """Return the seconds of `rounds`.
+
+    Raises:
+        RuntimeError: a step failed.
+    """
+    times, failed = rounds(steps, count, device)
+    if failed:
+        raise RuntimeError("; ".join(f"{name} failed: {why}" for name, why in failed.items()))
+    return times
+
+
 def one_line(error: BaseException) -> str:
     """Return the error's type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -72,3 +85,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return (values[0],) * 3
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, Any]:
+    """Return the quartiles in ms, as columns of a row."""
+    names = ("low_ms", "median_ms", "high_ms")
+    return dict(zip(names, (1e3 * value for value in quartiles(seconds)), strict=True))

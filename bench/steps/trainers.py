@@ -29,6 +29,7 @@ from str_kernels.integrations.figures import (
 )
 
 from ..results import Row, origin
+from .builtin import lora_model
 
 PLAIN, ACCELERATE, TRAINER, TRL = "plain loop", "Accelerate", "SafetyTrainer", "SafetySFTTrainer"
 PROTOCOL = (
@@ -38,6 +39,7 @@ PROTOCOL = (
     "plain loop's, of that."
 )
 Log = list[dict[str, float]]
+_TERMS = ("loss", "safety/ce", "safety/penalty")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def plain_loop(setup: Setup) -> Log:
         for start in range(0, len(batches), setup.accumulation):
             window = batches[start : start + setup.accumulation]
             count = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
-            entry = dict.fromkeys(("loss", "safety/ce", "safety/penalty"), 0.0)
+            entry = dict.fromkeys(_TERMS, 0.0)
             for batch in window:
                 loss = model(**batch, num_items_in_batch=count).loss
                 loss.backward()
@@ -129,7 +131,7 @@ def accelerate_loop(setup: Setup) -> Log:
     for start in range(0, len(batches), setup.accumulation):
         window = batches[start : start + setup.accumulation]
         count = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
-        entry = dict.fromkeys(("loss", "safety/ce", "safety/penalty"), 0.0)
+        entry = dict.fromkeys(_TERMS, 0.0)
         for batch in window:
             with accelerator.accumulate(wrapped):
                 loss = wrapped(**batch, num_items_in_batch=count).loss
@@ -255,15 +257,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _builtin() -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from str_kernels.integrations.loading.builtin_model import builtin_model_folder
-
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(builtin_model_folder(), dtype=torch.float32)
-    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    return lora_model(torch.float32, ["q_proj", "v_proj"])
 
 
 def _optimizer(model: Any, setup: Setup) -> tuple[Any, Any]:
@@ -282,11 +277,8 @@ def _step(model: Any, optimizer: Any, schedule: Any) -> None:
 
 
 def _added(entry: dict[str, float], loss: Tensor, terms: Any) -> dict[str, float]:
-    return {
-        "loss": entry["loss"] + float(loss.detach()),
-        "safety/ce": entry["safety/ce"] + float(terms.ce),
-        "safety/penalty": entry["safety/penalty"] + float(terms.penalty),
-    }
+    more = (float(loss.detach()), float(terms.ce), float(terms.penalty))
+    return {name: entry[name] + value for name, value in zip(_TERMS, more, strict=True)}
 
 
 def _arguments(setup: Setup, folder: str) -> dict[str, Any]:
@@ -311,9 +303,5 @@ def _trained(trainer: Any) -> Log:
 
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    names = ("loss", "safety/ce", "safety/penalty")
-    return [
-        {name: entry[name] for name in names}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
+    log = (entry for entry in trainer.state.log_history if "loss" in entry)
+    return [{name: entry[name] for name in _TERMS} for entry in log]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_bench_commands import PNG, run
 
+from bench import child
 from bench.memory import longcontext, longcontext_plan, memory_parts
 from bench.memory.longcontext_child import (
     ANCHORS,
@@ -128,7 +129,7 @@ def test_every_way_makes_the_loss_that_it_says(tmp_path):
 
 def test_a_child_that_was_killed_says_so(monkeypatch):
     done = subprocess.CompletedProcess([], -9, "", "some warning")
-    monkeypatch.setattr(longcontext.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(child.subprocess, "run", lambda *_, **__: done)
     assert longcontext._in_child({"who": OWN}, {}) == {"status": "killed by SIGKILL"}
 
 
