@@ -89,6 +89,12 @@ def with_lora(model: Any, seed: int, **options: Any) -> Any:
     return peft_model
 
 
+def checkpoint(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on."""
+    enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(options or None)  # its name before 5.20
+
+
 def batch_of(seed: int, rows: int = 3, length: int = 11) -> dict[str, Tensor]:
     """A right-padded batch whose prompts carry no label."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import anchors_of
+from loss_checks import TOKENS, anchors_of
 from peft import LoraConfig, get_peft_model
-from test_models import TOKENS
 from tiny_models import VOCAB, batch_of, fresh_lora, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -95,7 +94,7 @@ class Detached(nn.Module):
 def test_a_step_without_the_gradients_of_the_last_raises(seed: int) -> None:
     """All but those of the last layer are gone: seen where the modules run again."""
     model = fresh_lora(tiny_model("llama", seed)).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = trained_by(model)
 
     def step() -> None:
         optimizer.zero_grad()
