@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from bench_runs import PNG, refused, run, run_apart
 
-from bench.__main__ import app
 from bench.memory import growth, memory
 from bench.results import append_rows, read_rows
 from bench.steps.heads import HEADS, HeadShape
 
 pytestmark = pytest.mark.usefixtures("clean_memory")
-PNG = b"\x89PNG\r\n"
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Give the first head a toy's sizes."""
     monkeypatch.setitem(HEADS, "smollm2", HeadShape(331, 16))
-
-
-def run(*arguments) -> str:
-    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.output
 
 
 @pytest.mark.parametrize(
@@ -57,18 +48,29 @@ def test_speed_saves_rows_and_the_figure_is_made_of_the_last(tiny, tmp_path):
 
 
 def test_the_figure_says_what_to_do_without_a_run(tmp_path):
-    done = CliRunner().invoke(app, ["figure", "--results", str(tmp_path)])
-    assert done.exit_code == 2 and "speed.csv" in done.output
+    assert "speed.csv" in refused("figure", "--results", tmp_path)
     another = {"head": "another", "dtype": "bfloat16", "train_head": False}
     append_rows(tmp_path / "speed.csv", [another])
-    done = CliRunner().invoke(app, ["figure", "--results", str(tmp_path)])
-    assert done.exit_code == 2 and "speed" in done.output and "--save" in done.output
+    said = refused("figure", "--results", tmp_path)
+    assert "speed" in said and "--save" in said
 
 
-def test_a_wrong_head_or_dtype_is_named():
-    for wrong in (["--head", "gpt-9"], ["--dtype", "int8"]):
-        done = CliRunner().invoke(app, ["speed", *wrong])
-        assert done.exit_code == 2 and wrong[1] in done.output
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        *(("speed", ["--head", "gpt-9"]), ("speed", ["--dtype", "int8"])),
+        *(("longcontext", ["--way", "theirs"]), ("longcontext", ["--allocator", "jemalloc"])),
+        ("longcontext", ["--save", "--parts"]),
+    ],
+)
+def test_unknown_names_are_refused(command, options):
+    assert options[1] in refused(command, *options)
+
+
+@pytest.mark.parametrize("command", ["compile", "sass", "execute"])
+def test_an_interpreting_process_is_told_so(command, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET" in refused(command)
 
 
 def test_rows_are_added_and_columns_too(tmp_path):
@@ -139,10 +141,6 @@ def test_growth_fits_and_draws(monkeypatch, tmp_path):
 
 def test_traffic_counts_in_a_process_of_its_own():
     """Where nothing has imported triton yet, the command itself must switch the interpreter on."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "bench", "traffic", "--vocab", "500", "--ids", "3", "--json"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    said = run_apart("-m", "bench", "traffic", "--vocab", 500, "--ids", 3, "--json")
+    rows = json.loads(said)
     assert rows[0]["op"] == "ours, logits path" and rows[0]["bytes"] > 4 * 500

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from bench_runs import run_apart
 
 pytest.importorskip("triton", reason="an optional dependency outside Linux")
 from bench.compiled import sass
 from bench.compiled.amdgcn import Instruction, amdgcn_of, amdgcn_per_logit, loops_of
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("triton.backends.nvidia") is None
     or importlib.util.find_spec("triton.backends.amd") is None,
@@ -93,12 +89,8 @@ def test_the_bound_is_the_slowest() -> None:
 @needs_compiler
 def test_the_command_counts_ours_and_liger_s(tmp_path) -> None:
     """In a process of its own, whose kernels are not interpreted."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench", "execute", "--small", "--target", "sm_90"]
-    more = ["--json", "--save", "--results", str(tmp_path)]
-    done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = json.loads(done.stdout)
+    more = ["--json", "--save", "--results", tmp_path]
+    rows = json.loads(run_apart("-m", "bench", "execute", "--small", "--target", "sm_90", *more))
     assert [row["kernel"] for row in rows[:1]] == ["ours"] and "kernel" in (
         tmp_path / "execute.csv"
     ).read_text()
@@ -112,7 +104,3 @@ def test_the_command_counts_ours_and_liger_s(tmp_path) -> None:
     if importlib.util.find_spec("liger_kernel") is not None:
         liger = rows[1]
         assert 6.0 <= liger["moved"] < 6.1  # bfloat16: two reads and a write
-
-    env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr

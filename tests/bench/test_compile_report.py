@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_runs import run_apart
 
 pytest.importorskip("triton", reason="an optional dependency outside Linux")
 pytest.importorskip("triton.backends.nvidia", reason="this Triton compiles for no NVIDIA GPU")
@@ -18,21 +15,11 @@ from bench.compiled import compile_report
 from bench.compiled.compile_report import every_variant, report, sample, summary
 from bench.compiled.compiling import TARGETS, Variant
 
-ROOT = Path(__file__).parents[2]
 CODE = {
-    "seconds": 0.5,
-    "shared": 32,
-    "registers": 40,
-    "spills": {"STACK": 0, "LOCAL": 0},
-    "num_warps": 8,
-    "num_ctas": 1,
-    "block": 4096,
-    "on_chip": False,
-    "row_loads": 64,
-    "row_stores": 32,
-    "wide_loads": 64,
-    "wide_stores": 32,
-}
+    "seconds": 0.5, "shared": 32, "registers": 40, "spills": {"STACK": 0, "LOCAL": 0},
+    "num_warps": 8, "num_ctas": 1, "block": 4096, "on_chip": False,
+    "row_loads": 64, "row_stores": 32, "wide_loads": 64, "wide_stores": 32,
+}  # fmt: skip
 LINEAR = Variant("linear", "bfloat16", 128256, 64, "mse", False, "sm_90")
 
 
@@ -136,19 +123,7 @@ def test_the_command(spills: int, code: int, tmp_path) -> None:
         "from bench.__main__ import app\n"
         f"app(['compile', '--json', '--save', '--results', {str(tmp_path)!r}])\n"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=ROOT
-    )
-    assert run.returncode == code, run.stderr[-3000:]
-    first, *runs = json.loads(run.stdout)
+    first, *runs = json.loads(run_apart("-c", program, code=code))
     assert first["spilt"] is bool(spills) and first["registers"] > 0 and first["triton"]
     assert {row["status"] for row in runs} == {"counted"} and not any(row["bad"] for row in runs)
     assert (tmp_path / "compile.csv").read_text().count("\n") == 2 + len(runs)
-
-
-def test_an_interpreting_process_is_told_so() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench", "compile"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert run.returncode == 2 and "TRITON_INTERPRET" in run.stderr

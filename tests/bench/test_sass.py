@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_runs import run_apart
 
 pytest.importorskip("triton", reason="an optional dependency outside Linux")
 pytest.importorskip("triton.backends.nvidia", reason="this Triton compiles for no NVIDIA GPU")
 from bench.compiled import sass
 
-ROOT = Path(__file__).parents[2]
 SASS = """
 \t.headerflags\t@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][0x28] ;  /* 0x00000a00ff017b82 */
@@ -32,10 +29,15 @@ SASS = """
 """
 
 
+def print_code(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let cuobjdump print this."""
+    done = subprocess.CompletedProcess([], 0, stdout=text)
+    monkeypatch.setattr(sass.subprocess, "run", lambda *args, **kwargs: done)
+
+
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.CompletedProcess([], 0, stdout=SASS)
-    monkeypatch.setattr(sass.subprocess, "run", lambda *args, **kwargs: done)
+    print_code(SASS, monkeypatch)
 
 
 def test_a_loop_is_what_a_branch_goes_back_over(listed: None) -> None:
@@ -53,25 +55,19 @@ def test_all_the_code_ends_where_it_ends(listed: None) -> None:
 def test_the_first_user_of_a_shuffled_number(monkeypatch: pytest.MonkeyPatch) -> None:
     text = SASS.replace("LDG.E.U16 R8, desc[UR4][R2.64]", "SHFL.BFLY PT, R5, R4, 0x10, 0x1f")
     text = text.replace("MUFU.EX2 R4, R4", "FADD R4, R4, -R5")
-    done = subprocess.CompletedProcess([], 0, stdout=text)
-    monkeypatch.setattr(sass.subprocess, "run", lambda *args, **kwargs: done)
+    print_code(text, monkeypatch)
     assert sass.shuffled(b"") == {"FADD": 1}
 
 
 def test_another_form_of_listing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.CompletedProcess([], 0, stdout="nothing known")
-    monkeypatch.setattr(sass.subprocess, "run", lambda *args, **kwargs: done)
+    print_code("nothing known", monkeypatch)
     with pytest.raises(ValueError, match="its form has changed"):
         sass.loops(b"")
 
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, dict[str, Any]]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench", "sass", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return {row["what"]: row for row in json.loads(run.stdout)}
+    return {row["what"]: row for row in json.loads(run_apart("-m", "bench", "sass", "--json"))}
 
 
 def test_each_case_has_its_passes(counted: dict[str, dict[str, Any]]) -> None:
@@ -101,10 +97,3 @@ def test_no_logit_costs_more_than_it_did(name, most, counted: dict[str, dict[str
     if "Liger, cross-entropy, bf16" in counted and name == "bf16":
         liger = counted["Liger, cross-entropy, bf16"]["instructions"]
         assert counted["ours, bf16"]["instructions"] <= 0.75 * liger
-
-
-def test_an_interpreting_process_is_told_so() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "bench", "sass"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
-    assert run.returncode == 2 and "TRITON_INTERPRET" in run.stderr
