@@ -316,6 +316,22 @@ def cap(raw: Tensor, options: Mapping[str, Any]) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def with_masked_vocabulary(
+    case: Case, rng: torch.Generator, share: float, block: int = 4096
+) -> tuple[Case, Tensor]:
+    """Mask a share of the logits by -inf, and of two rows the whole first block of a kernel.
+
+    Returns the case, and where it is masked: at no safety id and at no target.
+    """
+    logits = case.leaves["logits"].clone()
+    masked = (torch.rand(logits.shape, generator=rng) < share).to(logits.device)
+    masked[:2, :block] = True
+    masked[:, case.ids] = False
+    masked[torch.arange(len(logits)), case.target.clamp(min=0)] = False
+    logits[masked] = -torch.inf
+    return case.with_leaves(logits=logits), masked
+
+
 def pairwise(
     factors: Mapping[str, Sequence[Any]], allowed: Callable[[dict[str, Any]], bool]
 ) -> Iterator[dict[str, Any]]:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import PENALTY_WEIGHT, WEIGHTS, Case, make_case
+from cases import EXTRAS, PENALTY_WEIGHT, WEIGHTS, Case, make_case
 from tolerance import FACTOR, FACTOR_TRUNCATED, Sizes, compare, interpreted, parts_of
 
 from str_kernels.op.contracts import RowOptions, RowStep, RowTerms
 from str_kernels.op.rows.rows_torch import row_step_torch
 
-EVERYTHING = {
-    "transform": "scale+cap",
-    "label_smoothing": 0.1,
-    "z_loss_weight": 0.01,
-    "metrics": True,
-}
+EVERYTHING = {"transform": "scale+cap", **EXTRAS}
 
 
 def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cases import (
     assert_same,
     cap,
     make_case,
+    with_masked_vocabulary,
 )
 from test_penalties import skip_without
 from tolerance import assert_matches_truth
@@ -229,13 +230,7 @@ def test_many_ids(kind: str, backend: str, dtype, rng, device) -> None:
 def test_masked_logits_beside_the_safety_ids(kind: str, backend: str, rng, device) -> None:
     """-inf outside S is legal for every kind: p is 0 there, and so is the gradient."""
     case = make_case(rng, device, kind=kind, vocab=4300, rows=4, z_loss_weight=0.02, metrics=True)
-    logits = case.leaves["logits"].clone()
-    masked = torch.rand(logits.shape, generator=rng).to(device) < 0.5
-    masked[:2, :4096] = True
-    masked[:, case.ids] = False
-    masked[torch.arange(4), case.target.clamp(min=0)] = False
-    logits[masked] = -torch.inf
-    case = case.with_leaves(logits=logits)
+    case, masked = with_masked_vocabulary(case, rng, 0.5)
     result = case.run(backend)
     assert not result.grads["logits"][masked].any()
     assert_matches_truth(case, result, backend)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import pytest
 import torch
-from cases import OF_ROWS, ROW_WEIGHTS, WEIGHTS, Case, Result, make_case, present
+from cases import EXTRAS, OF_ROWS, ROW_WEIGHTS, WEIGHTS, Case, Result, make_case, present
 from tolerance import OutOfTolerance, assert_matches_truth
 
 from str_kernels import SafetyLoss, SafetyPenalty, safety_linear_cross_entropy
@@ -32,20 +33,24 @@ def test_gradcheck(backend, path, transform, reduction, rng, device) -> None:
     assert torch.autograd.gradcheck(*case.as_function(backend))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_eager_has_a_second_derivative(path: str, rng, device) -> None:
-    case = small(rng, device, path, transform="cap", dtype=torch.float64)
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_eager_has_a_second_derivative(path: str, reduction: str, rng, device) -> None:
+    sizes = {"rows": 3, "vocab": 7, "ids": 2, "dim": 2, "rank": 1, "dtype": torch.float64}
+    options = {"transform": "cap", "reduction": reduction, **sizes, **WEIGHTS}
+    case = make_case(rng, device, path=path, **options)
     assert torch.autograd.gradgradcheck(*case.as_function("eager"))
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("beside", [False, True])
-def test_ours_refuses_a_second_derivative(backend, path, beside, rng, device) -> None:
+def test_ours_refuses_a_second_derivative(backend, path, reduction, beside, rng, device) -> None:
     """Of a gradient penalty beside another loss, too: its part must not be left out in silence."""
-    loss, leaves = small(rng, device, path).as_function(backend)
+    loss, leaves = small(rng, device, path, reduction=reduction).as_function(backend)
     with pytest.raises(RuntimeError):
-        first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        first = torch.autograd.grad(loss(*leaves).sum(), leaves, create_graph=True)
         (first[0].square().sum() + beside * sum(x.sum() for x in leaves)).backward()
 
 
@@ -67,12 +72,13 @@ def test_upstream_gradient(backend: str, path: str, upstream: float, rng, device
     assert_matches_truth(case, case.run(backend), backend)
 
 
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
-def test_only_the_loss_has_a_gradient(backend: str, path: str, rng, device) -> None:
-    case = small(rng, device, path)
-    terms = case.with_options(metrics=True).loss(case.live_leaves(), backend)
-    assert [x.requires_grad for x in present(terms)] == [True] + [False] * 5
+@pytest.mark.parametrize("backend", ["eager", *OURS])
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_the_loss_has_a_gradient(backend, path, reduction, rng, device) -> None:
+    case = small(rng, device, path, reduction=reduction, **EXTRAS)
+    terms = case.loss(case.live_leaves(), backend)
+    assert [x.requires_grad for x in terms] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -107,14 +113,23 @@ def test_without_grad_the_row_step_is_not_asked_for_one(
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize(
-    "frozen",
+    ("path", "reduction", "frozen"),
     [
-        *(["linear_weight", "linear_bias"], ["hidden"], ["hidden", "linear_weight"]),
-        *(["linear_bias"], ["hidden", "linear_bias"]),
+        ("linear+bias", "mean", ["linear_weight", "linear_bias"]),
+        ("linear+bias", "mean", ["hidden"]),
+        ("linear+bias", "mean", ["hidden", "linear_weight"]),
+        ("linear+bias", "mean", ["linear_bias"]),
+        ("linear+bias", "mean", ["hidden", "linear_bias"]),
+        ("linear+lora", "none", ["linear_weight"]),
+        ("linear+lora", "none", ["hidden"]),
+        ("linear+lora", "none", ["low_rank_t"]),
+        ("linear+lora", "none", ["low_rank_b", "linear_weight"]),
     ],
 )
-def test_frozen_leaves_get_nothing_and_the_others_all(backend, frozen, rng, device) -> None:
-    case = small(rng, device, "linear+bias").changed(frozen=frozenset(frozen))
+def test_frozen_leaves_get_nothing_and_the_others_all(
+    backend, path, reduction, frozen, rng, device
+) -> None:
+    case = small(rng, device, path, reduction=reduction).changed(frozen=frozenset(frozen))
     result = case.run(backend)
     assert {name for name, grad in result.grads.items() if grad is None} == set(frozen)
     assert_matches_truth(case, result, backend)

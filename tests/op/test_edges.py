@@ -6,7 +6,17 @@ import sys
 
 import pytest
 import torch
-from cases import PATHS, ROW_WEIGHTS, WEIGHTS, Result, assert_same, detached, make_case, present
+from cases import (
+    PATHS,
+    ROW_WEIGHTS,
+    WEIGHTS,
+    Result,
+    assert_same,
+    detached,
+    make_case,
+    present,
+    with_masked_vocabulary,
+)
 from tolerance import assert_matches_truth
 
 from str_kernels import SafetyPenalty, safety_cross_entropy
@@ -109,15 +119,8 @@ NEARLY_FLAT = 2.0**-20
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_masked_vocabulary(backend: str, softcap: float | None, rng, device) -> None:
     """-inf logits are legal; a whole first block of them too, where the running maximum is -inf."""
-    vocab, first = 9001, 4096  # the Triton block
-    case = make_case(rng, device, rows=5, vocab=vocab, transform="cap" if softcap else "none")
-    logits = case.leaves["logits"].clone()
-    masked = torch.rand(logits.shape, generator=rng).to(device) < 0.3
-    masked[:2, :first] = True
-    masked[:, case.ids] = False
-    masked[torch.arange(5), case.target.clamp(min=0)] = False
-    logits[masked] = -torch.inf
-    case = case.with_leaves(logits=logits)
+    case = make_case(rng, device, rows=5, vocab=9001, transform="cap" if softcap else "none")
+    case, masked = with_masked_vocabulary(case, rng, 0.3)
     result = case.run(backend)
     flat = NEARLY_FLAT if softcap else 0.0
     assert bool((result.grads["logits"][masked].abs() <= flat).all())

@@ -107,30 +107,6 @@ def test_backward_twice(backend: str, path: str, rng, device) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
-def test_a_second_derivative_raises(backend: str, path: str, rng, device) -> None:
-    loss_of, inputs = none_case(rng, device, path).as_function(backend)
-    loss = loss_of(*inputs)
-    with pytest.raises(RuntimeError):
-        first = torch.autograd.grad(loss, inputs, torch.ones_like(loss), create_graph=True)
-        (first[0].square().sum() + sum(x.sum() for x in inputs)).backward()
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_eager_has_a_second_derivative(path: str, rng, device) -> None:
-    case = none_case(rng, device, path, rows=3, vocab=7, ids=2, dim=2, rank=1, dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(*case.as_function("eager"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("path", PATHS)
-def test_only_the_loss_has_a_gradient(backend: str, path: str, rng, device) -> None:
-    case = none_case(rng, device, path, **EXTRAS)
-    terms = case.loss(case.live_leaves(), backend)
-    assert [x.requires_grad for x in terms] == [True] + [False] * 5
-
-
 # What must not underflow on its way, and what must not overflow: each chunk's logits gradient is
 # float16 before the product with the head.
 
@@ -210,18 +186,6 @@ def test_inplace(backend: str, rng, device) -> None:
     terms = case.with_options(inplace=True).loss({"logits": leaf * 1.0}, backend)
     terms.loss.backward(case.cotangent(terms.loss))
     assert torch.equal(leaf.grad, wanted)
-
-
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize(
-    "frozen",
-    [["linear_weight"], ["hidden"], ["low_rank_t"], ["low_rank_b", "linear_weight"]],
-)
-def test_frozen_leaves(backend: str, frozen: list[str], rng, device) -> None:
-    case = none_case(rng, device, "linear+lora").changed(frozen=frozenset(frozen))
-    result = case.run(backend)
-    assert {name for name, grad in result.grads.items() if grad is None} == set(frozen)
-    assert_matches_truth(case, result, backend)
 
 
 def test_the_recomputation_sees_the_operands_of_autocast(rng, device) -> None:

@@ -54,7 +54,8 @@ def test_accumulation_equals_one_batch(where: str, split: int, seed: int) -> Non
     model = moved(seed)
     batch = batch_of(seed, rows=4, length=12)  # uneven labels: 2 + row of them are masked
     items = int((batch["labels"][:, 1:] != -100).sum())
-    options = ON_ROWS if "rows" in where else {"positions": "none"}
+    alone = {"penalty": SafetyPenalty(WEIGHT, "coarse_kl"), "positions": "none"}
+    options = ON_ROWS if "rows" in where else alone
     if "anchors" in where:
         options = {**options, "anchors": anchors_of(seed)}
     whole = attached_step(model, batch, **options)

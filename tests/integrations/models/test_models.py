@@ -9,8 +9,16 @@ import pytest
 import torch
 from adapters import ADAPTERS, assert_exact, build, move
 from loss_checks import ON_ROWS, TOKENS, Step, assert_close, gradients, moved, step_of
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import CONFIGS, VOCAB, batch_of, checkpoint, tiny_model
+from peft import PeftModel
+from tiny_models import (
+    CONFIGS,
+    VOCAB,
+    batch_of,
+    checkpoint,
+    fresh_lora,
+    quantised_llama,
+    tiny_model,
+)
 from tiny_rows import Rows, arguments_of, trained, trainer_of
 from torch import nn
 from transformers import (
@@ -276,34 +284,13 @@ def test_the_model_on_two_devices_is_met_at_its_head(seed: int) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("head", ["plain", "quantised"])
 def test_quantised_bodies(kind: str, head: str, seed: int, tmp_path: Any) -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is of the extra 'dev', and for Linux")
     if (kind, head) == ("int8", "quantised"):
         pytest.skip("int8 keeps the head as it is unless told, and is then no different from nf4")
-    from transformers import BitsAndBytesConfig, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if kind == "nf4":
-        options = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+    options: dict[str, Any] = {"load_in_4bit" if kind == "nf4" else "load_in_8bit": True}
     if head == "quantised":
         options["llm_int8_skip_modules"] = ["model.norm"]
-
-    def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path,
-            quantization_config=BitsAndBytesConfig(**options),
-            device_map={"": "cpu"},
-            dtype=torch.float32,
-        )
-
-    model = get_peft_model(
-        load(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    ).train()
+    load = quantised_llama(tmp_path, seed, 256, **options)
+    model = fresh_lora(load()).train()
     move(model, seed)
     path: Any = "linear"
     if head == "quantised":
