@@ -181,7 +181,6 @@ def growth(
 
     sizes = {k: tuple(s // 16 for s in v[:2]) for k, v in SIZES.items()} if small else SIZES
     rows = measure(sizes, rounds, options.device_here())
-    draw(rows, figure)
     units = {"bytes": 1e6, "ms": 1}
     options.publish(
         rows,
@@ -197,6 +196,7 @@ def growth(
         shown=[row | {"shown": row["value"] / units[row["unit"]]} for row in rows],
         note=f" Figure: {figure}",
     )
+    draw(rows, figure)
 
 
 @app.command()
@@ -211,7 +211,6 @@ def trainers(
     from .steps.trainers import TRAINERS, draw, measure
 
     rows = measure(steps)
-    draw(rows, figure)
     last = []
     for trainer in TRAINERS:
         mine = [row for row in rows if row["trainer"] == trainer]
@@ -230,6 +229,7 @@ def trainers(
         shown=last,
         note=f" Figure: {figure}",
     )
+    draw(rows, figure)
 
 
 @app.command()

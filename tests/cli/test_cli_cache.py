@@ -103,13 +103,20 @@ def test_info_says_what_is_saved(made):
     timings.write_text(before)
 
 
-@pytest.mark.parametrize("options", [("--backend", "cuda"), ("--path", "x")])
-def test_what_is_seen_with_the_model_is_one_line_too(made, options):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--backend", "cuda"), "`--backend` must be one of"),
+        (("--path", "x"), "`--path` must be one of"),
+        (("--safety-tokens", "absent.json"), "absent.json"),
+    ],
+)
+def test_what_is_seen_with_the_model_is_one_line_too(made, options, message):
     """The other mistakes are in test_cli_errors."""
     folder, _ = made
     result = build(folder, *options, output="new")
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert f"`{options[0]}` must be one of" in result.output
+    assert message in result.output
     assert not (folder / "new").exists()
 
 

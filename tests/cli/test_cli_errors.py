@@ -65,7 +65,6 @@ def one_line(result: Any) -> str:
         ([*CACHED, "--kind", "l1"], "`--kind` must be one of mse"),
         ([*CACHED, "--dtype", "int8"], "`--dtype` must be one of float32"),
         ([*CACHED, "--model-dtype", "int8"], "`--model-dtype` must be one of auto"),
-        ([*CACHED, "--safety-tokens", "absent.json"], "`--safety-tokens`: "),
         ([*CACHED, "--anchors", "nofile"], "`--anchors` must be one of harmful_train"),
         ([*CACHED, "--positions", "some"], "`--positions` must be"),
         ([*CACHED, "--chat-template-kwargs", "{"], "`--chat-template-kwargs` must be a JSON"),
