@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..child import give_back, peak_of, run_in_child
 from ..inputs import draw_inputs
 from ..steps.heads import HeadShape
 from ..steps.providers import ALL_OPTIONS, bare_products, providers
+from .process import give_back, peak_of, run_in_child
 
 FLOOR = "bare products"
 

@@ -26,10 +26,10 @@ from str_kernels.integrations.figures import (
 )
 from str_kernels.loss_memory import available_bytes
 
-from ..child import ChildFailed, run_in_child
 from ..results import Row, origin
 from ..steps.timing import quartiles, ratio_quartiles
 from .longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS
+from .process import ChildFailed, run_in_child
 
 TOKENS = (2048, 8192)
 _LEFT_FREE = 1 << 30  # bytes: for everything else on the machine

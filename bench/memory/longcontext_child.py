@@ -21,7 +21,7 @@ from str_kernels.integrations.reference_cache.reading import cache_model
 from str_kernels.op.chunks import is_out_of_memory
 from str_kernels.reference_cache.reader import CachedReference
 
-from ..child import give_back, peak_of
+from .process import give_back, peak_of
 
 OWN, BY_HAND, TRL = "own loss", "naive STR", "TRL's chunked loss"
 LIVE, CACHED, ANCHORS = "ours, live", "ours, cached", "ours, anchors only"

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from str_kernels.integrations.plan.planner import Plan, PlanOptions, plan_of, read_config
 
-from ..child import run_in_child
 from ..results import Row, origin
+from .process import run_in_child
 
 TOKENS = (256, 512, 1024, 2048)
 OTHERS_AT = 512

@@ -16,7 +16,7 @@ from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.plan.losses import loss_by_hand
 from str_kernels.integrations.plan.step_memory import checkpoint_layers
 
-from ..child import peak_of
+from .process import peak_of
 
 _STATUS = Path("/proc/self/status")
 

@@ -11,7 +11,7 @@ from str_kernels.integrations.anchors.prompts import AnchorRow
 from str_kernels.integrations.models.loss_paths import HeadPath
 from str_kernels.integrations.models.references import AdaptersOff
 
-from ..child import give_back, peak_of, run_in_child
+from ..memory.process import give_back, peak_of, run_in_child
 from ..results import Row, origin
 from .builtin import lora_model
 from .timing import Step, all_rounds, milliseconds, ratio_quartiles

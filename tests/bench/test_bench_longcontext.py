@@ -10,8 +10,7 @@ import pytest
 import torch
 from bench_runs import PNG, run
 
-from bench import child
-from bench.memory import longcontext, longcontext_plan, memory_parts
+from bench.memory import longcontext, longcontext_plan, memory_parts, process
 from bench.memory.longcontext_child import (
     ANCHORS,
     BY_HAND,
@@ -117,7 +116,7 @@ def test_every_way_makes_the_loss_that_it_says(tmp_path):
 
 def test_a_child_that_was_killed_says_so(monkeypatch):
     done = subprocess.CompletedProcess([], -9, "", "some warning")
-    monkeypatch.setattr(child.subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(process.subprocess, "run", lambda *_, **__: done)
     assert longcontext._in_child({"who": OWN}, {}) == {"status": "killed by SIGKILL"}
 
 

@@ -1,7 +1,7 @@
 """A job in a process of its own: a CPU process keeps what it freed.
 
-`python -m bench.child bench.memory.child '{"provider": "eager", ...}'` calls that module's `main`
-with the job and prints what it returns, as JSON.
+`python -m bench.memory.process bench.memory.child '{"provider": "eager", ...}'` calls that
+module's `main` with the job and prints what it returns, as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from str_kernels.loss_memory import measure_peak
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 
 class ChildFailed(RuntimeError):
@@ -40,7 +40,7 @@ def run_in_child(
         ChildFailed: of `what`, a RuntimeError.
     """
     text = json.dumps({**job, "threads": torch.get_num_threads()})
-    command = [sys.executable, "-m", "bench.child", module, text]
+    command = [sys.executable, "-m", "bench.memory.process", module, text]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=_ROOT, env=environment
     )
