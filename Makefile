@@ -65,7 +65,7 @@ ptx: ## the kernels' PTX executed, all codes and every test marked gpu; goes on 
 
 support: ## docs/support.md, from what sweep, compat and the tests hold
 	@$(READY) dev
-	PYTHONPATH=.:tests $(RUN) tests/integrations/pages/support.py
+	PYTHONPATH=.:tests:tests/integrations $(RUN) tests/integrations/pages/support.py
 
 docs: ## the documentation, as pages to open in build/site (ARGS: options of mkdocs build)
 	@$(READY) dev

@@ -31,6 +31,13 @@ ID_WEIGHTS = 3  # id weights are drawn from [0, 2), one in this many is exactly 
 KINDS: tuple[str, ...] = get_args(PenaltyKind)
 ON_LOG_PROBS = ("logprob", "coarse_kl")
 PATHS = ["logits", "linear", "linear+bias", "linear+lora"]
+DTYPES = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16},
+    **{"fp16": torch.float16, "fp64": torch.float64},
+}
+ROW_WEIGHTS = {"safety_rows": "weights", "ce_rows": "weights"}
+WEIGHTS: dict[str, Any] = {**ROW_WEIGHTS, "id_weights": True}
+EXTRAS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss_weight": 0.02, "metrics": True}
 # Leaves of which row n belongs to row n of the batch.
 OF_ROWS = ("logits", "hidden", "low_rank_t")
 
@@ -39,6 +46,15 @@ OF_ROWS = ("logits", "hidden", "low_rank_t")
 class Result:
     terms: SafetyLoss
     grads: dict[str, Tensor | None]
+
+
+def assert_same(got: Result, wanted: Result) -> None:
+    """Compare terms and gradients in every bit; a gradient of wider dtype with the rounded one."""
+    for mine, term in zip(present(got.terms), present(wanted.terms), strict=True):
+        assert torch.equal(mine, term)
+    for name, grad in wanted.grads.items():
+        mine_grad = got.grads[name]
+        assert torch.equal(mine_grad, grad.to(mine_grad.dtype)), name
 
 
 def detached(terms: SafetyLoss) -> SafetyLoss:
@@ -132,6 +148,15 @@ class Case:
                 **options,
             )
         return safety_cross_entropy(leaves["logits"], self.target, self.ids, self.ref, **options)
+
+    def as_function(self, backend: str) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        """Return the loss as a function of its leaves, and the leaves, as gradcheck takes them."""
+        names = list(self.leaves)
+
+        def loss(*leaves: Tensor) -> Tensor:
+            return self.loss(dict(zip(names, leaves, strict=True)), backend).loss
+
+        return loss, tuple(self.live_leaves().values())
 
     @staticmethod
     def low_rank_of(leaves: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -289,6 +314,22 @@ def cap(raw: Tensor, options: Mapping[str, Any]) -> Tensor:
     z = raw * options["logit_scale"]
     softcap = options["softcap"]
     return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def with_masked_vocabulary(
+    case: Case, rng: torch.Generator, share: float, block: int = 4096
+) -> tuple[Case, Tensor]:
+    """Mask a share of the logits by -inf, and of two rows the whole first block of a kernel.
+
+    Returns the case, and where it is masked: at no safety id and at no target.
+    """
+    logits = case.leaves["logits"].clone()
+    masked = (torch.rand(logits.shape, generator=rng) < share).to(logits.device)
+    masked[:2, :block] = True
+    masked[:, case.ids] = False
+    masked[torch.arange(len(logits)), case.target.clamp(min=0)] = False
+    logits[masked] = -torch.inf
+    return case.with_leaves(logits=logits), masked
 
 
 def pairwise(

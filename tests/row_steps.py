@@ -5,18 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import PENALTY_WEIGHT, Case, make_case
+from cases import EXTRAS, PENALTY_WEIGHT, WEIGHTS, Case, make_case
 from tolerance import FACTOR, FACTOR_TRUNCATED, Sizes, compare, interpreted, parts_of
 
 from str_kernels.op.contracts import RowOptions, RowStep, RowTerms
 from str_kernels.op.rows.rows_torch import row_step_torch
 
-EVERYTHING = {
-    "transform": "scale+cap",
-    "label_smoothing": 0.1,
-    "z_loss_weight": 0.01,
-    "metrics": True,
-}
+EVERYTHING = {"transform": "scale+cap", **EXTRAS}
 
 
 def arguments(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -56,8 +51,7 @@ def scales(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def row_case(rng, device, vocab: int = 4200, **options) -> Case:
-    weights = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
-    case = make_case(rng, device, rows=5, vocab=vocab, ids=20, **weights, **options)
+    case = make_case(rng, device, rows=5, vocab=vocab, ids=20, **WEIGHTS, **options)
     case.target[3] = -100
     return case
 

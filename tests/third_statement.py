@@ -1,6 +1,6 @@
 """The definition once more, row by row, beside eager and torch's cross_entropy.
 
-The rule in `tolerance` takes the rows' errors from it; two test files hold eager to it.
+The rule in `tolerance` takes the rows' errors from it; test_penalties holds eager to it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Rows(NamedTuple):
 def row_terms(case: Case) -> Rows:
     """Return each row's terms, in the case's dtype.
 
-    A third statement of the definition, beside eager and torch's cross_entropy; see test_ops. It
-    imports nothing of the package, and takes from torch what torch has.
+    A third statement of the definition, beside eager and the row steps. It imports nothing of the
+    package, and takes from torch what torch has.
     """
     options = case.options
     wide = torch.promote_types(case.dtype, torch.float32)

@@ -88,19 +88,8 @@ def test_json_and_given_tokens(model, data, tmp_path):
     chosen = SafetyTokens.from_templates(chat_tokenizer(), ["sorry I can not"])
     chosen.save(tmp_path / "tokens.json")
     output = tmp_path / "run"
-    result = run(
-        "finetune",
-        model,
-        data,
-        "--output",
-        output,
-        "--json",
-        *SMALL,
-        "--safety-tokens",
-        tmp_path / "tokens.json",
-        "--positions",
-        "2",
-    )
+    given = ("--safety-tokens", tmp_path / "tokens.json", "--positions", "2", "--json", *SMALL)
+    result = run("finetune", model, data, "--output", output, *given)
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     assert printed["safety_tokens"]["count"] == len(chosen)
@@ -144,16 +133,8 @@ def test_a_broken_row_stops_before_anything_is_loaded(tmp_path):
 
 
 def test_a_foreign_tokenizer_and_a_missing_model(model, data, tmp_path):
-    foreign = {
-        "schema_version": 1,
-        "source": "x",
-        "vocab_size": 9,
-        "tokenizer_hash": "0" * 64,
-        "ids": [3],
-        "id_weights": None,
-        "pieces": ["x"],
-    }
-    (tmp_path / "foreign.json").write_text(json.dumps(foreign))
+    foreign = SafetyTokens(ids=[3], vocab_size=9, tokenizer_hash="0" * 64, pieces=["x"])
+    foreign.save(tmp_path / "foreign.json")
     result = run("finetune", model, data, "--safety-tokens", tmp_path / "foreign.json", *SMALL)
     assert result.exit_code == 2 and "instead of 9" in result.output
     result = run("finetune", tmp_path / "nowhere", data, *SMALL, "--output", tmp_path / "run")
@@ -195,7 +176,14 @@ def test_doctor_sees_a_nan_in_any_of_what_it_compares(place, monkeypatch):
     assert found["triton"].status == "ok"
 
 
-@pytest.mark.parametrize("command", ["finetune", "demo", "study", "doctor"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("finetune", "demo", "study", "doctor", "plan", "export", "eval run", "eval report"),
+        *("cache build", "cache verify", "cache info"),
+        *("tokens build", "tokens show", "tokens compare"),
+    ],
+)
 def test_every_command_has_help_and_json(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0 and "--json" in result.output

@@ -15,14 +15,13 @@ from typing import Any
 
 import peft
 import torch
+from loss_checks import IDS, ON_ROWS, TOKENS, WEIGHT
 from peft import get_peft_model
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import attach
 
-IDS = [5, 9, 77, 130]
-WEIGHT = 0.3
 VIRTUAL = 3  # tokens of prompt learning
 LOSS_BOUND, GRADIENT_BOUND = 2e-5, 1e-3
 
@@ -233,9 +232,7 @@ def errors(
         return loss
 
     wanted_loss, wanted = _step(model, naive)
-    with attach(
-        model, SafetyTokens(ids=IDS), penalty=SafetyPenalty(WEIGHT), **options, positions="response"
-    ) as handle:
+    with attach(model, TOKENS, **ON_ROWS, **options) as handle:
         got_loss, got = _step(model, lambda: model(**batch).loss)
         assert handle.last is not None and float(handle.last.penalty) > 0.0  # there is a drift
     assert wanted and got.keys() == wanted.keys()
@@ -245,6 +242,11 @@ def errors(
         for name, grad in wanted.items()
     )
     return abs(got_loss / wanted_loss - 1), worst
+
+
+def assert_exact(model: Any, pristine: Any, batch: dict[str, Any], **options: Any) -> None:
+    loss, gradient = errors(model, pristine, batch, **options)
+    assert loss <= LOSS_BOUND and gradient <= GRADIENT_BOUND, (loss, gradient)
 
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:

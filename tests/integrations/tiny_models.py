@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -87,6 +89,31 @@ def with_lora(model: Any, seed: int, **options: Any) -> Any:
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
     return peft_model
+
+
+def quantised_llama(folder: Path, seed: int, inner: int, **options: Any) -> Callable[[], Any]:
+    """Save a model of sizes that bitsandbytes packs; return what loads it, with its options."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is of the extra 'dev', and for Linux")
+    from transformers import BitsAndBytesConfig
+
+    sizes = {**_SMALL, "hidden_size": 128, "intermediate_size": inner}
+    torch.manual_seed(seed)
+    Auto.from_config(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(folder)
+    if options.get("load_in_4bit"):
+        options["bnb_4bit_compute_dtype"] = torch.float32
+
+    def load() -> Any:
+        config = BitsAndBytesConfig(**options)
+        place: dict[str, Any] = {"device_map": {"": "cpu"}, "dtype": torch.float32}
+        return Auto.from_pretrained(folder, quantization_config=config, **place)
+
+    return load
+
+
+def checkpoint(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on."""
+    enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)(options or None)  # its name before 5.20
 
 
 def batch_of(seed: int, rows: int = 3, length: int = 11) -> dict[str, Tensor]:

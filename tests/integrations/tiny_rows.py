@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tiny_models import VOCAB, fresh_lora, tiny_model
 from torch.utils.data import Dataset
@@ -49,31 +51,41 @@ class Padding:
         }
 
 
+def arguments_of(folder: Any, **options: Any) -> TrainingArguments:
+    """Each step is logged, to nobody, and nothing is saved."""
+    quiet: dict[str, Any] = {
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "remove_unused_columns": False,
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**quiet, **options})
+
+
+def trainer_of(model: Any, arguments: Any, rows: Any = None, **options: Any) -> SafetyTrainer:
+    """Make a trainer of the penalty on the rows, for rows of ids."""
+    defaults = {
+        "safety_tokens": TOKENS,
+        "penalty": SafetyPenalty(0.3),
+        "positions": "response",
+        "data_collator": lambda rows: Padding().pad(rows),
+    }
+    return SafetyTrainer(model, arguments, train_dataset=rows, **{**defaults, **options})
+
+
+def log_of(trainer: Any) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def trained(seed, folder, batch_size, accumulation, steps=3, **options):
     model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
-    arguments = TrainingArguments(
-        output_dir=str(folder),
+    arguments = arguments_of(
+        folder,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
         seed=11,
         **options,
     )
-    trainer = SafetyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Rows(seed, 64),
-        data_collator=lambda rows: Padding().pad(rows),
-        safety_tokens=TOKENS,
-        penalty=SafetyPenalty(0.3),
-        positions="response",
-    )
+    trainer = trainer_of(model, arguments, Rows(seed, 64))
     trainer.train()
-    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, log_of(trainer)

@@ -11,7 +11,7 @@ import importlib.util
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import Case, make_case
+from cases import PATHS, WEIGHTS, Case, make_case
 
 from str_kernels import SafetyPenalty, safety_cross_entropy
 from str_kernels.op import autograd, functional
@@ -24,15 +24,13 @@ NEEDS_EXPECTTEST = pytest.mark.skipif(
     importlib.util.find_spec("expecttest") is None, reason="torch.library.opcheck needs expecttest"
 )
 OURS = ["torch", "triton"]
-PATHS = ["logits", "linear", "linear+bias", "linear+lora"]
 HEAD_PARTS = ("hidden", "linear_weight", "linear_bias", "low_rank_t", "low_rank_b")
 
 
 def everything(rng, device, path: str = "linear+bias", **options) -> Case:
-    weights = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
     terms = {"kind": "logprob", "label_smoothing": 0.1, "z_loss_weight": 0.01, "metrics": True}
     sizes = {"rows": 6, "vocab": 37, "ids": 3, "dim": 8}
-    return make_case(rng, device, path=path, **{**sizes, **weights, **terms, **options})
+    return make_case(rng, device, path=path, **{**sizes, **WEIGHTS, **terms, **options})
 
 
 def op_arguments(case: Case, backend: str, monkeypatch) -> tuple:
@@ -81,26 +79,18 @@ def test_opcheck_of_the_linear_op(
 
 @NEEDS_EXPECTTEST
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy_inplace_backward"])
-def test_opcheck_of_the_logits_ops(backend, name, rng, device, monkeypatch) -> None:
+@pytest.mark.parametrize("suffix", ["", "_inplace_backward", "_grad", "_grad_"])
+def test_opcheck_of_the_logits_ops(backend, suffix, rng, device, monkeypatch) -> None:
     case = everything(rng, device, "logits")
     rest = op_arguments(case, backend, monkeypatch)
-    logits = case.leaves["logits"].clone().requires_grad_()
-    op = getattr(torch.ops.str_kernels, name).default
+    logits = case.leaves["logits"].clone()
+    if suffix.startswith("_grad"):
+        *_, norm = torch.ops.str_kernels.cross_entropy(logits, *rest)
+        rest = (*rest, norm, torch.tensor(1.5, device=device))
+    else:
+        logits.requires_grad_()
+    op = getattr(torch.ops.str_kernels, f"cross_entropy{suffix}").default
     assert set(torch.library.opcheck(op, (logits, *rest)).values()) == {"SUCCESS"}
-
-
-@NEEDS_EXPECTTEST
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("name", ["cross_entropy_grad", "cross_entropy_grad_"])
-def test_opcheck_of_the_gradient_ops(backend, name, rng, device, monkeypatch) -> None:
-    case = everything(rng, device, "logits")
-    rest = op_arguments(case, backend, monkeypatch)
-    *_, norm = torch.ops.str_kernels.cross_entropy(case.leaves["logits"], *rest)
-    upstream = torch.tensor(1.5, device=device)
-    op = getattr(torch.ops.str_kernels, name).default
-    arguments = (case.leaves["logits"].clone(), *rest, norm, upstream)
-    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
 def compiled(case: Case, backend: str, **options):

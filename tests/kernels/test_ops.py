@@ -1,4 +1,4 @@
-"""Both functions against float64 eager, over every pair of options, and eager against torch.
+"""Both functions against float64 eager, over every pair of options, and a loss by hand.
 
 Sizes, and why these:
 - vocabulary 1 (softmax of one), 509 (one block of 512, ragged, prime: no vector load divides it),
@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_case, pairwise
-from third_statement import row_terms
+from cases import DTYPES, Case, make_case, pairwise
 from tolerance import assert_matches_truth, assert_terms_match, compare, parts_of
 
 from str_kernels import SafetyPenalty, safety_cross_entropy, safety_linear_cross_entropy
@@ -29,12 +28,6 @@ pytestmark = pytest.mark.gpu
 
 ROWS = {"torch": 70, "triton": 7}
 CHUNK_ROWS = {"torch": 16, "triton": 3}
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 RUNS = [f"{b}-{d}" for b in ROWS for d in DTYPES if (b, d) != ("triton", "fp64")]
 OPTIONS: dict[str, list[Any]] = {
     "path": ["logits", "linear", "linear+bias"],
@@ -100,48 +93,6 @@ def test_every_pair_that_can_occur_does() -> None:
         assert missing <= (impossible | {(1, 0)}), (a, b, missing)
 
 
-@pytest.mark.parametrize("path", ["logits", "linear+bias"])
-@pytest.mark.parametrize("transform", ["none", "scale+cap"])
-@pytest.mark.parametrize("ids", [0, 7])
-def test_eager_is_torch_cross_entropy_plus_the_penalty(path, transform, ids, rng, device) -> None:
-    """The truth is itself held against torch's own functions and the formula, in float64."""
-    case = make_case(
-        rng,
-        device,
-        path=path,
-        dtype=torch.float64,
-        ids=ids,
-        transform=transform,
-        safety_rows="weights",
-        ce_rows="weights",
-        id_weights=True,
-    )
-    got = case.run("eager")
-    leaves = case.live_leaves()
-    u = leaves["logits"] if path == "logits" else torch.nn.functional.linear(*leaves.values())
-    scale, softcap = case.options["logit_scale"], case.options["softcap"]
-    z = u * scale if softcap is None else softcap * torch.tanh(u * scale / softcap)
-    per_row = torch.nn.functional.cross_entropy(z, case.target, reduction="none")
-    ce = (case.options["ce_row_weight"] * per_row).sum() / (case.target != -100).sum()
-    w, a = case.options["safety_row_weight"].double(), case.options["penalty"].id_weights
-    penalty = torch.zeros((), dtype=torch.float64, device=device)
-    if ids:
-        squares = torch.nn.functional.mse_loss(z[:, case.ids], case.ref.double(), reduction="none")
-        penalty = (w * (squares * a).mean(1)).sum() / w.sum()
-    loss = ce + case.options["penalty"].weight * penalty
-    loss.backward(torch.full_like(loss, case.upstream))
-    close = {"rtol": 1e-12, "atol": 1e-14}
-    torch.testing.assert_close(got.terms.loss, loss.detach(), **close)
-    torch.testing.assert_close(got.terms.ce, ce.detach(), **close)
-    torch.testing.assert_close(got.terms.penalty, penalty.detach(), **close)
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(got.grads[name], leaf.grad, **close)
-    # and the rows that the tolerance is made of add up to the same
-    rows = row_terms(case)
-    torch.testing.assert_close((rows.penalty * w).sum() / w.sum(), penalty.detach(), **close)
-    torch.testing.assert_close(rows.ce, per_row.detach(), **close)
-
-
 @pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
 def test_a_loss_worked_out_by_hand(backend: str, device) -> None:
     # Two rows of p = (1/2, 1/4, 1/4); targets 0 and 2: ce = ln 2 and ln 4.
@@ -204,16 +155,10 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere(device, monkeypatch) -> Non
 @pytest.mark.parametrize(("smoothing", "zeta"), [(0.1, 0.0), (0.0, 0.03), (0.3, 0.03), (0.99, 1.0)])
 def test_smoothing_and_z_loss(backend, path, smoothing, zeta, rng, device) -> None:
     double = backend != "triton"
-    case = make_case(
-        rng,
-        device,
-        path=path,
-        dtype=torch.float64 if double else torch.float32,
-        vocab=301 if double else 4103,  # past one Triton block
-        ce_rows="weights",
-        label_smoothing=smoothing,
-        z_loss_weight=zeta,
-    )
+    options = {"ce_rows": "weights", "label_smoothing": smoothing, "z_loss_weight": zeta}
+    options["dtype"] = torch.float64 if double else torch.float32
+    options["vocab"] = 301 if double else 4103  # past one Triton block
+    case = make_case(rng, device, path=path, **options)
     case = case.changed(ids=None, ref=None)
     got = case.run(backend)
     exact = case.in_dtype(torch.float64)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KINDS, PATHS, make_case, pairwise
+from cases import DTYPES, EXTRAS, KINDS, PATHS, WEIGHTS, make_case, pairwise
 from third_statement import row_terms
 from tolerance import OutOfTolerance, assert_matches_truth, row_weights
 
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.gpu
 
 BACKENDS = ["eager", "torch", "triton"]
 OURS = ["torch", "triton"]
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 # Twice float32: smoothing and z-loss are too small to be seen behind a rounding to 16 bits.
 RUNS = [f"{b}-{d}" for b in OURS for d in DTYPES if (b, d) != ("triton", "fp64")]
 OPTIONS: dict[str, list[Any]] = {
@@ -49,7 +43,6 @@ OPTIONS: dict[str, list[Any]] = {
     "pack_rows": [None, True, False],
 }
 COMBINATIONS = list(pairwise(OPTIONS, lambda row: True))
-EXTRAS = {"label_smoothing": 0.1, "z_loss_weight": 0.02, "metrics": True}
 
 
 def skip_without(backend: str, device: torch.device) -> None:
@@ -74,8 +67,7 @@ def test_every_pair_of_options(options: dict[str, Any], rng, device) -> None:
 def test_every_kind_in_float32_with_everything_on(kind, path, backend, rng, device) -> None:
     """The full product where it is judged most sharply."""
     skip_without(backend, device)
-    weights = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
-    case = make_case(rng, device, kind=kind, path=path, transform="cap", **weights, **EXTRAS)
+    case = make_case(rng, device, kind=kind, path=path, transform="cap", **WEIGHTS, **EXTRAS)
     assert_matches_truth(case, case.run(backend), backend)
 
 
@@ -95,20 +87,13 @@ def test_every_kind_compiled(path, extras, rng, device, clean_memory) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", ["logits", "linear+bias", "linear+lora"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_eager_is_the_third_statement(kind, path, reduction, rng, device) -> None:
+@pytest.mark.parametrize(("transform", "ids", "more"), [("scale+cap", 5, EXTRAS), ("none", 0, {})])
+def test_eager_is_the_third_statement(
+    kind, path, reduction, transform, ids, more, rng, device
+) -> None:
     """The truth against formulas made of torch's own losses and autograd, in float64."""
-    weights = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
-    case = make_case(
-        rng,
-        device,
-        kind=kind,
-        path=path,
-        dtype=torch.float64,
-        transform="scale+cap",
-        reduction=reduction,
-        **weights,
-        **EXTRAS,
-    )
+    options = {"dtype": torch.float64, "transform": transform, "reduction": reduction, "ids": ids}
+    case = make_case(rng, device, kind=kind, path=path, **options, **WEIGHTS, **more)
     got = case.run("eager")
     leaves = case.live_leaves()
     rows = row_terms(case.changed(leaves=leaves))
@@ -133,31 +118,10 @@ def test_eager_is_the_third_statement(kind, path, reduction, rng, device) -> Non
     ("path", "reduction"), [("logits", "none"), ("linear+lora", "none"), ("linear+bias", "mean")]
 )
 def test_gradcheck(kind, backend, path, reduction, rng, device) -> None:
-    case = make_case(
-        rng,
-        device,
-        path=path,
-        kind=kind,
-        reduction=reduction,
-        dtype=torch.float64,
-        rows=4,
-        vocab=9,
-        ids=3,
-        dim=3,
-        rank=2,
-        transform="scale+cap",
-        safety_rows="weights",
-        ce_rows="weights",
-        id_weights=True,
-        label_smoothing=0.2,
-        z_loss_weight=0.3,
-    )
-    names = list(case.leaves)
-
-    def loss(*leaves: torch.Tensor) -> torch.Tensor:
-        return case.loss(dict(zip(names, leaves, strict=True)), backend).loss
-
-    assert torch.autograd.gradcheck(loss, tuple(case.live_leaves().values()))
+    sizes = {"rows": 4, "vocab": 9, "ids": 3, "dim": 3, "rank": 2, "dtype": torch.float64}
+    options = {"transform": "scale+cap", "label_smoothing": 0.2, "z_loss_weight": 0.3, **WEIGHTS}
+    case = make_case(rng, device, path=path, kind=kind, reduction=reduction, **sizes, **options)
+    assert torch.autograd.gradcheck(*case.as_function(backend))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +133,7 @@ def test_an_option_off_by_a_thousandth_is_noticed(name, path, rng, device) -> No
     kind = {"temperature": "subset_kl", "delta": "huber"}.get(name, "mse")
     case = make_case(rng, device, path=path, kind=kind, id_weights=True, **EXTRAS)
     penalty, options = case.options["penalty"], {}
-    if name in ("label_smoothing", "z_loss_weight"):
+    if name in case.options:
         options[name] = case.options[name] * 1.001
     else:
         given = {**vars(penalty), name: getattr(penalty, name) * 1.001}

@@ -6,8 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DELTA, KINDS, ON_LOG_PROBS, PATHS, TEMPERATURE, Case, make_case
-from test_penalties import EXTRAS, skip_without
+from cases import (
+    DELTA,
+    EXTRAS,
+    KINDS,
+    ON_LOG_PROBS,
+    PATHS,
+    ROW_WEIGHTS,
+    TEMPERATURE,
+    Case,
+    assert_same,
+    cap,
+    make_case,
+    with_masked_vocabulary,
+)
+from test_penalties import skip_without
 from tolerance import assert_matches_truth
 
 from str_kernels import SafetyPenalty, project, safety_cross_entropy, safety_log_probs
@@ -56,15 +69,9 @@ def test_huber_at_its_corner(backend: str, device) -> None:
     logits[0, :5] = 1.0
     logits.requires_grad_()
     ids = torch.arange(5, device=device)
-    terms = safety_cross_entropy(
-        logits,
-        torch.full((1,), -100, device=device),
-        ids,
-        1.0 - d,
-        penalty=SafetyPenalty(weight=1.0, kind="huber", delta=delta),
-        safety_row_weight=torch.ones(1, device=device),
-        backend=backend,
-    )
+    ignored, one = torch.full((1,), -100, device=device), torch.ones(1, device=device)
+    options = {"penalty": SafetyPenalty(1.0, "huber", delta=delta), "backend": backend}
+    terms = safety_cross_entropy(logits, ignored, ids, 1.0 - d, safety_row_weight=one, **options)
     terms.loss.backward()
     wanted = torch.nn.functional.huber_loss(d.double(), torch.zeros_like(d).double(), delta=delta)
     assert float(terms.penalty) == pytest.approx(float(wanted), rel=1e-6)
@@ -78,14 +85,9 @@ def test_huber_of_a_far_token_is_finite(backend: str, device) -> None:
     """1e30 squared is inf in float32; its Huber loss is not."""
     logits = torch.tensor([[0.0, 1.0, 1e30]], device=device).neg().requires_grad_()
     ids = torch.tensor([2], device=device)
-    terms = safety_cross_entropy(
-        logits,
-        torch.zeros(1, dtype=torch.int64, device=device),
-        ids,
-        torch.zeros(1, device=device),
-        penalty=SafetyPenalty(weight=1.0, kind="huber", delta=2.0),
-        backend=backend,
-    )
+    target, ref = torch.zeros_like(ids), torch.zeros(1, device=device)
+    penalty = SafetyPenalty(1.0, "huber", delta=2.0)
+    terms = safety_cross_entropy(logits, target, ids, ref, penalty=penalty, backend=backend)
     terms.loss.backward()
     assert float(terms.penalty) == pytest.approx(2e30, rel=1e-6)
     assert float(logits.grad[0, 2]) == pytest.approx(-2.0, rel=1e-6)
@@ -228,13 +230,7 @@ def test_many_ids(kind: str, backend: str, dtype, rng, device) -> None:
 def test_masked_logits_beside_the_safety_ids(kind: str, backend: str, rng, device) -> None:
     """-inf outside S is legal for every kind: p is 0 there, and so is the gradient."""
     case = make_case(rng, device, kind=kind, vocab=4300, rows=4, z_loss_weight=0.02, metrics=True)
-    logits = case.leaves["logits"].clone()
-    masked = torch.rand(logits.shape, generator=rng).to(device) < 0.5
-    masked[:2, :4096] = True
-    masked[:, case.ids] = False
-    masked[torch.arange(4), case.target.clamp(min=0)] = False
-    logits[masked] = -torch.inf
-    case = case.with_leaves(logits=logits)
+    case, masked = with_masked_vocabulary(case, rng, 0.5)
     result = case.run(backend)
     assert not result.grads["logits"][masked].any()
     assert_matches_truth(case, result, backend)
@@ -293,7 +289,7 @@ def test_every_column_is_a_safety_id(kind: str, backend: str, rng, device) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_do_not_take_part_leak_nothing(kind, backend, rng, device) -> None:
-    case = make_case(rng, device, kind=kind, safety_rows="weights", ce_rows="weights", **EXTRAS)
+    case = make_case(rng, device, kind=kind, **ROW_WEIGHTS, **EXTRAS)
     for name in ("safety_row_weight", "ce_row_weight"):
         case.options[name][3:6] = 0.0
     clean = case.run(backend)
@@ -301,8 +297,7 @@ def test_rows_that_do_not_take_part_leak_nothing(kind, backend, rng, device) -> 
     for row, poison in ((3, torch.nan), (4, torch.inf), (5, -torch.inf)):
         logits[row] = ref[row] = poison
     spoilt = case.with_leaves(logits=logits).changed(ref=ref).run(backend)
-    assert list(map(float, spoilt.terms)) == list(map(float, clean.terms))
-    assert torch.equal(spoilt.grads["logits"], clean.grads["logits"])
+    assert_same(spoilt, clean)
     assert not spoilt.grads["logits"][3:6].any()
 
 
@@ -310,7 +305,7 @@ def test_rows_that_do_not_take_part_leak_nothing(kind, backend, rng, device) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_loss_of_a_row_is_masked_by_its_own_weight(kind, backend, rng, device) -> None:
     """A reference that is NaN where the penalty is off, a row with a penalty alone, and none."""
-    case = make_case(rng, device, kind=kind, safety_rows="weights", ce_rows="weights", **EXTRAS)
+    case = make_case(rng, device, kind=kind, **ROW_WEIGHTS, **EXTRAS)
     case.options["safety_row_weight"][3:5] = 0.0
     case.options["ce_row_weight"][3:6] = torch.tensor([0.7, 0.0, 0.0])
     case.options["safety_row_weight"][5] = 0.4
@@ -318,9 +313,7 @@ def test_each_loss_of_a_row_is_masked_by_its_own_weight(kind, backend, rng, devi
     assert_matches_truth(case, clean, backend)
     ref = case.ref.clone()
     ref[3:5] = torch.nan
-    spoilt = case.changed(ref=ref).run(backend)
-    assert list(map(float, spoilt.terms)) == list(map(float, clean.terms))
-    assert torch.equal(spoilt.grads["logits"], clean.grads["logits"])
+    assert_same(case.changed(ref=ref).run(backend), clean)
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -351,23 +344,14 @@ def test_safety_log_probs(backend: str, path: str, transform: str, rng, device) 
     case = make_case(rng, device, path=path, transform=transform, vocab=301, rows=9)
     options = {name: case.options[name] for name in ("logit_scale", "softcap")}
     leaves = case.live_leaves()
+    head = {"linear_bias": leaves.get("linear_bias"), **case.low_rank_of(leaves)}
+    given = (leaves["hidden"], leaves["linear_weight"], case.ids)
 
     def run(**more: Any) -> torch.Tensor:
-        return safety_log_probs(
-            leaves["hidden"],
-            leaves["linear_weight"],
-            case.ids,
-            linear_bias=leaves.get("linear_bias"),
-            backend=backend,
-            **case.low_rank_of(leaves),
-            **options,
-            **more,
-        )
+        return safety_log_probs(*given, backend=backend, **head, **options, **more)
 
     got = run()
-    u = case.in_dtype(torch.float64).raw_logits() * options["logit_scale"]
-    t = options["softcap"]
-    z = u if t is None else t * torch.tanh(u / t)
+    z = cap(case.in_dtype(torch.float64).raw_logits(), options)
     wanted = z.log_softmax(1)[:, case.ids]
     torch.testing.assert_close(got.double(), wanted, rtol=2e-6, atol=2e-6)
     assert got.dtype == torch.float32 and not got.requires_grad

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import pytest
 import torch
-from cases import OF_ROWS, Case, Result, make_case, present
+from cases import EXTRAS, OF_ROWS, ROW_WEIGHTS, WEIGHTS, Case, Result, make_case, present
 from tolerance import OutOfTolerance, assert_matches_truth
 
 from str_kernels import SafetyLoss, SafetyPenalty, safety_linear_cross_entropy
@@ -19,10 +20,8 @@ PATHS = ["logits", "linear+bias"]
 
 
 def small(rng, device, path: str, **options) -> Case:
-    everything = {"safety_rows": "weights", "ce_rows": "weights", "id_weights": True}
-    return make_case(
-        rng, device, path=path, rows=5, vocab=11, ids=3, dim=4, **everything, **options
-    )
+    sizes = {"rows": 5, "vocab": 11, "ids": 3, "dim": 4}
+    return make_case(rng, device, path=path, **sizes, **WEIGHTS, **options)
 
 
 @pytest.mark.parametrize("backend", ["eager", "torch"])
@@ -31,56 +30,37 @@ def small(rng, device, path: str, **options) -> Case:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradcheck(backend, path, transform, reduction, rng, device) -> None:
     case = small(rng, device, path, transform=transform, dtype=torch.float64, reduction=reduction)
-    names = list(case.leaves)
-
-    def loss(*leaves: torch.Tensor) -> torch.Tensor:
-        return case.loss(dict(zip(names, leaves, strict=True)), backend).loss
-
-    assert torch.autograd.gradcheck(loss, tuple(case.live_leaves().values()))
+    assert torch.autograd.gradcheck(*case.as_function(backend))
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_eager_has_a_second_derivative(path: str, rng, device) -> None:
-    case = small(rng, device, path, transform="cap", dtype=torch.float64)
-    names = list(case.leaves)
-
-    def loss(*leaves: torch.Tensor) -> torch.Tensor:
-        return case.loss(dict(zip(names, leaves, strict=True)), "eager").loss
-
-    assert torch.autograd.gradgradcheck(loss, tuple(case.live_leaves().values()))
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_eager_has_a_second_derivative(path: str, reduction: str, rng, device) -> None:
+    sizes = {"rows": 3, "vocab": 7, "ids": 2, "dim": 2, "rank": 1, "dtype": torch.float64}
+    options = {"transform": "cap", "reduction": reduction, **sizes, **WEIGHTS}
+    case = make_case(rng, device, path=path, **options)
+    assert torch.autograd.gradgradcheck(*case.as_function("eager"))
 
 
 @pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
-def test_ours_refuses_a_second_derivative(backend: str, path: str, rng, device) -> None:
-    case = small(rng, device, path)
-    leaves = case.live_leaves()
-    loss = case.loss(leaves, backend).loss
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_ours_refuses_a_second_derivative(backend, path, reduction, beside, rng, device) -> None:
+    """Of a gradient penalty beside another loss, too: its part must not be left out in silence."""
+    loss, leaves = small(rng, device, path, reduction=reduction).as_function(backend)
     with pytest.raises(RuntimeError):
-        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        torch.autograd.grad(first[0].square().sum(), list(leaves.values()))
-
-
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
-def test_a_second_derivative_is_never_dropped_in_silence(backend, path, rng, device) -> None:
-    """A gradient penalty beside another loss: leaving its part out would be a wrong gradient."""
-    case = small(rng, device, path)
-    leaves = case.live_leaves()
-    loss = case.loss(leaves, backend).loss
-    with pytest.raises(RuntimeError):
-        first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        (first[0].square().sum() + sum(x.sum() for x in leaves.values())).backward()
+        first = torch.autograd.grad(loss(*leaves).sum(), leaves, create_graph=True)
+        (first[0].square().sum() + beside * sum(x.sum() for x in leaves)).backward()
 
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("path", PATHS)
 def test_backward_twice_gives_the_same_twice(backend: str, path: str, rng, device) -> None:
-    case = small(rng, device, path)
-    leaves = case.live_leaves()
-    loss = case.loss(leaves, backend).loss
-    first = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
-    second = torch.autograd.grad(loss, list(leaves.values()))
+    loss_of, leaves = small(rng, device, path).as_function(backend)
+    loss = loss_of(*leaves)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) and a.any() for a, b in zip(first, second, strict=True))
 
 
@@ -92,12 +72,13 @@ def test_upstream_gradient(backend: str, path: str, upstream: float, rng, device
     assert_matches_truth(case, case.run(backend), backend)
 
 
-@pytest.mark.parametrize("backend", OURS)
-@pytest.mark.parametrize("path", PATHS)
-def test_only_the_loss_has_a_gradient(backend: str, path: str, rng, device) -> None:
-    case = small(rng, device, path)
-    terms = case.with_options(metrics=True).loss(case.live_leaves(), backend)
-    assert [x.requires_grad for x in present(terms)] == [True] + [False] * 5
+@pytest.mark.parametrize("backend", ["eager", *OURS])
+@pytest.mark.parametrize("path", cases.PATHS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_the_loss_has_a_gradient(backend, path, reduction, rng, device) -> None:
+    case = small(rng, device, path, reduction=reduction, **EXTRAS)
+    terms = case.loss(case.live_leaves(), backend)
+    assert [x.requires_grad for x in terms] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("backend", OURS)
@@ -132,17 +113,23 @@ def test_without_grad_the_row_step_is_not_asked_for_one(
 
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize(
-    "frozen",
+    ("path", "reduction", "frozen"),
     [
-        ["linear_weight", "linear_bias"],
-        ["hidden"],
-        ["hidden", "linear_weight"],
-        ["linear_bias"],
-        ["hidden", "linear_bias"],
+        ("linear+bias", "mean", ["linear_weight", "linear_bias"]),
+        ("linear+bias", "mean", ["hidden"]),
+        ("linear+bias", "mean", ["hidden", "linear_weight"]),
+        ("linear+bias", "mean", ["linear_bias"]),
+        ("linear+bias", "mean", ["hidden", "linear_bias"]),
+        ("linear+lora", "none", ["linear_weight"]),
+        ("linear+lora", "none", ["hidden"]),
+        ("linear+lora", "none", ["low_rank_t"]),
+        ("linear+lora", "none", ["low_rank_b", "linear_weight"]),
     ],
 )
-def test_frozen_leaves_get_nothing_and_the_others_all(backend, frozen, rng, device) -> None:
-    case = small(rng, device, "linear+bias").changed(frozen=frozenset(frozen))
+def test_frozen_leaves_get_nothing_and_the_others_all(
+    backend, path, reduction, frozen, rng, device
+) -> None:
+    case = small(rng, device, path, reduction=reduction).changed(frozen=frozenset(frozen))
     result = case.run(backend)
     assert {name for name, grad in result.grads.items() if grad is None} == set(frozen)
     assert_matches_truth(case, result, backend)
@@ -151,8 +138,7 @@ def test_frozen_leaves_get_nothing_and_the_others_all(backend, frozen, rng, devi
 @pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("path", ["logits", "linear", "linear+bias", "linear+lora"])
 def test_micro_batches_add_up_to_the_batch(backend: str, path: str, rng, device) -> None:
-    weights = {"safety_rows": "weights", "ce_rows": "weights"}
-    case = make_case(rng, device, path=path, rows=11, counts="numbers", **weights)
+    case = make_case(rng, device, path=path, rows=11, counts="numbers", **ROW_WEIGHTS)
     leaves = case.live_leaves()
     parts = []
     for part in (slice(0, 4), slice(4, 8), slice(8, 11)):  # the last one is smaller
@@ -173,25 +159,12 @@ def test_micro_batches_add_up_to_the_batch(backend: str, path: str, rng, device)
 @pytest.mark.parametrize("transform", ["none", "cap"])
 def test_the_chunk_size_does_not_matter(transform: str, rng, device) -> None:
     """In float64, so that nothing but the order of sums is left: relative 1e-12."""
-    case = make_case(
-        rng,
-        device,
-        path="linear+bias",
-        dtype=torch.float64,
-        rows=23,
-        vocab=101,
-        transform=transform,
-    )
+    sizes = {"dtype": torch.float64, "rows": 23, "vocab": 101}
+    case = make_case(rng, device, path="linear+bias", transform=transform, **sizes)
     whole = case.run("torch")
     row_bytes = 112 * 8  # 101 columns padded to 112
-    for chunk_bytes in (
-        row_bytes,
-        2 * row_bytes - 1,
-        5 * row_bytes,
-        22 * row_bytes,
-        23 * row_bytes,
-        1 << 30,
-    ):
+    rows = (1, 5, 22, 23)
+    for chunk_bytes in (2 * row_bytes - 1, 1 << 30, *(n * row_bytes for n in rows)):
         other = case.with_options(chunk_bytes=chunk_bytes).run("torch")
         for mine, wanted in zip(present(other.terms), present(whole.terms), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=0)
@@ -230,9 +203,8 @@ def test_memory_of_the_linear_path(backend, frozen_head, reduction, rng, device)
     """No (N, V) tensor, and no (V, D) one for a frozen head; eager, which has both, is seen to."""
     rows, vocab, dim, chunk = 32, 4096, 16, 4
     frozen = frozenset({"linear_weight"} if frozen_head else ())
-    case = make_case(
-        rng, device, path="linear", rows=rows, vocab=vocab, dim=dim, reduction=reduction
-    )
+    sizes = {"rows": rows, "vocab": vocab, "dim": dim}
+    case = make_case(rng, device, path="linear", reduction=reduction, **sizes)
     case = case.changed(frozen=frozen).with_options(chunk_bytes=chunk * vocab * 4)
     full, head = rows * vocab * 4, vocab * dim * 4
     of_head = 0 if frozen_head else 2 * head  # the sum, and its product with the upstream gradient

@@ -41,155 +41,79 @@ def named(error: pytest.ExceptionInfo) -> str:
     return found[1]
 
 
-# argument that is changed, its bad value, the exception, the argument the message begins with
-BOTH: list[tuple[str, Any, type[Exception], str]] = [
-    ("target", [0, 1, 2, 3], TypeError, "target"),
-    ("target", None, TypeError, "target"),
-    ("target", torch.zeros(3, dtype=torch.int64), ValueError, "target"),
-    ("target", torch.zeros(4, 1, dtype=torch.int64), ValueError, "target"),
-    ("target", torch.zeros(4, dtype=torch.int32), TypeError, "target"),
-    ("target", torch.zeros(4), TypeError, "target"),
-    ("target", torch.zeros(4, dtype=torch.int64, device=META), ValueError, "target"),
-    ("target", torch.tensor([0, 1, 10, 0]), ValueError, "target"),
-    ("target", torch.tensor([0, -1, 1, 0]), ValueError, "target"),
-    ("safety_ids", None, ValueError, "ref_safety_logits"),
-    ("safety_ids", [2, 5, 0], TypeError, "safety_ids"),
-    ("safety_ids", torch.tensor([[2, 5, 0]]), ValueError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5, 0], dtype=torch.int32), TypeError, "safety_ids"),
-    ("safety_ids", torch.tensor([2.0, 5.0, 0.0]), TypeError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5, 0], device=META), ValueError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5, 10]), ValueError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5, -1]), ValueError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5, 2]), ValueError, "safety_ids"),
-    ("safety_ids", torch.tensor([2, 5]), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", None, ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(4, 4), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(3, 3), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(4), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(1, 3), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(4, 3, dtype=torch.int64), TypeError, "ref_safety_logits"),
-    ("ref_safety_logits", torch.zeros(4, 3, device=META), ValueError, "ref_safety_logits"),
-    ("ref_safety_logits", [[0.0] * 3] * 4, ValueError, "ref_safety_logits"),
-    ("penalty", 0.1, TypeError, "penalty"),
-    ("penalty", None, TypeError, "penalty"),
-    ("penalty", SafetyPenalty(id_weights=torch.ones(4)), ValueError, "id_weights"),
-    ("num_items", -1, ValueError, "num_items"),
-    ("num_items", float("nan"), ValueError, "num_items"),
-    ("num_items", float("inf"), ValueError, "num_items"),
-    ("num_items", "4", TypeError, "num_items"),
-    ("num_items", True, TypeError, "num_items"),
-    ("num_items", torch.ones(1), ValueError, "num_items"),
-    ("num_items", torch.ones((), device=META), ValueError, "num_items"),
-    ("num_safety_items", -0.5, ValueError, "num_safety_items"),
-    ("num_safety_items", torch.ones(4), ValueError, "num_safety_items"),
-    ("ignore_index", None, TypeError, "ignore_index"),
-    ("ignore_index", -100.0, TypeError, "ignore_index"),
-    ("ignore_index", True, TypeError, "ignore_index"),
-    ("reduction", "max", ValueError, "reduction"),
-    ("reduction", None, ValueError, "reduction"),
-    ("reduction", ["mean"], ValueError, "reduction"),
-    ("label_smoothing", 1.0, ValueError, "label_smoothing"),
-    ("label_smoothing", 1.5, ValueError, "label_smoothing"),
-    ("label_smoothing", -0.1, ValueError, "label_smoothing"),
-    ("label_smoothing", float("nan"), ValueError, "label_smoothing"),
-    ("label_smoothing", None, TypeError, "label_smoothing"),
-    ("label_smoothing", True, TypeError, "label_smoothing"),
-    ("label_smoothing", torch.tensor(0.1), TypeError, "label_smoothing"),
-    ("z_loss_weight", -1e-4, ValueError, "z_loss_weight"),
-    ("z_loss_weight", float("inf"), ValueError, "z_loss_weight"),
-    ("z_loss_weight", float("nan"), ValueError, "z_loss_weight"),
-    ("z_loss_weight", "1e-4", TypeError, "z_loss_weight"),
-    ("z_loss_weight", True, TypeError, "z_loss_weight"),
-    ("metrics", None, TypeError, "metrics"),
-    ("metrics", 1, TypeError, "metrics"),
-    ("metrics", "accuracy", TypeError, "metrics"),
-    ("logit_scale", None, TypeError, "logit_scale"),
-    ("logit_scale", 0.0, ValueError, "logit_scale"),
-    ("logit_scale", float("nan"), ValueError, "logit_scale"),
-    ("logit_scale", "1", TypeError, "logit_scale"),
-    ("logit_scale", torch.ones(()), TypeError, "logit_scale"),
-    ("softcap", 0.0, ValueError, "softcap"),
-    ("softcap", -30.0, ValueError, "softcap"),
-    ("softcap", float("inf"), ValueError, "softcap"),
-    ("softcap", True, TypeError, "softcap"),
-    ("backend", "cuda", ValueError, "backend"),
-    ("backend", None, ValueError, "backend"),
-    *[
-        (name, value, error, name)
-        for name in ("safety_row_weight", "ce_row_weight")
-        for value, error in [
-            (torch.ones(3), ValueError),
-            (torch.ones(4, 1), ValueError),
-            (torch.ones((), dtype=torch.float32), ValueError),
-            (torch.ones(4, dtype=torch.int64), TypeError),
-            (torch.ones(4, dtype=torch.bool), TypeError),
-            (torch.ones(4, device=META), ValueError),
-            (1.0, TypeError),
-        ]
-    ],
+zeros, ones, tensor = torch.zeros, torch.ones, torch.tensor
+
+
+def bad(argument: str, error: type[Exception], *values: Any, named: str = "") -> list[Any]:
+    """Return rows of argument, bad value, exception, and the argument that the message names."""
+    return [(argument, value, error, named or argument) for value in values]
+
+
+WRONG_SHAPES = (ones(3), ones(4, 1), ones(()), ones(4).to(META))
+WRONG_WEIGHTS = (ones(4).to(torch.int64), ones(4).to(torch.bool), 1.0)
+BOTH = [
+    *bad("target", TypeError, [0, 1, 2, 3], None, zeros(4).to(torch.int32), zeros(4)),
+    *bad("target", ValueError, zeros(3).to(torch.int64), zeros(4, 1).to(torch.int64)),
+    *bad("target", ValueError, zeros(4, dtype=torch.int64).to(META), tensor([0, 1, 10, 0])),
+    *bad("target", ValueError, tensor([0, -1, 1, 0])),
+    *bad("safety_ids", ValueError, None, tensor([2, 5]), named="ref_safety_logits"),
+    *bad("safety_ids", TypeError, [2, 5, 0], tensor([2, 5, 0]).to(torch.int32)),
+    *bad("safety_ids", TypeError, tensor([2.0, 5.0, 0.0])),
+    *bad("safety_ids", ValueError, tensor([[2, 5, 0]]), tensor([2, 5, 0]).to(META)),
+    *bad("safety_ids", ValueError, tensor([2, 5, 10]), tensor([2, 5, -1]), tensor([2, 5, 2])),
+    *bad("ref_safety_logits", ValueError, None, zeros(4, 4), zeros(3, 3), zeros(4), zeros(1, 3)),
+    *bad("ref_safety_logits", ValueError, zeros(4, 3).to(META), [[0.0] * 3] * 4),
+    *bad("ref_safety_logits", TypeError, zeros(4, 3).to(torch.int64)),
+    *bad("penalty", TypeError, 0.1, None),
+    *bad("penalty", ValueError, SafetyPenalty(id_weights=ones(4)), named="id_weights"),
+    *bad("num_items", ValueError, -1, float("nan"), float("inf"), ones(1), ones(()).to(META)),
+    *bad("num_items", TypeError, "4", True),
+    *bad("num_safety_items", ValueError, -0.5, ones(4)),
+    *bad("ignore_index", TypeError, None, -100.0, True),
+    *bad("reduction", ValueError, "max", None, ["mean"]),
+    *bad("label_smoothing", ValueError, 1.0, 1.5, -0.1, float("nan")),
+    *bad("label_smoothing", TypeError, None, True, tensor(0.1)),
+    *bad("z_loss_weight", ValueError, -1e-4, float("inf"), float("nan")),
+    *bad("z_loss_weight", TypeError, "1e-4", True),
+    *bad("metrics", TypeError, None, 1, "accuracy"),
+    *bad("logit_scale", TypeError, None, "1", ones(())),
+    *bad("logit_scale", ValueError, 0.0, float("nan")),
+    *bad("softcap", ValueError, 0.0, -30.0, float("inf")),
+    *bad("softcap", TypeError, True),
+    *bad("backend", ValueError, "cuda", None),
+    *bad("safety_row_weight", ValueError, *WRONG_SHAPES),
+    *bad("safety_row_weight", TypeError, *WRONG_WEIGHTS),
+    *bad("ce_row_weight", ValueError, *WRONG_SHAPES),
+    *bad("ce_row_weight", TypeError, *WRONG_WEIGHTS),
 ]
-LOGITS: list[tuple[str, Any, type[Exception], str]] = [
-    ("logits", None, TypeError, "logits"),
-    ("logits", torch.zeros(2, 2, 10), ValueError, "logits"),
-    ("logits", torch.zeros(10), ValueError, "logits"),
-    ("logits", torch.zeros(4, 10, dtype=torch.int64), TypeError, "logits"),
-    ("logits", torch.zeros(4, 10, dtype=torch.complex64), TypeError, "logits"),
-    ("logits", torch.zeros(5, 10), ValueError, "target"),
-    ("logits", torch.zeros(4, 10, device=META), ValueError, "target"),
-    ("inplace", None, TypeError, "inplace"),
-    ("inplace", 1, TypeError, "inplace"),
+LOGITS = [
+    *bad("logits", TypeError, None, zeros(4, 10).to(torch.int64), zeros(4, 10).to(torch.complex64)),
+    *bad("logits", ValueError, zeros(2, 2, 10), zeros(10)),
+    *bad("logits", ValueError, zeros(5, 10), zeros(4, 10).to(META), named="target"),
+    *bad("inplace", TypeError, None, 1),
 ]
-LINEAR: list[tuple[str, Any, type[Exception], str]] = [
-    ("hidden", None, TypeError, "hidden"),
-    ("hidden", torch.zeros(2, 2, 6), ValueError, "hidden"),
-    ("hidden", torch.zeros(4, 6, dtype=torch.int64), TypeError, "hidden"),
-    ("hidden", torch.zeros(4, 6, dtype=torch.bfloat16), TypeError, "linear_weight"),
-    ("hidden", torch.zeros(4, 6, device=META), ValueError, "linear_weight"),
-    ("linear_weight", None, TypeError, "linear_weight"),
-    ("linear_weight", torch.zeros(6, 10), ValueError, "linear_weight"),
-    ("linear_weight", torch.zeros(10), ValueError, "linear_weight"),
-    ("linear_weight", torch.zeros(10, 6, dtype=torch.float64), TypeError, "linear_weight"),
-    ("linear_weight", torch.zeros(10, 6, dtype=torch.int8), TypeError, "linear_weight"),
-    ("linear_weight", torch.zeros(10, 6, device=META), ValueError, "linear_weight"),
-    ("linear_bias", 0.0, TypeError, "linear_bias"),
-    ("linear_bias", torch.zeros(6), ValueError, "linear_bias"),
-    ("linear_bias", torch.zeros(10, dtype=torch.bfloat16), TypeError, "linear_bias"),
-    ("linear_bias", torch.zeros(10, dtype=torch.int64), TypeError, "linear_bias"),
-    ("linear_bias", torch.zeros(10, device=META), ValueError, "linear_bias"),
-    ("low_rank", torch.zeros(4, 2), TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2),), TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2),) * 3, TypeError, "low_rank"),
-    ("low_rank", "lora", TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2), None), TypeError, "low_rank"),
-    ("low_rank", (None, None), TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(3, 2), torch.zeros(10, 2)), ValueError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2), torch.zeros(9, 2)), ValueError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2), torch.zeros(2, 10)), ValueError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2), torch.zeros(10, 3)), ValueError, "low_rank"),
-    ("low_rank", (torch.zeros(4), torch.zeros(10)), ValueError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2).bfloat16(), torch.zeros(10, 2)), TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2), torch.zeros(10, 2).double()), TypeError, "low_rank"),
-    ("low_rank", (torch.zeros(4, 2).long(), torch.zeros(10, 2).long()), TypeError, "low_rank"),
-    (
-        "low_rank",
-        (torch.zeros(4, 2, device=META), torch.zeros(10, 2)),
-        ValueError,
-        "low_rank",
-    ),
-    (
-        "low_rank",
-        (torch.zeros(4, 2), torch.zeros(10, 2, device=META)),
-        ValueError,
-        "low_rank",
-    ),
-    ("pack_rows", 1, TypeError, "pack_rows"),
-    ("pack_rows", "auto", TypeError, "pack_rows"),
-    ("chunk_bytes", 63, ValueError, "chunk_bytes"),  # a row of 10 is padded to 16, of 4 bytes
-    ("chunk_bytes", 0, ValueError, "chunk_bytes"),
-    ("chunk_bytes", -1, ValueError, "chunk_bytes"),
-    ("chunk_bytes", True, TypeError, "chunk_bytes"),
-    ("chunk_bytes", 1e9, TypeError, "chunk_bytes"),
-    ("chunk_bytes", "1 GB", TypeError, "chunk_bytes"),
+LINEAR = [
+    *bad("hidden", TypeError, None, zeros(4, 6).to(torch.int64)),
+    *bad("hidden", ValueError, zeros(2, 2, 6)),
+    *bad("hidden", TypeError, zeros(4, 6).to(torch.bfloat16), named="linear_weight"),
+    *bad("hidden", ValueError, zeros(4, 6).to(META), named="linear_weight"),
+    *bad("linear_weight", TypeError, None, zeros(10, 6).to(torch.float64)),
+    *bad("linear_weight", TypeError, zeros(10, 6).to(torch.int8)),
+    *bad("linear_weight", ValueError, zeros(6, 10), zeros(10), zeros(10, 6).to(META)),
+    *bad("linear_bias", TypeError, 0.0, zeros(10).to(torch.bfloat16), zeros(10).to(torch.int64)),
+    *bad("linear_bias", ValueError, zeros(6), zeros(10).to(META)),
+    *bad("low_rank", TypeError, zeros(4, 2), (zeros(4, 2),), (zeros(4, 2),) * 3, "lora"),
+    *bad("low_rank", TypeError, (zeros(4, 2), None), (None, None)),
+    *bad("low_rank", TypeError, (zeros(4, 2).bfloat16(), zeros(10, 2))),
+    *bad("low_rank", TypeError, (zeros(4, 2), zeros(10, 2).double())),
+    *bad("low_rank", TypeError, (zeros(4, 2).long(), zeros(10, 2).long())),
+    *bad("low_rank", ValueError, (zeros(3, 2), zeros(10, 2)), (zeros(4, 2), zeros(9, 2))),
+    *bad("low_rank", ValueError, (zeros(4, 2), zeros(2, 10)), (zeros(4, 2), zeros(10, 3))),
+    *bad("low_rank", ValueError, (zeros(4), zeros(10)), (zeros(4, 2).to(META), zeros(10, 2))),
+    *bad("low_rank", ValueError, (zeros(4, 2), zeros(10, 2).to(META))),
+    *bad("pack_rows", TypeError, 1, "auto"),
+    *bad("chunk_bytes", ValueError, 63, 0, -1),
+    *bad("chunk_bytes", TypeError, True, 1e9, "1 GB"),
 ]
 CALLS = [
     (function, *row)
@@ -223,16 +147,9 @@ def test_the_good_arguments_are_good(function) -> None:
     terms = function(**good(function))
     assert terms.loss.isfinite()
     legal: list[dict[str, Any]] = [
-        {"num_items": 0},
-        {"num_items": torch.tensor(3)},
-        {"num_safety_items": 0.0},
-        {"softcap": 30},
-        {"logit_scale": 2},
-        {"label_smoothing": 0},
-        {"label_smoothing": 0.999},
-        {"z_loss_weight": 1},
-        {"metrics": True},
-        {"ref_safety_logits": torch.zeros(3)},
+        *({"num_items": 0}, {"num_items": tensor(3)}, {"num_safety_items": 0.0}, {"softcap": 30}),
+        *({"logit_scale": 2}, {"label_smoothing": 0}, {"label_smoothing": 0.999}),
+        *({"z_loss_weight": 1}, {"metrics": True}, {"ref_safety_logits": torch.zeros(3)}),
         {"ref_safety_logits": torch.zeros(4, 3, dtype=torch.float64)},
         {"safety_row_weight": torch.ones(4, dtype=torch.float16)},
         {"ignore_index": 0},
@@ -256,84 +173,80 @@ def test_the_good_arguments_are_good(function) -> None:
             assert function(**good(function), **options).loss.isfinite(), options
 
 
-def test_messages_say_what_was_wrong() -> None:
-    given = good(safety_cross_entropy)
-    with pytest.raises(ValueError, match=r"must have shape \(4,\); got \(3,\)"):
-        safety_cross_entropy(**{**given, "target": torch.zeros(3, dtype=torch.int64)})
-    with pytest.raises(ValueError, match=r"must be in \[0, 10\) or -100 .*; got 10 in row 2"):
-        safety_cross_entropy(**{**given, "target": torch.tensor([0, 1, 10, 11])})
-    with pytest.raises(ValueError, match=r"must be distinct; got \[2\] more than once"):
-        safety_cross_entropy(**{**given, "safety_ids": torch.tensor([2, 5, 2])})
-    with pytest.raises(ValueError, match=r"must have shape \(4, 3\) or \(3,\); got shape \(4, 4\)"):
-        safety_cross_entropy(**{**given, "ref_safety_logits": torch.zeros(4, 4)})
-    with pytest.raises(ValueError, match=r"must be one of auto, triton, .*, eager; got 'cuda'"):
-        safety_cross_entropy(**given, backend="cuda")
-
-
-PENALTIES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"weight": -0.1}, ValueError, "weight"),
-    ({"weight": float("nan")}, ValueError, "weight"),
-    ({"weight": float("inf")}, ValueError, "weight"),
-    ({"weight": "0.1"}, TypeError, "weight"),
-    ({"weight": True}, TypeError, "weight"),
-    ({"weight": None}, TypeError, "weight"),
-    ({"weight": torch.ones(1)}, ValueError, "weight"),
-    ({"weight": torch.ones((), dtype=torch.int64)}, TypeError, "weight"),
-    ({"kind": "MSE"}, ValueError, "kind"),
-    ({"kind": None}, ValueError, "kind"),
-    ({"kind": "kl"}, ValueError, "kind"),
-    ({"kind": ["mse"]}, ValueError, "kind"),
-    *[
-        ({name: value}, error, name)
-        for name in ("temperature", "delta")
-        for value, error in [
-            (0.0, ValueError),
-            (0, ValueError),
-            (-1.0, ValueError),
-            (float("nan"), ValueError),
-            (float("inf"), ValueError),
-            (None, TypeError),
-            ("1", TypeError),
-            (True, TypeError),
-            (torch.ones(()), TypeError),
-        ]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": zeros(3).long()}, r"must have shape \(4,\); got \(3,\)"),
+        (
+            {"target": tensor([0, 1, 10, 11])},
+            r"must be in \[0, 10\) or -100 .*; got 10 in row 2",
+        ),
+        ({"safety_ids": tensor([2, 5, 2])}, r"must be distinct; got \[2\] more than once"),
+        (
+            {"ref_safety_logits": zeros(4, 4)},
+            r"must have shape \(4, 3\) or \(3,\); got shape \(4, 4\)",
+        ),
+        ({"backend": "cuda"}, r"must be one of auto, triton, .*, eager; got 'cuda'"),
+        ({"label_smoothing": 1.0}, r"must be in \[0, 1\); got 1.0"),
+        ({"z_loss_weight": -1.0}, r"must be finite and >= 0; got -1.0"),
+        ({"reduction": "max"}, "must be 'mean', 'sum' or 'none'; got 'max'"),
+        ({"chunk_bytes": 63}, r"must be at least 64.*; got 63"),
+        (
+            {"low_rank": (zeros(4, 2), zeros(10, 3))},
+            r"low_rank.* must have shape \(10, 2\); got \(10, 3\)",
+        ),
     ],
-    ({"id_weights": torch.zeros(3)}, ValueError, "id_weights"),
-    ({"id_weights": [1.0]}, TypeError, "id_weights"),
-    ({"id_weights": torch.ones(3, dtype=torch.int64)}, TypeError, "id_weights"),
-    ({"id_weights": torch.ones(3, 1)}, ValueError, "id_weights"),
-    ({"id_weights": torch.tensor([1.0, -1.0])}, ValueError, "id_weights"),
-    ({"id_weights": torch.tensor([1.0, float("nan")])}, ValueError, "id_weights"),
-    ({"id_weights": torch.tensor([1.0, float("inf")])}, ValueError, "id_weights"),
+    ids=label,
+)
+def test_messages_say_what_was_wrong(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        safety_linear_cross_entropy(**{**good(safety_linear_cross_entropy), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"id_weights": zeros(2)}, "must not all be 0"),
+        ({"kind": "l2"}, "mse, huber, hinge, centered, logprob, subset_kl, coarse_kl; got"),
+    ],
+    ids=label,
+)
+def test_messages_of_a_penalty_say_what_was_wrong(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SafetyPenalty(**options)
+
+
+NUMBERS = (0.0, 0, -1.0, float("nan"), float("inf"))
+PENALTIES = [
+    *bad("weight", ValueError, -0.1, float("nan"), float("inf"), ones(1)),
+    *bad("weight", TypeError, "0.1", True, None, ones(()).to(torch.int64)),
+    *bad("kind", ValueError, "MSE", None, "kl", ["mse"]),
+    *bad("temperature", ValueError, *NUMBERS),
+    *bad("temperature", TypeError, None, "1", True, ones(())),
+    *bad("delta", ValueError, *NUMBERS),
+    *bad("delta", TypeError, None, "1", True, ones(())),
+    *bad("id_weights", ValueError, zeros(3), ones(3, 1), tensor([1.0, -1.0])),
+    *bad("id_weights", ValueError, tensor([1.0, float("nan")]), tensor([1.0, float("inf")])),
+    *bad("id_weights", TypeError, [1.0], ones(3).to(torch.int64)),
 ]
-TOKENS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"ids": None}, TypeError, "ids"),
-    ({"ids": "abc"}, TypeError, "ids"),
-    ({"ids": 1.5}, TypeError, "ids"),
-    ({"ids": [1, 2.0]}, TypeError, "ids"),
-    ({"ids": [1, True]}, TypeError, "ids"),
-    ({"ids": [[1, 2]]}, TypeError, "ids"),
-    ({"ids": torch.tensor([[1, 2]])}, ValueError, "ids"),
-    ({"ids": torch.tensor([1, 2], dtype=torch.int32)}, TypeError, "ids"),
-    ({"ids": [1, -1]}, ValueError, "ids"),
-    ({"ids": [1, 2, 1]}, ValueError, "ids"),
-    ({"ids": [1, 5], "vocab_size": 5}, ValueError, "ids"),
-    ({"ids": [1, 2], "id_weights": [1.0]}, ValueError, "id_weights"),
-    ({"ids": [1, 2], "id_weights": torch.ones(2, 1)}, ValueError, "id_weights"),
-    ({"ids": [1, 2], "id_weights": [1.0, -1.0]}, ValueError, "id_weights"),
-    ({"ids": [1, 2], "id_weights": [1.0, float("nan")]}, ValueError, "id_weights"),
-    ({"ids": [1, 2], "pieces": ("a",)}, ValueError, "pieces"),
+TOKENS = [
+    *bad("ids", TypeError, None, "abc", 1.5, [1, 2.0], [1, True], [[1, 2]]),
+    *bad("ids", TypeError, tensor([1, 2], dtype=torch.int32)),
+    *bad("ids", ValueError, tensor([[1, 2]]), [1, -1], [1, 2, 1], [1, 5]),
+    *bad("id_weights", ValueError, [1.0], ones(2, 1), [1.0, -1.0], [1.0, float("nan")]),
+    *bad("pieces", ValueError, ("a",)),
 ]
 
 
 @pytest.mark.parametrize(
-    ("cls", "options", "error", "name"),
+    ("cls", "option", "value", "error", "name"),
     [(SafetyPenalty, *row) for row in PENALTIES] + [(SafetyTokens, *row) for row in TOKENS],
     ids=label,
 )
-def test_a_bad_option_is_named_when_it_is_made(cls, options, error, name) -> None:
+def test_a_bad_option_is_named_when_it_is_made(cls, option, value, error, name) -> None:
+    good_options = {"ids": [1, 2], "vocab_size": 5} if cls is SafetyTokens else {}
     with pytest.raises(error) as caught:
-        cls(**options)
+        cls(**{**good_options, option: value})
     assert named(caught) == name
 
 
@@ -366,24 +279,3 @@ def test_triton_refuses_float64() -> None:
         safety_cross_entropy(**given, backend="triton")
     assert named(caught) == "backend"
     assert safety_cross_entropy(**given).loss.dtype == torch.float64  # auto finds another
-
-
-def test_messages_of_the_new_options_say_what_was_wrong() -> None:
-    given = good(safety_linear_cross_entropy)
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\); got 1.0"):
-        safety_linear_cross_entropy(**given, label_smoothing=1.0)
-    with pytest.raises(ValueError, match=r"must be finite and >= 0; got -1.0"):
-        safety_linear_cross_entropy(**given, z_loss_weight=-1.0)
-    with pytest.raises(ValueError, match="must be 'mean', 'sum' or 'none'; got 'max'"):
-        safety_linear_cross_entropy(**given, reduction="max")
-    with pytest.raises(ValueError, match=r"must be at least 64.*; got 63"):
-        safety_linear_cross_entropy(**given, chunk_bytes=63)
-    pair = (torch.zeros(4, 2), torch.zeros(10, 3))
-    with pytest.raises(ValueError, match=r"low_rank.* must have shape \(10, 2\); got \(10, 3\)"):
-        safety_linear_cross_entropy(**given, low_rank=pair)
-    with pytest.raises(ValueError, match="must not all be 0"):
-        SafetyPenalty(id_weights=torch.zeros(2))
-    with pytest.raises(
-        ValueError, match="mse, huber, hinge, centered, logprob, subset_kl, coarse_kl; got"
-    ):
-        SafetyPenalty(kind="l2")

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from cases import KINDS, OF_ROWS, PATHS, SEED_VARIABLE, Case, make_case, present
+from cases import DTYPES, KINDS, OF_ROWS, PATHS, SEED_VARIABLE, Case, make_case, present
 from hypothesis import strategies as st
 from tolerance import assert_matches_truth
 
@@ -25,7 +25,7 @@ from str_kernels import (
 CPU = torch.device("cpu")
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "path": st.sampled_from(PATHS),
-    "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    "dtype": st.sampled_from([*DTYPES.values()]),
     "rows": st.integers(0, 9),
     "vocab": st.integers(1, 70),
     "ids": st.none() | st.integers(0, 70),
@@ -137,17 +137,9 @@ def tensors() -> st.SearchStrategy[torch.Tensor]:
     shapes = st.sampled_from(
         [(), (0,), (3,), (4,), (10,), (4, 10), (10, 6), (4, 6), (4, 3), (10, 2), (4, 2), (4, 4, 10)]
     )
-    dtypes = st.sampled_from(
-        [
-            torch.float32,
-            torch.float64,
-            torch.bfloat16,
-            torch.int64,
-            torch.int32,
-            torch.bool,
-            torch.complex64,
-        ]
-    )
+    whole = (torch.int64, torch.int32, torch.bool)
+    wide = (torch.float32, torch.float64, torch.bfloat16, torch.complex64)
+    dtypes = st.sampled_from([*whole, *wide])
 
     def make(shape, dtype, how: str) -> torch.Tensor:
         x = torch.zeros(shape, dtype=dtype)
@@ -191,44 +183,15 @@ def almost(x: Any) -> st.SearchStrategy[Any]:
         return st.tuples(*(almost(part) | st.just(part) for part in x))
     if not isinstance(x, torch.Tensor):
         return ANYTHING
-    others = [
-        x.double(),
-        x.bfloat16(),
-        x.half(),
-        x.to(torch.int32),
-        x.to(torch.float8_e4m3fn),
-        x.to("meta"),
-        x.to_sparse(),
-        x[:-1],
-        x[None],
-        x[..., None],
-        x.t().contiguous().t(),
-        x[:1].expand(x.shape),
-        torch.nn.Parameter(x.double()),
-        x.tolist(),
-        x.numpy(),
-    ]
-    return st.sampled_from(others)
+    of_dtype = (x.double(), x.bfloat16(), x.half(), x.to(torch.int32), x.to(torch.float8_e4m3fn))
+    of_shape = (x[:-1], x[None], x[..., None], x.t().contiguous().t(), x[:1].expand(x.shape))
+    others = (x.to("meta"), x.to_sparse(), torch.nn.Parameter(x.double()), x.tolist(), x.numpy())
+    return st.sampled_from([*of_dtype, *of_shape, *others])
 
 
-SHARED = (
-    "target",
-    "safety_ids",
-    "ref_safety_logits",
-    "penalty",
-    "safety_row_weight",
-    "ce_row_weight",
-    "num_items",
-    "num_safety_items",
-    "ignore_index",
-    "reduction",
-    "label_smoothing",
-    "z_loss_weight",
-    "logit_scale",
-    "softcap",
-    "metrics",
-    "backend",
-)
+SHARED = """target safety_ids ref_safety_logits penalty safety_row_weight ce_row_weight num_items
+    num_safety_items ignore_index reduction label_smoothing z_loss_weight logit_scale softcap
+    metrics backend""".split()
 OF_HEAD = ("hidden", "linear_weight", "linear_bias", "low_rank", "chunk_bytes")
 FUNCTIONS = {
     safety_cross_entropy: ("logits", "inplace", *SHARED),

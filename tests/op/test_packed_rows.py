@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import PATHS, Case, make_case
+from cases import EXTRAS, PATHS, ROW_WEIGHTS, Case, assert_same, make_case
 from tolerance import assert_matches_truth
 
 from str_kernels.op import chunks
@@ -18,9 +18,7 @@ IGNORED = -100
 
 def sparse(rng, device, path: str = "linear+lora", **options) -> Case:
     """Of 12 rows, 4 have a loss: by the target, by the penalty alone, or by both."""
-    case = make_case(
-        rng, device, path=path, rows=12, safety_rows="weights", ce_rows="weights", **options
-    )
+    case = make_case(rng, device, path=path, rows=12, **ROW_WEIGHTS, **options)
     case = case.changed(target=case.target.clamp(min=0))
     case.target[[1, 3, 4, 6, 7, 9, 10]] = IGNORED
     case.options["safety_row_weight"][:] = 0.0
@@ -43,10 +41,7 @@ TAKEN = [0, 2, 4, 8]
 )
 def test_packed_rows_are_the_masked_ones(backend, reduction, kind, path, rng, device) -> None:
     """In the same chunks of one row the very same; in others by the rule."""
-    options = {"label_smoothing": 0.1, "z_loss_weight": 0.02, "metrics": True}
-    vocab = 37
-    case = sparse(rng, device, path, reduction=reduction, kind=kind, vocab=vocab, **options)
-    name = "hidden"
+    case = sparse(rng, device, path, reduction=reduction, kind=kind, vocab=37, **EXTRAS)
     one_row = case.with_options(chunk_bytes=48 * 4)
     for chunked in (one_row, case.with_options(chunk_bytes=3 * 48 * 4), case):
         packed, masked, default = (
@@ -55,7 +50,7 @@ def test_packed_rows_are_the_masked_ones(backend, reduction, kind, path, rng, de
         for result in (packed, masked):
             assert_matches_truth(chunked, result, backend)
             others = [i for i in range(12) if i not in TAKEN]
-            assert not result.grads[name][others].any()
+            assert not result.grads["hidden"][others].any()
         like_default = packed if device.type == "cpu" else masked
         assert torch.equal(default.terms.loss, like_default.terms.loss)
         if chunked is not one_row:
@@ -63,7 +58,7 @@ def test_packed_rows_are_the_masked_ones(backend, reduction, kind, path, rng, de
         for mine, wanted in zip(packed.terms, masked.terms, strict=True):
             if reduction == "none":  # a sum over rows may be ordered otherwise
                 assert torch.equal(mine, wanted)
-        assert torch.equal(packed.grads[name], masked.grads[name])
+        assert torch.equal(packed.grads["hidden"], masked.grads["hidden"])
 
 
 @pytest.mark.parametrize("pack_rows", [True, False])
@@ -92,18 +87,14 @@ def test_only_rows_with_a_loss_are_multiplied(pack_rows, reduction, rng, device,
 def test_dropped_rows_may_hold_anything(backend, pack_rows, reduction, poison, rng, device) -> None:
     case = sparse(rng, device, reduction=reduction, pack_rows=pack_rows)
     clean = case.run(backend)
-    hidden, t, ref = (
-        x.clone() for x in (case.leaves["hidden"], case.leaves["low_rank_t"], case.ref)
-    )
+    leaves = case.leaves
+    hidden, t, ref = (x.clone() for x in (leaves["hidden"], leaves["low_rank_t"], case.ref))
     others = torch.ones(12, dtype=torch.bool, device=device)
     others[TAKEN] = False
-    hidden[others] = poison
-    t[others] = poison
-    ref[others] = poison
+    for x in (hidden, t, ref):
+        x[others] = poison
     spoilt = case.with_leaves(hidden=hidden, low_rank_t=t).changed(ref=ref).run(backend)
-    assert torch.equal(spoilt.terms.loss, clean.terms.loss)
-    for name, grad in clean.grads.items():
-        assert torch.equal(spoilt.grads[name], grad), name
+    assert_same(spoilt, clean)
     assert not spoilt.grads["hidden"][others].any()
     assert not spoilt.grads["low_rank_t"][others].any()
 

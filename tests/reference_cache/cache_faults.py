@@ -21,6 +21,7 @@ from str_kernels.reference_cache.writer import BuildReport, build_reference_cach
 IDS = 5
 # Of lengths 1 to 9, seven rows to a shard: the last shard is not full, batches are ragged.
 ROWS = [[3 + (7 * row + 5 * at) % 97 for at in range(1 + row % 9)] + [row] for row in range(40)]
+SHARDS = [f"shard-{number:05d}.safetensors" for number in range(6)]
 PLAN: dict[str, Any] = {
     "model": "a" * 64,
     "safety_tokens": "b" * 64,

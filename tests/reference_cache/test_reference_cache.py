@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import random
-import shutil
 
 import pytest
 import torch
-from cache_faults import IDS, PLAN, ROWS, build, content_of, read_all, values_of
+from cache_faults import IDS, PLAN, ROWS, SHARDS, build, content_of, read_all, values_of
 from safetensors.torch import load_file
 
 from str_kernels import SafetyTokens
@@ -22,26 +20,6 @@ from str_kernels.reference_cache.reader import (
     verify_cache,
 )
 from str_kernels.reference_cache.writer import batches_of, build_reference_cache
-
-SHARDS = [f"shard-{number:05d}.safetensors" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A cache that was built without interruption, and is not to be changed."""
-    folder = tmp_path_factory.mktemp("whole") / "cache"
-    build(folder)
-    return folder
-
-
-@pytest.fixture
-def cache(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "cache")
-
-
-@pytest.fixture
-def draw(rng):
-    return random.Random(int(torch.randint(2**31, (), generator=rng)))
 
 
 def batch_of(rows, side="right", **more):

@@ -5,39 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import sys
 import time
 
 import pytest
 import torch
-from cache_faults import IDS, ROWS, Builder, build, content_of, read_all
+from cache_faults import IDS, ROWS, SHARDS, Builder, build, content_of, read_all
 from safetensors.torch import load_file, save_file
 
 from str_kernels.reference_cache.reader import CachedReference, verify_cache
 
 # Kills, flips and truncations of one run (`STR_CACHE_FAULTS=100` for more).
 FAULTS = int(os.environ.get("STR_CACHE_FAULTS", "12"))
-SHARDS = [f"shard-{number:05d}.safetensors" for number in range(6)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A cache that was built without interruption, and is not to be changed."""
-    folder = tmp_path_factory.mktemp("whole") / "cache"
-    build(folder)
-    return folder
-
-
-@pytest.fixture
-def cache(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "cache")
-
-
-@pytest.fixture
-def draw(rng):
-    return random.Random(int(torch.randint(2**31, (), generator=rng)))
 
 
 def same(one, other):

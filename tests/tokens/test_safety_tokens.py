@@ -46,21 +46,7 @@ class WordTokenizer:
         return "".join(self.names[i] for i in token_ids)
 
 
-WORDS = [
-    "I",
-    " I",
-    "'",
-    "m",
-    " sorry",
-    "Sorry",
-    " Sorry",
-    ",",
-    " cannot",
-    " help",
-    ".",
-    " cat",
-    " dog",
-]
+WORDS = "I| I|'|m| sorry|Sorry| Sorry|,| cannot| help|.| cat| dog".split("|")
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, PENALTY, TOKENS, anchors_of, gradients
-from tiny_models import VOCAB, tiny_model, with_lora
+from loss_checks import IDS, PENALTY, TOKENS, anchors_of, assert_close, attached_step, moved
+from tiny_models import VOCAB
 from torch.utils.data import DataLoader
 
 from str_kernels import attach, project, safety_linear_cross_entropy
@@ -50,35 +50,25 @@ def padding(side: str) -> Any:
 def test_rows_of_the_batch_equal_a_pass_of_their_own(
     side: str, label_weight: float, seed: int
 ) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     anchors = anchors_of(seed, penalty_weight=None)
     on_rows = "none" if label_weight == 0 else "response"
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions=on_rows):
-        apart = model(**padding("right")(rows_of(seed))).loss
-        apart.backward()
-    wanted = gradients(model)
-    model.zero_grad()
+    plain = padding("right")(rows_of(seed))
+    apart = attached_step(model, plain, anchors=anchors, positions=on_rows)
     batch = AnchorCollator(padding(side), anchors, label_weight=label_weight)(rows_of(seed))
     assert batch["input_ids"].shape[0] == 3 + 3
     assert bool((batch["labels"][3:] == -100).all())
     if side == "left":  # as generate() does; the model itself counts padding as positions
         batch["position_ids"] = batch["attention_mask"].cumsum(1).sub(1).clamp(min=0)
-    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
-        together = model(**batch).loss
-        together.backward()
-    assert float(together.detach()) == pytest.approx(float(apart.detach()), rel=1e-5)
-    for name, grad in gradients(model).items():
-        largest = float(wanted[name].abs().max())
-        assert float((grad - wanted[name]).abs().max()) <= 1e-4 * largest + 1e-9, name
+    assert_close(attached_step(model, batch), apart)
 
 
 def test_the_function_alone_gives_the_same(seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     anchors = anchors_of(seed, penalty_weight=None)
     batch = AnchorCollator(padding("right"), anchors, label_weight=0.5)(rows_of(seed))
-    with attach(model, TOKENS, penalty=PENALTY, positions="response") as handle:
-        expected = model(**batch).loss
-        assert float(handle.last.penalty) > 1e-4
+    expected = attached_step(model, batch)
+    assert expected.penalty > 1e-4
     inner = model.get_base_model()
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     ids = torch.tensor(IDS)
@@ -93,7 +83,7 @@ def test_the_function_alone_gives_the_same(seed: int) -> None:
         safety_row_weight=batch["safety_row_weight"].flatten(),
         num_items=count, num_safety_items=count,
     )  # fmt: skip
-    assert float(terms.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert float(terms.loss.detach()) == pytest.approx(expected.loss, rel=1e-6)
 
 
 def test_a_collator_that_labels_everything_labels_no_anchor(seed: int) -> None:
@@ -186,7 +176,7 @@ def test_what_cannot_be_joined_is_named(seed: int) -> None:
         AnchorCollator(padding("right"))(dropped)
     with pytest.raises(ValueError, match="`every` must be >= 1"):
         WithAnchors([], anchors, 0)
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     batch = padding("right")(rows_of(seed))
     with (
         attach(model, TOKENS, positions="response"),

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 from loss_checks import (
-    IDS,
-    PENALTY,
+    ON_ROWS,
     TOKENS,
     WEIGHT,
     anchors_of,
     assert_close,
+    assert_same_gradients,
+    attached_step,
     by_hand,
     gradients,
+    moved,
+    naive_step,
     reference_logits,
 )
 from peft import PromptTuningConfig, get_peft_model
-from tiny_models import batch_of, fresh_lora, naive_loss, tiny_model, with_lora
+from tiny_models import batch_of, fresh_lora, tiny_model
 from tiny_tokenizer import chat_tokenizer
 from transformers import TrainingArguments
 
@@ -33,48 +36,38 @@ from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
 @pytest.mark.parametrize("kind", ["mse", "logprob"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2"])
 def test_loss_and_gradients_are_those_by_hand(name: str, kind: str, path: str, seed: int) -> None:
-    model = with_lora(tiny_model(name, seed), seed).train()
+    model = moved(seed, name)
     batch, anchors = batch_of(seed), anchors_of(seed)
     compared = (lambda z: z.log_softmax(-1)) if kind == "logprob" else (lambda z: z)
     ref = reference_logits(model, batch)
-    ids = torch.tensor(IDS)
-    expected, _ = naive_loss(model, ref, batch, ids, WEIGHT, compared=compared)
-    expected = expected + by_hand(model, anchors, 0, compared)
-    expected.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    penalty = SafetyPenalty(WEIGHT, kind)
-    with attach(
-        model, TOKENS, penalty=penalty, anchors=anchors, path=path, positions="response"
-    ) as handle:
-        output = model(**batch)
-        output.loss.backward()
-        assert float(handle.last_anchors.penalty) > 1e-4 and float(handle.last_anchors.ce) == 0
-    assert_close(output.loss, expected, gradients(model), wanted)
+    more = by_hand(model, anchors, 0, compared)
+    expected = naive_step(model, ref, batch, more, compared=compared)
+    options: dict[str, Any] = {"penalty": SafetyPenalty(WEIGHT, kind), "path": path}
+    got = attached_step(model, batch, anchors=anchors, **options)
+    assert_close(got, expected)
+    assert got.anchor_penalty > 1e-4
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
-def test_accumulation_equals_one_batch(split: int, seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+@pytest.mark.parametrize("where", ["rows", "rows and anchors", "anchors"])
+def test_accumulation_equals_one_batch(where: str, split: int, seed: int) -> None:
+    model = moved(seed)
     batch = batch_of(seed, rows=4, length=12)  # uneven labels: 2 + row of them are masked
-    anchors = anchors_of(seed)
     items = int((batch["labels"][:, 1:] != -100).sum())
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions="response"):
-        whole = model(**batch).loss
-        whole.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    total = torch.zeros(())
-    with attach(model, TOKENS, penalty=PENALTY, anchors=anchors, positions="response"):
+    alone = {"penalty": SafetyPenalty(WEIGHT, "coarse_kl"), "positions": "none"}
+    options = ON_ROWS if "rows" in where else alone
+    if "anchors" in where:
+        options = {**options, "anchors": anchors_of(seed)}
+    whole = attached_step(model, batch, **options)
+    total = 0.0
+    with attach(model, TOKENS, **options):
         for start in range(0, 4, 4 // split):
             part = {k: v[start : start + 4 // split] for k, v in batch.items()}
             loss = model(**part, num_items_in_batch=items).loss
             loss.backward()
-            total += loss.detach()
-    assert float(total) == pytest.approx(float(whole.detach()), rel=1e-6)
-    got = gradients(model)
-    for name, grad in wanted.items():
-        assert float((got[name] - grad).abs().max()) <= 1e-6 * float(grad.abs().max()) + 1e-9
+            total += float(loss.detach())
+    assert total == pytest.approx(whole.loss, rel=1e-6)
+    assert_same_gradients(gradients(model), whole.grads, 1e-6 if "anchors" in where else 1e-5)
 
 
 def test_a_fresh_lora_has_not_moved_at_any_anchor(seed: int) -> None:
@@ -83,7 +76,7 @@ def test_a_fresh_lora_has_not_moved_at_any_anchor(seed: int) -> None:
         for step in range(4):
             handle.step = step
             model(**batch_of(seed)).loss.backward()
-            assert float(handle.last_anchors.penalty) == 0.0
+            assert float(handle.last_anchors.penalty) == float(handle.last_anchors.ce) == 0.0
 
 
 class WithoutAHook:
@@ -132,7 +125,7 @@ OPTIMIZERS: dict[str, Any] = {
 def test_a_step_begins_when_an_optimizer_has_made_one(
     name: str, seed: int, monkeypatch: Any
 ) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     another = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     anchors = anchors_of(seed)
     asked: list[int] = []
@@ -159,7 +152,7 @@ def test_a_step_begins_when_an_optimizer_has_made_one(
 
 @pytest.mark.parametrize("event", ["load", "freeze"])
 def test_turns_go_on_on_copies_after_the_weights_were_written(event: str, seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OnCopies(trained, lr=1e-3)
     steps = []
@@ -209,7 +202,7 @@ def test_every_anchor_has_its_turn_and_the_order_is_the_seeds(seed: int) -> None
 
 
 def test_without_labels_or_ids_or_training_there_are_no_anchors(seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     batch = batch_of(seed)
     calls: list[int] = []
     layer = model.get_base_model().model.layers[0]
@@ -309,15 +302,8 @@ def test_the_trainer_logs_them_and_resumes_at_their_turn(seed: int, tmp_path: An
         anchors = anchors_of(seed)
         draw = anchors.draw
         object.__setattr__(anchors, "draw", lambda step: drawn.append(step) or draw(step))
-        made = SafetyTrainer(
-            model,
-            arguments,
-            train_dataset=rows,
-            safety_tokens=TOKENS,
-            anchors=anchors,
-            positions="response",
-        )
-        return made, drawn
+        options = {"safety_tokens": TOKENS, "anchors": anchors, "positions": "response"}
+        return SafetyTrainer(model, arguments, train_dataset=rows, **options), drawn
 
     whole, drawn = trainer("whole", save_steps=2, save_strategy="steps")
     whole.train()

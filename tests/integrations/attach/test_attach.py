@@ -9,64 +9,43 @@ from typing import get_args
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, assert_close, gradients
-from tiny_models import CONFIGS, VOCAB, batch_of, fresh_lora, naive_loss, tiny_model, with_lora
+from loss_checks import (
+    ON_ROWS,
+    TOKENS,
+    WEIGHT,
+    assert_close,
+    attached_step,
+    inputs_of,
+    moved,
+    naive_step,
+    reference_logits,
+)
+from tiny_models import CONFIGS, VOCAB, batch_of, checkpoint, fresh_lora, tiny_model, with_lora
 from torch import nn
 
 from str_kernels import SafetyPenalty, SafetyTokens, attach
 from str_kernels.integrations.models.probe import probe_head
 from str_kernels.op.contracts import PenaltyKind
 
-
-@pytest.mark.parametrize("backend", ["torch", "triton", "eager"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_lora_equals_the_naive_loss(name, backend, seed):
-    model = with_lora(tiny_model(name, seed), seed).train()
-    batch = batch_of(seed)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), model.disable_adapter():
-        ref_logits = model.eval()(**inputs).logits
-    model.train()
-    expected, expected_penalty = naive_loss(model, ref_logits, batch, torch.tensor(IDS), WEIGHT)
-    expected.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    with attach(
-        model, TOKENS, penalty=SafetyPenalty(WEIGHT), backend=backend, positions="response"
-    ) as handle:
-        output = model(**batch)
-        output.loss.backward()
-        assert handle.last is not None and float(handle.last.penalty) > 1e-4  # there is a drift
-        # float32 logits of about 30: a difference of them carries 3e-6, squared and averaged
-        assert float(handle.last.penalty) == pytest.approx(
-            float(expected_penalty.detach()), rel=1e-4
-        )
-    assert_close(output.loss, expected, gradients(model), wanted)
+HEADS = ("llama", "gemma2", "granite")  # plain, capped, scaled
+LOG_PROBS = {"compared": lambda logits: logits.log_softmax(-1)}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])  # plain, capped, scaled
-def test_log_probabilities_are_compared_where_the_kind_says_so(name, seed):
-    model = with_lora(tiny_model(name, seed), seed).train()
-    batch = batch_of(seed)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), model.disable_adapter():
-        ref_logits = model.eval()(**inputs).logits
-    model.train()
-    expected, expected_penalty = naive_loss(
-        model, ref_logits, batch, torch.tensor(IDS), WEIGHT, compared=lambda z: z.log_softmax(-1)
-    )
-    expected.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    with attach(
-        model, TOKENS, penalty=SafetyPenalty(WEIGHT, "logprob"), positions="response"
-    ) as handle:
-        output = model(**batch)
-        output.loss.backward()
-        assert float(handle.last.penalty) == pytest.approx(
-            float(expected_penalty.detach()), rel=1e-4
-        )
-    assert_close(output.loss, expected, gradients(model), wanted)
+@pytest.mark.parametrize(
+    ("name", "options", "by_hand"),
+    [
+        *((name, {"backend": x}, {}) for name in CONFIGS for x in ("torch", "triton", "eager")),
+        *((name, {"penalty": SafetyPenalty(WEIGHT, "logprob")}, LOG_PROBS) for name in HEADS),
+    ],
+)
+def test_lora_equals_the_naive_loss(name, options, by_hand, seed):
+    model, batch = moved(seed, name), batch_of(seed)
+    expected = naive_step(model, reference_logits(model, batch), batch, **by_hand)
+    got = attached_step(model, batch, **options)
+    assert_close(got, expected)
+    assert got.penalty > 1e-4  # there is a drift
+    # float32 logits of about 30: a difference of them carries 3e-6, squared and averaged
+    assert got.penalty == pytest.approx(expected.penalty, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", get_args(PenaltyKind))
@@ -85,20 +64,11 @@ def test_full_fine_tuning_with_ref_model_equals_the_naive_loss(name, seed):
     model = tiny_model(name, seed).train()
     ref_model = tiny_model(name, seed + 7)
     batch = batch_of(seed)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
-        ref_logits = ref_model.eval()(**inputs).logits
+        ref_logits = ref_model.eval()(**inputs_of(batch)).logits
     ref_model.train()  # attach must put it in eval mode by itself and give it back in train mode
-    expected, _ = naive_loss(model, ref_logits, batch, torch.tensor(IDS), WEIGHT)
-    expected.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    with attach(
-        model, TOKENS, penalty=SafetyPenalty(WEIGHT), ref_model=ref_model, positions="response"
-    ):
-        output = model(**batch)
-        output.loss.backward()
-    assert_close(output.loss, expected, gradients(model), wanted)
+    expected = naive_step(model, ref_logits, batch)
+    assert_close(attached_step(model, batch, ref_model=ref_model), expected)
     assert all(module.training for module in ref_model.modules())
     assert all(p.grad is None for p in ref_model.parameters())
 
@@ -114,86 +84,41 @@ def test_penalty_is_exactly_zero_at_step_0(name, dtype, seed):
 
 
 def test_gradient_checkpointing_changes_nothing(seed):
-    losses, grads = [], []
+    steps = []
     for kind in (None, True, False):
-        model = with_lora(tiny_model("llama", seed), seed).train()
+        model = moved(seed)
         if kind is not None:
             model.enable_input_require_grads()
-            enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
-            enable = enable or model.gradient_checkpointing_enable  # its name before 5.20
-            enable({"use_reentrant": kind})
-        with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
-            loss = model(**batch_of(seed)).loss
-            loss.backward()
-        losses.append(float(loss.detach()))
-        grads.append(gradients(model))
-    for other in (1, 2):
-        assert losses[other] == losses[0]
-        for name, grad in grads[0].items():
-            assert torch.allclose(grads[other][name], grad, rtol=1e-5, atol=1e-8), name
+            checkpoint(model, use_reentrant=kind)
+        steps.append(attached_step(model, batch_of(seed)))
+    for other in steps[1:]:
+        assert other.loss == steps[0].loss
+        for name, grad in steps[0].grads.items():
+            assert torch.allclose(other.grads[name], grad, rtol=1e-5, atol=1e-8), name
 
 
-def test_micro_batches_sum_to_one_batch(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
-    batch = batch_of(seed, rows=4)
-    count = (batch["labels"][:, 1:] != -100).sum()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
-        whole = model(**batch, num_items_in_batch=count).loss
-        whole.backward()
-        wanted = gradients(model)
-        model.zero_grad()
-        parts = []
-        for row in range(4):
-            part = {k: v[row : row + 1] for k, v in batch.items()}
-            loss = model(**part, num_items_in_batch=count).loss
-            loss.backward()
-            parts.append(loss.detach())
-    assert float(sum(parts)) == pytest.approx(float(whole.detach()), rel=1e-6)
-    for name, grad in wanted.items():
-        got = dict(model.named_parameters())[name].grad
-        assert float((got - grad).abs().max()) <= 1e-5 * float(grad.abs().max()), name
-
-
-def test_first_positions_of_each_response(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
-    batch = batch_of(seed, rows=2, length=12)
+@pytest.mark.parametrize("positions", [2, "all"])
+def test_the_positions_that_are_asked_for(positions, seed):
+    model, batch = moved(seed), batch_of(seed, rows=2, length=12)
     batch["labels"][0] = torch.tensor([-100, 5, 6, 7, 8, -100, -100, 9, 10, 11, -100, -100])
     batch["labels"][1] = torch.tensor([3, 4, -100, 6, -100, -100, -100, -100, -100, -100, -100, 8])
     rows = torch.zeros(2, 11)
     rows[0, [0, 1, 6, 7]] = 1.0  # two responses, the first two labels of each
     rows[1, [0, 2, 10]] = 1.0  # three responses of one label
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), model.disable_adapter():
-        ref_logits = model(**inputs).logits
-    expected, _ = naive_loss(model, ref_logits, batch, torch.tensor(IDS), WEIGHT, row_weight=rows)
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions=2):
-        loss = model(**batch).loss
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-
-
-def test_all_positions_leave_out_padding(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
-    batch = batch_of(seed)
-    mask = batch["attention_mask"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), model.disable_adapter():
-        ref_logits = model(**inputs).logits
-    rows = (mask[:, 1:] * mask[:, :-1]).float()
-    expected, _ = naive_loss(model, ref_logits, batch, torch.tensor(IDS), WEIGHT, row_weight=rows)
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="all"):
-        loss = model(**batch).loss
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    if positions == "all":  # but padding
+        rows = (batch["attention_mask"][:, 1:] * batch["attention_mask"][:, :-1]).float()
+    expected = naive_step(model, reference_logits(model, batch), batch, row_weight=rows)
+    assert_close(attached_step(model, batch, positions=positions), expected)
 
 
 def test_shift_labels_positional_arguments_and_tuples(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     batch = batch_of(seed)
     inner = model.get_base_model()
     with attach(model, TOKENS, positions="response") as handle:
         loss = model(**batch).loss
         shifted = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        assert torch.equal(model(**inputs, shift_labels=shifted).loss, loss)
+        assert torch.equal(model(**inputs_of(batch), shift_labels=shifted).loss, loss)
         output = inner(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
         assert torch.equal(output.loss, loss)
         as_tuple = model(**batch, return_dict=False)
@@ -237,7 +162,7 @@ def test_eval_generate_and_remove_leave_no_trace(seed):
 
 
 def test_state_survives_an_error_inside_the_reference(seed, monkeypatch):
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     name = next(n for n, p in model.named_parameters() if "lora_A" in n)
     dict(model.named_parameters())[name].requires_grad_(False)  # peft#3447 would thaw this one
     frozen = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -263,7 +188,7 @@ def test_state_survives_an_error_inside_the_reference(seed, monkeypatch):
 
 
 def test_an_attached_model_can_be_pickled(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     with attach(model, TOKENS, positions="response"):
         twin = pickle.loads(pickle.dumps(model)).state_dict()
     for name, value in model.state_dict().items():
@@ -271,10 +196,10 @@ def test_an_attached_model_can_be_pickled(seed):
 
 
 def test_signature_and_deepcopy(seed):
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     inner = model.get_base_model()
     signature = inspect.signature(inner.forward)
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response"):
+    with attach(model, TOKENS, **ON_ROWS):
         assert inspect.signature(inner.forward) == signature
         twin = copy.deepcopy(model)
         with torch.no_grad():
@@ -367,15 +292,9 @@ def test_resized_vocabulary(seed):
     model = tiny_model("llama", seed)
     model.resize_token_embeddings(VOCAB + 30)
     model = with_lora(model, seed).train()
-    tokens = SafetyTokens(ids=[VOCAB + 29])
-    batch = batch_of(seed)
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with torch.no_grad(), model.disable_adapter():
-        ref_logits = model(**inputs).logits
-    expected, _ = naive_loss(model, ref_logits, batch, tokens.ids, WEIGHT)
-    with attach(model, tokens, penalty=SafetyPenalty(WEIGHT), positions="response"):
-        loss = model(**batch).loss
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    tokens, batch = SafetyTokens(ids=[VOCAB + 29]), batch_of(seed)
+    expected = naive_step(model, reference_logits(model, batch), batch, ids=tokens.ids)
+    assert_close(attached_step(model, batch, tokens), expected)
     # The model's own loss reads the config too. It fails, and so would an evaluation.
     model.config.vocab_size = VOCAB
     with pytest.raises(ValueError, match="raised RuntimeError: shape"):

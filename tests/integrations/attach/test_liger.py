@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy
 import pytest
-from loss_checks import TOKENS, WEIGHT, assert_close, gradients
-from tiny_models import batch_of, tiny_model, with_lora
+from loss_checks import ON_ROWS, TOKENS, Step, assert_close, attached_step, moved
+from tiny_models import batch_of
 from tiny_rows import Rows, trained
-from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from str_kernels import SafetyPenalty, attach
+from str_kernels import attach
 
 pytest.importorskip("liger_kernel")  # which has no wheel for other systems than Linux's
 from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -66,17 +65,8 @@ def launched(monkeypatch: Any) -> set[str]:
     return names
 
 
-def moved(seed: int) -> Any:
-    return with_lora(tiny_model("llama", seed), seed).train()
-
-
-def loss_of(model: Any, seed: int) -> tuple[Tensor, dict[str, Tensor], float]:
-    """Return loss, gradients and penalty of an attached step."""
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response") as handle:
-        loss = model(**batch_of(seed)).loss
-        loss.backward()
-        assert handle.last is not None
-        return loss, gradients(model), float(handle.last.penalty)
+def step(model: Any, seed: int) -> Step:
+    return attached_step(model, batch_of(seed))
 
 
 def ran(launched: set[str]) -> bool:
@@ -85,13 +75,12 @@ def ran(launched: set[str]) -> bool:
 
 
 def test_its_layers_change_nothing(launched: set[str], seed: int) -> None:
-    expected, wanted, penalty = loss_of(moved(seed), seed)
-    model = moved(seed)
+    expected, model = step(moved(seed), seed), moved(seed)
     apply_liger_kernel_to_llama(model=model.get_base_model(), **LAYERS, **NO_LOSS)
-    loss, got, found = loss_of(model, seed)
+    got = step(model, seed)
     assert ran(launched), launched
-    assert_close(loss, expected, got, wanted)
-    assert found == pytest.approx(penalty, rel=1e-4) and penalty > 1e-3
+    assert_close(got, expected)
+    assert got.penalty == pytest.approx(expected.penalty, rel=1e-4) and got.penalty > 1e-3
 
 
 def test_safety_trainer_with_its_layers(launched: set[str], seed: int, tmp_path: Any) -> None:
@@ -111,25 +100,25 @@ def test_safety_trainer_with_its_layers(launched: set[str], seed: int, tmp_path:
 
 @pytest.mark.parametrize("place", ["model", "class"])
 def test_its_loss_put_in_before_gives_way(place: str, seed: int) -> None:
-    expected, wanted, _ = loss_of(moved(seed), seed)
+    expected = step(moved(seed), seed)
     if place == "class":
         apply_liger_kernel_to_llama(**FUSED)
     model = moved(seed)
     if place == "model":
         apply_liger_kernel_to_llama(model=model.get_base_model(), **FUSED)
     assert "liger_kernel" in model.get_base_model().forward.__module__
-    loss, got, penalty = loss_of(model, seed)
-    assert_close(loss, expected, got, wanted)
-    assert penalty > 1e-3
+    got = step(model, seed)
+    assert_close(got, expected)
+    assert got.penalty > 1e-3
 
 
 def test_its_loss_put_in_after_raises_or_is_not_reached(seed: int) -> None:
     model = moved(seed)
-    expected = loss_of(model, seed)[0]
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), positions="response") as handle:
+    expected = step(model, seed).loss
+    with attach(model, TOKENS, **ON_ROWS) as handle:
         apply_liger_kernel_to_llama(**FUSED)  # of the class: the attached forward is the model's
         loss = model(**batch_of(seed)).loss
-        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
         last = handle.last
         apply_liger_kernel_to_llama(model=model.get_base_model(), **FUSED)
         with pytest.raises(RuntimeError, match="forward was replaced"):

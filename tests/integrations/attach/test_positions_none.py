@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, anchors_of, assert_close, by_hand, gradients
-from tiny_models import batch_of, fresh_lora, tiny_model, with_lora
+from loss_checks import (
+    IDS,
+    TOKENS,
+    anchors_of,
+    assert_close,
+    attached_step,
+    by_hand,
+    moved,
+    step_of,
+)
+from tiny_models import batch_of, fresh_lora, tiny_model
 from tiny_tokenizer import chat_tokenizer
 from transformers import TrainingArguments
 
@@ -28,18 +37,13 @@ from str_kernels.op import contracts
 @pytest.mark.parametrize("path", ["linear", "logits"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_the_loss_is_the_model_s_own_and_the_anchors(name: str, path: Any, seed: int) -> None:
-    model = with_lora(tiny_model(name, seed), seed).train()
+    model = moved(seed, name)
     batch, anchors = batch_of(seed), anchors_of(seed)
-    expected = model(**batch).loss + by_hand(model, anchors, 0)
-    expected.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    with attach(model, TOKENS, penalty=SafetyPenalty(WEIGHT), anchors=anchors, path=path) as handle:
-        output = model(**batch)
-        output.loss.backward()
-        assert float(handle.last.penalty) == 0.0 and float(handle.last.ce) > 0
-        assert float(handle.last_anchors.penalty) > 1e-4
-    assert_close(output.loss, expected, gradients(model), wanted)
+    penalty = by_hand(model, anchors, 0)
+    expected = step_of(model, model(**batch).loss + penalty, penalty)
+    got = attached_step(model, batch, anchors=anchors, path=path, positions="none")
+    assert_close(got, expected)
+    assert got.penalty == 0.0 and got.anchor_penalty > 1e-4
 
 
 def test_the_reference_reads_the_anchors_once_and_no_row(seed: int) -> None:
@@ -58,7 +62,7 @@ def test_the_reference_reads_the_anchors_once_and_no_row(seed: int) -> None:
 
 
 def test_the_penalty_s_weight_is_the_anchors_where_they_have_none(seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     batch = batch_of(seed)
     with attach(model, TOKENS, anchors=anchors_of(seed, penalty_weight=None)) as handle:
         plain = model(**batch).loss.detach() - 0.1 * handle.last_anchors.penalty  # by default
@@ -80,16 +84,11 @@ def test_a_new_weight_leaves_the_id_weights_where_they_are(
     own: float | None, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU each look at them and each copy would wait for the device."""
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     id_weights = torch.rand(len(TOKENS), dtype=torch.float64) + 0.1  # copied, to the loss's dtype
     penalty = SafetyPenalty(0.5, "huber", delta=2.0, id_weights=id_weights)
-    with attach(
-        model,
-        TOKENS,
-        penalty=penalty,
-        positions="response",
-        anchors=anchors_of(seed, penalty_weight=own),
-    ) as handle:
+    anchors = anchors_of(seed, penalty_weight=own)
+    with attach(model, TOKENS, penalty=penalty, positions="response", anchors=anchors) as handle:
         model(**batch_of(seed))
         before = handle._forward.penalty.id_weights_on(torch.device("cpu"), torch.float32)
 
@@ -108,23 +107,6 @@ def test_a_new_weight_leaves_the_id_weights_where_they_are(
             with pytest.raises((TypeError, ValueError), match="`weight` must"):
                 handle.weight = wrong
         assert float(handle.weight) == 2.5
-
-
-def test_accumulation_equals_one_batch(seed: int) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
-    batch, anchors = batch_of(seed, rows=4, length=12), anchors_of(seed)
-    items = int((batch["labels"][:, 1:] != -100).sum())
-    with attach(model, TOKENS, anchors=anchors):
-        model(**batch).loss.backward()
-    wanted = gradients(model)
-    model.zero_grad()
-    with attach(model, TOKENS, anchors=anchors):
-        for row in range(4):
-            part = {k: v[row : row + 1] for k, v in batch.items()}
-            model(**part, num_items_in_batch=items).loss.backward()
-    for name, grad in gradients(model).items():
-        largest = float(wanted[name].abs().max())
-        assert float((grad - wanted[name]).abs().max()) <= 1e-6 * largest + 1e-9
 
 
 def test_full_fine_tuning_beside_a_frozen_copy(seed: int) -> None:
@@ -181,7 +163,7 @@ def test_the_trainer_takes_the_anchors_from_its_tokenizer(seed: int, tmp_path: A
 def test_tokens_with_weights(seed: int) -> None:
     """As from_contrast makes them; the rows, which are not compared, have none."""
     weighted = SafetyTokens(ids=IDS, id_weights=[2.0, 1.0, 0.5, 0.0])
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     for options in ({}, {"positions": "response", "ref_every": 2}):
         with attach(model, weighted, anchors=anchors_of(seed), **options) as handle:
             for _ in range(2):
@@ -191,7 +173,7 @@ def test_tokens_with_weights(seed: int) -> None:
 
 def test_the_reference_is_looked_at_in_each_step(seed: int) -> None:
     """Though it is asked for new anchors alone."""
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     anchors = anchors_of(seed, count=2, per_step=2, harmless_per_step=2)
     with attach(model, TOKENS, anchors=anchors):
         model(**batch_of(seed))

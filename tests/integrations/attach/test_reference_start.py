@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import IDS, TOKENS, WEIGHT, anchors_of, assert_close, gradients
+from adapters import move
+from loss_checks import (
+    ON_ROWS,
+    TOKENS,
+    anchors_of,
+    assert_close,
+    inputs_of,
+    moved,
+    naive_step,
+    step_of,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import batch_of, fresh_lora, naive_loss, tiny_model, with_lora
-from torch import nn
+from tiny_models import batch_of, fresh_lora, tiny_model
 
-from str_kernels import SafetyPenalty, attach
+from str_kernels import attach
 
 TARGETS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -24,47 +33,32 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 
 
-def move_all(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise, alpha=0.1)
-
-
 @pytest.mark.parametrize("what", TARGETS)
 def test_it_is_what_a_copy_from_before_says(what: str, seed: int) -> None:
     model = get_peft_model(
         tiny_model("llama", seed),
         LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **TARGETS[what]}),
     ).train()
-    move_all(model, seed)
-    before = copy.deepcopy(model).eval()
-    batch, ids = batch_of(seed), torch.tensor(IDS)
+    move(model, seed)
+    before, batch = copy.deepcopy(model).eval(), batch_of(seed)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    options: dict[str, Any] = {"penalty": SafetyPenalty(WEIGHT), "positions": "response"}
-    with attach(model, TOKENS, reference="start", **options) as handle:
+    with attach(model, TOKENS, reference="start", **ON_ROWS) as handle:
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
         model(**batch)
         assert float(handle.last.penalty) == 0.0
-        move_all(model, seed + 1)
-        output = model(**batch)
-        output.loss.backward()
-        got = gradients(model)
-        assert float(handle.last.penalty) > 1e-4
-    model.zero_grad()
+        move(model, seed + 1)
+        loss = model(**batch).loss
+        got = step_of(model, loss, handle.last.penalty)
+        assert got.penalty > 1e-4
     with torch.no_grad():
-        ref = before(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    expected, _ = naive_loss(model, ref, batch, ids, WEIGHT)
-    expected.backward()
-    assert_close(output.loss, expected, got, gradients(model))
+        ref = before(**inputs_of(batch)).logits
+    assert_close(got, naive_step(model, ref, batch))
     assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
 
 
 def test_at_anchors_and_after_a_save(seed: int, tmp_path: Any) -> None:
-    model = with_lora(tiny_model("llama", seed), seed).train()
+    model = moved(seed)
     base = tiny_model("llama", seed)
     with attach(model, TOKENS, reference="start", anchors=anchors_of(seed)) as handle:
         model(**batch_of(seed))
@@ -79,15 +73,14 @@ def test_at_anchors_and_after_a_save(seed: int, tmp_path: Any) -> None:
 def test_a_model_that_has_moved_is_told(seed: int) -> None:
     anchors = anchors_of(seed)
     with pytest.warns(UserWarning, match="differs from its reference already.*reference='start'"):
-        attach(with_lora(tiny_model("llama", seed), seed), TOKENS, anchors=anchors).remove()
+        attach(moved(seed), TOKENS, anchors=anchors).remove()
     with pytest.warns(UserWarning, match="differs from its reference already"):
         other = tiny_model("llama", seed + 1)
         attach(tiny_model("llama", seed), TOKENS, ref_model=other, anchors=anchors).remove()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         attach(fresh_lora(tiny_model("llama", seed)), TOKENS, anchors=anchors).remove()
-        moved = with_lora(tiny_model("llama", seed), seed)
-        attach(moved, TOKENS, reference="start", anchors=anchors).remove()
+        attach(moved(seed), TOKENS, reference="start", anchors=anchors).remove()
         model = tiny_model("llama", seed)
         attach(model, TOKENS, ref_model=copy.deepcopy(model), anchors=anchors).remove()
 
@@ -96,7 +89,7 @@ def test_what_has_no_start_is_refused(seed: int) -> None:
     anchors = anchors_of(seed)
     with pytest.raises(ValueError, match="`reference` must not be 'start' unless `model` is a Pef"):
         attach(tiny_model("llama", seed), TOKENS, reference="start", anchors=anchors)
-    model = with_lora(tiny_model("llama", seed), seed)
+    model = moved(seed)
     with pytest.raises(ValueError, match="`ref_model` must be None beside reference='start'"):
         other = tiny_model("llama", seed)
         attach(model, TOKENS, reference="start", ref_model=other, anchors=anchors)

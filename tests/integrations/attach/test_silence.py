@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import ADAPTERS, GRADIENT_BOUND, HEAD, IDS, LOSS_BOUND, build, errors, move
+from adapters import ADAPTERS, HEAD, assert_exact, build, move
+from loss_checks import TOKENS
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import batch_of, fresh_lora, tiny_model
-from tiny_rows import Padding, Rows, trained
-from transformers import TrainingArguments
+from tiny_rows import Padding, Rows, arguments_of, trained, trainer_of
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import SafetyPenalty, attach
 from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
-
-TOKENS = SafetyTokens(ids=IDS)
 
 
 @pytest.fixture
@@ -27,14 +25,9 @@ def lora(seed: int) -> tuple[Any, Any]:
 def test_trainer_that_makes_the_loss_itself_is_refused(seed: int, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="`label_smoothing_factor`"):
         trained(seed, tmp_path, 2, 1, label_smoothing_factor=0.1)
+    model = fresh_lora(tiny_model("llama", seed))
     with pytest.raises(ValueError, match="`compute_loss_func`"):
-        SafetyTrainer(
-            model=fresh_lora(tiny_model("llama", seed)),
-            args=TrainingArguments(str(tmp_path), report_to="none"),
-            compute_loss_func=lambda *_, **__: 0.0,
-            safety_tokens=TOKENS,
-            positions="response",
-        )
+        trainer_of(model, arguments_of(tmp_path), compute_loss_func=lambda *_, **__: 0.0)
 
 
 def test_a_step_without_labels_stops_the_trainer(seed: int, tmp_path: Any) -> None:
@@ -43,16 +36,8 @@ def test_a_step_without_labels_stops_the_trainer(seed: int, tmp_path: Any) -> No
         del batch["labels"]
         return batch
 
-    trainer = SafetyTrainer(
-        model=fresh_lora(tiny_model("llama", seed)),
-        args=TrainingArguments(
-            str(tmp_path), max_steps=1, report_to="none", remove_unused_columns=False,
-            disable_tqdm=True, dataloader_pin_memory=False,
-        ),
-        train_dataset=Rows(seed, 8),
-        data_collator=unlabelled,
-        safety_tokens=TOKENS,
-    positions="response")  # fmt: skip
+    model, arguments = fresh_lora(tiny_model("llama", seed)), arguments_of(tmp_path, max_steps=1)
+    trainer = trainer_of(model, arguments, Rows(seed, 8), data_collator=unlabelled)
     with pytest.raises((RuntimeError, ValueError), match=r"safety loss|did not return a loss"):
         trainer.train()
 
@@ -94,11 +79,9 @@ def test_a_cache_with_labels_is_refused(lora: Any, seed: int) -> None:
     with torch.no_grad():
         cache = model(input_ids=batch["input_ids"][:, :4], use_cache=True).past_key_values
     rest = {name: batch[name][:, 4:] for name in ("input_ids", "labels")}
-    with (
-        attach(model, TOKENS, positions="response"),
-        pytest.raises(ValueError, match="must be None when labels"),
-    ):
-        model(**rest, past_key_values=cache)
+    with attach(model, TOKENS, positions="response"):
+        with pytest.raises(ValueError, match="must be None when labels"):
+            model(**rest, past_key_values=cache)
     assert cache.get_seq_length() == 4
 
 
@@ -111,8 +94,7 @@ def test_a_head_that_is_wrapped_or_merged_later_is_noticed(lora: Any, seed: int)
         with pytest.raises(ValueError, match="keep the head that it was attached with"):
             model(**batch_of(seed))
     move(model, seed)
-    found = errors(model.train(), pristine, batch_of(seed))
-    assert found[0] <= LOSS_BOUND and found[1] <= GRADIENT_BOUND, found
+    assert_exact(model.train(), pristine, batch_of(seed))
     with attach(model, TOKENS, ref_model=pristine, positions="response"):
         model.merge_adapter()
         with pytest.raises(ValueError, match="no merged adapter on its head"):
@@ -127,14 +109,12 @@ def test_a_dora_on_the_head_after_another_adapter(lora: Any, seed: int) -> None:
     model.add_adapter("second", LoraConfig(**config, use_dora=True))
     model.base_model.set_adapter(["second", "default"])
     move(model, seed)
-    found = errors(model.train(), pristine, batch_of(seed))
-    assert found[0] <= LOSS_BOUND and found[1] <= GRADIENT_BOUND, found
+    assert_exact(model.train(), pristine, batch_of(seed))
     with attach(model, TOKENS, positions="response"):
         model.base_model.set_adapter(["default", "second"])
         with pytest.raises(ValueError, match="scales what another adapter added"):
             model(**batch_of(seed))
-    found = errors(model.train(), pristine, batch_of(seed), path="logits")
-    assert found[0] <= LOSS_BOUND and found[1] <= GRADIENT_BOUND, found
+    assert_exact(model.train(), pristine, batch_of(seed), path="logits")
 
 
 def test_a_reference_in_the_students_memory_is_refused(seed: int) -> None:
@@ -183,29 +163,21 @@ def test_a_reference_one_position_short_is_refused(cut: slice, lora: Any, seed: 
         logits: torch.Tensor = pristine(**batch).logits[:, cut][..., ids]
         return logits
 
-    with (
-        attach(model, TOKENS, reference=reference, positions="response"),
-        pytest.raises(ValueError, match="position for each"),
-    ):
-        model(**batch_of(seed))
+    with attach(model, TOKENS, reference=reference, positions="response"):
+        with pytest.raises(ValueError, match="position for each"):
+            model(**batch_of(seed))
 
 
 def test_the_terms_of_a_second_run_and_of_a_resumed_one(seed: int, tmp_path: Any) -> None:
     """With weight 0 the cross-entropy is the loss, whatever steps the log stands for."""
 
     def trainer(steps: int) -> SafetyTrainer:
-        return SafetyTrainer(
-            model=fresh_lora(tiny_model("llama", seed)),
-            args=TrainingArguments(
-                str(tmp_path), max_steps=steps, logging_steps=2, save_steps=3, report_to="none",
-                disable_tqdm=True, remove_unused_columns=False, gradient_accumulation_steps=2,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=Rows(seed, 64),
-            data_collator=lambda rows: Padding().pad(rows),
-            safety_tokens=TOKENS,
-            penalty=SafetyPenalty(0.0),
-        positions="response")  # fmt: skip
+        arguments = arguments_of(
+            tmp_path, max_steps=steps, logging_steps=2, save_steps=3, save_strategy="steps",
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        model = fresh_lora(tiny_model("llama", seed))
+        return trainer_of(model, arguments, Rows(seed, 64), penalty=SafetyPenalty(0.0))
 
     first = trainer(3)
     first.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from str_kernels.integrations.evaluation.report import run_report
 from str_kernels.integrations.figures import figure_label
 
 REFUSAL, OTHER = "I'm sorry, but I can't help.", "Sure, here it is."
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 HOSTILE = (
     "<script>alert(1)</script> [red]boo[/red] | a `b` \n# c \x1b[31mred\x1b[0m \u202egnp.exe "
     "![x](http://evil.example/a.png)"
@@ -191,36 +193,30 @@ def test_drift_from_another_reference_is_said(tmp_path: Path) -> None:
     ]
 
 
+def changed(report: dict[str, Any], *place: Any, to: Any) -> str:
+    """Return a report's JSON with something else in one place."""
+    report = copy.deepcopy(report)
+    part: Any = report
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = to
+    return json.dumps(report)
+
+
 def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path) -> None:
-    def answers_changed(report: dict[str, Any]) -> None:
-        report["answers"]["harmful"][0]["prompt"] = "another"
-
-    def no_string(report: dict[str, Any]) -> None:
-        report["answers"]["harmful"][0]["answer"] = 3
-
-    def newer(report: dict[str, Any]) -> None:
-        report["schema_version"] = 2
-
-    def shorter(report: dict[str, Any]) -> None:
-        report["settings"]["answer_tokens"] = 0
-
-    def missing(report: dict[str, Any]) -> None:
-        del report["measures"]
-
     path = runs[1] / "eval.json"
-    whole = path.read_text()
-    for change, message in (
-        (answers_changed, "the harmful prompts are not those of their hash"),
-        (no_string, "must be a string; got int"),
-        (newer, "schema_version is 2, this release reads 1"),
-        (shorter, "answer_tokens is below 1"),
-        (missing, "KeyError"),
-        (None, "JSONDecodeError"),
-    ):
-        report = json.loads(whole)
-        if change is not None:
-            change(report)
-        path.write_text(json.dumps(report) if change is not None else "{")
+    whole = json.loads(path.read_text())
+    first = ("answers", "harmful", 0)
+    damaged = [
+        (changed(whole, *first, "prompt", to="x"), "harmful prompts are not those of their hash"),
+        (changed(whole, *first, "answer", to=3), "must be a string; got int"),
+        (changed(whole, "schema_version", to=2), "schema_version is 2, this release reads 1"),
+        (changed(whole, "settings", "answer_tokens", to=0), "answer_tokens is below 1"),
+        (json.dumps({name: x for name, x in whole.items() if name != "measures"}), "KeyError"),
+        ("{", "JSONDecodeError"),
+    ]
+    for text, message in damaged:
+        path.write_text(text)
         given = ["eval", "report", *map(str, runs), "--output", str(tmp_path / "out")]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 2 and "is damaged" in result.output
@@ -244,29 +240,16 @@ class Tags(HTMLParser):
             self.texts.append(data)
 
 
-@pytest.mark.parametrize("command", ["run", "report"])
-def test_both_commands_have_help_and_json(command: str) -> None:
-    result = CliRunner().invoke(app, ["eval", command, "--help"])
-    assert result.exit_code == 0 and "--json" in result.output
-
-
 @pytest.fixture
 def hostile(tmp_path: Path) -> list[Path]:
     adapter = {"name": HOSTILE, "type": "LORA"}
     model = {"name": HOSTILE, "dtype": HOSTILE, "device": HOSTILE}
     name = "b[red]`|\x1b[31m\u202e<b>$x_1$"
+    more = {"notes": [HOSTILE], "adapter": adapter, "model": model, "measures": drift(1.0, 2.0)}
+    answers = [HOSTILE], ["illegal " + HOSTILE]
     return [
         write_run(tmp_path / "a", [REFUSAL], [OTHER], prompt=HOSTILE, measures=drift(0.0)),
-        write_run(
-            tmp_path / name,
-            [HOSTILE],
-            ["illegal " + HOSTILE],
-            prompt=HOSTILE,
-            notes=[HOSTILE],
-            adapter=adapter,
-            model=model,
-            measures=drift(1.0, 2.0),
-        ),
+        write_run(tmp_path / name, *answers, prompt=HOSTILE, **more),
     ]
 
 
@@ -293,7 +276,7 @@ def test_hostile_text_reaches_no_html(hostile: list[Path], tmp_path: Path) -> No
     )
     assert policy in page and page.index(policy) < page.index("<style>")
     assert "&lt;script&gt;" in page and "\\x1b[31m" in page and "\\u202e" in page
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+    assert not CONTROL.search(page)
 
 
 def test_html_shows_each_text_as_it_is(tmp_path: Path) -> None:
@@ -326,7 +309,7 @@ def test_html_shows_each_text_as_it_is(tmp_path: Path) -> None:
 def test_hostile_text_reaches_no_markdown(hostile: list[Path], tmp_path: Path) -> None:
     run_report(hostile, tmp_path / "out")
     page = (tmp_path / "out" / "report.md").read_text()
-    assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
+    assert not CONTROL.search(page)
     assert "<" not in page and not re.search(r"(?<!\\)`", page)
     assert re.findall(r"(?<!\\)!\[[^\]]*\]\(([^)]*)\)", page) == ["refusals.png", "drift.png"]
     assert not re.search(r"(?<!\\)\[red", page) and "http://" not in page
@@ -342,7 +325,7 @@ def test_hostile_text_reaches_no_terminal(hostile: list[Path], tmp_path: Path) -
     for extra in ([], ["--json", "--overwrite"]):
         result = CliRunner().invoke(app, [*given, *extra])
         assert result.exit_code == 0, result.output
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", result.output)
+        assert not CONTROL.search(result.output)
         assert "[red]" in result.output, "markup was taken for markup"
     assert json.loads(result.stdout)["runs"][1]["model"]["name"] == HOSTILE
     again = CliRunner().invoke(app, given)

@@ -7,13 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import (
-    IA3Config,
-    LoraConfig,
-    PeftModelForCausalLM,
-    PromptTuningConfig,
-    get_peft_model,
-)
+from peft import IA3Config, LoraConfig, PeftModelForCausalLM, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_tokenizer import chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -34,19 +28,12 @@ LINEAR = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def make_run(folder, rng, config=None, tied=False, dtype=torch.float32, size=0.3):
     """Write a base and an adapter that has moved; return the adapter's folder and its logits."""
     torch.manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(chat_tokenizer()),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=tied,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
+    sizes = {
+        "vocab_size": len(chat_tokenizer()), "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256,
+    }  # fmt: skip
+    ends = {"tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": 1}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, **ends))
     base.generation_config.temperature = 0.7
     base.generation_config.do_sample = True
     base.to(dtype).save_pretrained(folder / "base")

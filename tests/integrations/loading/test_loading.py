@@ -230,18 +230,20 @@ def test_adapters_that_are_not_whole(adapter, tmp_path):
         load_model(str(folder))
 
 
-def test_an_adapter_that_moves_embeddings_is_whole(model, tmp_path):
-    config = LoraConfig(r=2, target_modules=["embed_tokens"], modules_to_save=["lm_head"])
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (
+            LoraConfig(r=2, target_modules=["embed_tokens"], modules_to_save=["lm_head"]),
+            {"save_embedding_layers": True},
+        ),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), {}),
+    ],
+    ids=["moved embeddings", "virtual tokens"],
+)
+def test_other_adapters_make_a_model_too(model, tmp_path, config, options):
     made = get_peft_model(load_model(str(model))[0], config).eval()
-    made.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    found, _ = load_model(str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits_of(found), logits_of(made), rtol=0, atol=0)
-
-
-def test_virtual_tokens_make_a_model_too(model, tmp_path):
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    made = get_peft_model(load_model(str(model))[0], config).eval()
-    made.save_pretrained(tmp_path / "adapter")
+    made.save_pretrained(tmp_path / "adapter", **options)
     found, _ = load_model(str(tmp_path / "adapter"))
     torch.testing.assert_close(logits_of(found), logits_of(made), rtol=0, atol=0)
 

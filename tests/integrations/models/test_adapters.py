@@ -8,27 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import ADAPTERS, GRADIENT_BOUND, HEAD, IDS, LOSS_BOUND, build, errors, is_there, move
+from adapters import ADAPTERS, HEAD, assert_exact, build, is_there, move
+from loss_checks import IDS, ON_ROWS, TOKENS, gradients
 from peft import LoraConfig, get_peft_model
 from tiny_models import batch_of, tiny_model
 from torch import nn
 
-from str_kernels import SafetyPenalty, SafetyTokens, attach
+from str_kernels import attach
 from str_kernels.integrations.models.heads import ModelHead
-
-TOKENS = SafetyTokens(ids=IDS)
-PENALTY = SafetyPenalty(0.3)
 
 # PEFT's own calls
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),
 ]
-
-
-def assert_exact(model: Any, pristine: Any, batch: dict[str, Any], **options: Any) -> None:
-    loss, gradient = errors(model, pristine, batch, **options)
-    assert loss <= LOSS_BOUND and gradient <= GRADIENT_BOUND, (loss, gradient)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -95,10 +88,8 @@ def test_a_reference_on_another_adapter(seed: int) -> None:
 def two_loras(seed: int) -> tuple[Any, Any]:
     """Two LoRAs, on the body and on the head too, both in use."""
     pristine = tiny_model("llama", seed)
-    model = get_peft_model(
-        copy.deepcopy(pristine),
-        LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
-    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(pristine), config)
     model.add_adapter("second", LoraConfig(r=2, target_modules=HEAD, task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "second"])
     move(model, seed)
@@ -115,11 +106,11 @@ def test_several_adapters_in_use(seed: int) -> None:
 def test_switching_adapters_while_attached(seed: int) -> None:
     model, _ = two_loras(seed)
     batch = batch_of(seed)
-    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
+    with attach(model, TOKENS, **ON_ROWS):
         both = float(model(**batch).loss.detach())
         model.base_model.set_adapter("second")
         second = float(model(**batch).loss.detach())
-    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
+    with attach(model, TOKENS, **ON_ROWS):
         assert float(model(**batch).loss.detach()) == second != both
 
 
@@ -185,10 +176,8 @@ def test_an_adapter_added_later_is_looked_at(seed: int) -> None:
     """One that moved the base on its way in."""
     model, _ = build(ADAPTERS["LoRA"], seed)
     with attach(model, TOKENS, positions="response"):
-        model.add_adapter(
-            "later",
-            LoraConfig(r=4, target_modules=HEAD, init_lora_weights="olora", task_type="CAUSAL_LM"),
-        )
+        options = {"init_lora_weights": "olora", "task_type": "CAUSAL_LM"}
+        model.add_adapter("later", LoraConfig(r=4, target_modules=HEAD, **options))
         with pytest.raises(ValueError, match="'later' was initialised by 'olora'"):
             model(**batch_of(seed))
 
@@ -271,20 +260,20 @@ def test_a_second_forward_in_the_same_step(seed: int) -> None:
     model, _ = build(ADAPTERS["LoRA on the head"], seed)
     one, two = batch_of(seed), batch_of(seed + 1)
 
-    def gradients(*losses: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def grads_of(*losses: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
         model.zero_grad()
         sum(loss() for loss in losses).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return gradients(model)
 
-    with attach(model, TOKENS, penalty=PENALTY, positions="response"):
-        first, second = (gradients(lambda b=b: model(**b).loss) for b in (one, two))
-        both = gradients(lambda: model(**one).loss, lambda: model(**two).loss)
+    with attach(model, TOKENS, **ON_ROWS):
+        first, second = (grads_of(lambda b=b: model(**b).loss) for b in (one, two))
+        both = grads_of(lambda: model(**one).loss, lambda: model(**two).loss)
         # a forward without labels between them, whose logits take part in the loss
-        mixed = gradients(
+        mixed = grads_of(
             lambda: model(**one).loss,
             lambda: model(input_ids=two["input_ids"]).logits.square().mean(),
         )
-    plain = gradients(lambda: model(input_ids=two["input_ids"]).logits.square().mean())
+    plain = grads_of(lambda: model(input_ids=two["input_ids"]).logits.square().mean())
     for name, grad in both.items():
         assert torch.allclose(grad, first[name] + second[name], rtol=1e-4, atol=1e-6), name
         assert torch.allclose(mixed[name], first[name] + plain[name], rtol=1e-4, atol=1e-6), name
@@ -295,11 +284,11 @@ def test_two_attached_models_in_one_process(seed: int) -> None:
     batch = batch_of(seed)
     alone = []
     for model in models:
-        with attach(model, TOKENS, penalty=PENALTY, positions="response"):
+        with attach(model, TOKENS, **ON_ROWS):
             alone.append(float(model(**batch).loss.detach()))
     with (
-        attach(models[0], TOKENS, penalty=PENALTY, positions="response") as first,
-        attach(models[1], TOKENS, penalty=PENALTY, positions="response") as second,
+        attach(models[0], TOKENS, **ON_ROWS) as first,
+        attach(models[1], TOKENS, **ON_ROWS) as second,
     ):
         losses = [model(**batch).loss for model in models]
         sum(losses).backward()
@@ -333,10 +322,8 @@ def test_positions_beside_virtual_tokens(name: str, positions: Any, seed: int) -
 
 def test_dropout_on_the_head_is_the_layers_own(seed: int) -> None:
     """attach() draws another mask than the layer would have; with the same one it is the same."""
-    model = get_peft_model(
-        tiny_model("llama", seed),
-        LoraConfig(r=4, target_modules=HEAD, lora_dropout=0.4, task_type="CAUSAL_LM"),
-    ).train()
+    config = LoraConfig(r=4, target_modules=HEAD, lora_dropout=0.4, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("llama", seed), config).train()
     move(model, seed)
     layer = model.get_base_model().lm_head
     hidden = torch.randn(7, 32)
@@ -374,8 +361,6 @@ def test_reference_arguments_are_named(seed: int) -> None:
         (torch.zeros(3, 11, 3), ValueError, r"must return \(B, T, 4\)"),
         (torch.zeros(2, 11, 4), ValueError, "position for each"),
     ):
-        with (
-            attach(model, TOKENS, reference=lambda *_, values=values: values, positions="response"),
-            pytest.raises(error, match=match),
-        ):
+        options = {"reference": lambda *_, values=values: values, "positions": "response"}
+        with attach(model, TOKENS, **options), pytest.raises(error, match=match):
             model(**batch)

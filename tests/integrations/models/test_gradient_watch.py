@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_checks import anchors_of
-from peft import LoraConfig, get_peft_model
-from test_models import TOKENS
-from tiny_models import VOCAB, batch_of, fresh_lora, tiny_model
+from loss_checks import TOKENS, anchors_of
+from tiny_models import batch_of, fresh_lora, quantised_llama, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from str_kernels import attach
 from str_kernels.integrations.models.modes import is_packed
@@ -31,25 +28,8 @@ def with_gradient(model: nn.Module, batch: dict[str, Any]) -> set[str]:
 
 @pytest.fixture(params=[TAKEN, REFUSED])
 def load_4bit(request: Any, seed: int, tmp_path: Any) -> Any:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is of the extra 'dev', and for Linux")
-    from transformers import BitsAndBytesConfig
-
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=128, intermediate_size=2 * request.param,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-
-    def load() -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=quantised, device_map={"": "cpu"}, dtype=torch.float32
-        )
-        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        return get_peft_model(model, lora)  # in eval mode, as it was loaded
-
-    return load
+    load = quantised_llama(tmp_path, seed, 2 * request.param, load_in_4bit=True)
+    return lambda: fresh_lora(load())  # in eval mode, as it was loaded
 
 
 def test_4bit_layers_keep_their_gradients(load_4bit: Any, seed: int) -> None:
@@ -95,7 +75,7 @@ class Detached(nn.Module):
 def test_a_step_without_the_gradients_of_the_last_raises(seed: int) -> None:
     """All but those of the last layer are gone: seen where the modules run again."""
     model = fresh_lora(tiny_model("llama", seed)).train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = trained_by(model)
 
     def step() -> None:
         optimizer.zero_grad()

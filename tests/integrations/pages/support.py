@@ -99,7 +99,7 @@ USES = {
     "A reference given the first columns alone": (
         "test_reference_schedule.py::test_the_reference_reads_the_first_columns_only"
     ),
-    "Gradient accumulation": "test_attach.py::test_micro_batches_sum_to_one_batch",
+    "Gradient accumulation": "test_anchors.py::test_accumulation_equals_one_batch",
     "Vision-language models with a text head, with and without a picture": (
         "test_zoo.py::test_vision_language_models"
     ),

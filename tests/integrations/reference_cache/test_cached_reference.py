@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_models import VOCAB, fresh_lora, tiny_model, with_lora
-from tiny_rows import Padding, Rows
-from transformers import TrainingArguments
+from tiny_models import VOCAB, checkpoint, fresh_lora, tiny_model, with_lora
+from tiny_rows import Padding, Rows, arguments_of, log_of, trainer_of
 
 from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
 from str_kernels.integrations.anchors.prompts import AnchorRow
 from str_kernels.integrations.reference_cache.fingerprint import model_fingerprint
 from str_kernels.integrations.reference_cache.reading import cache_model
-from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
 from str_kernels.reference_cache.reader import KEY, CachedReference, verify_cache
 
 TOKENS = SafetyTokens(ids=[7, 3, 100, 64])
@@ -70,12 +68,6 @@ def steps(model: Any, batches: list[dict[str, Any]], accumulate: int, **options:
     return seen
 
 
-def checkpoint(model: Any) -> None:
-    enable = getattr(model.get_base_model(), "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()  # its name before 5.20
-    model.enable_input_require_grads()
-
-
 @pytest.fixture
 def base(seed: int) -> Any:
     return tiny_model("llama-tied", seed)
@@ -107,6 +99,7 @@ def test_training_equals_the_live_reference(
     model = with_lora(base, seed)
     if checkpointing:
         checkpoint(model)
+        model.enable_input_require_grads()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [[rows[index] for index in order[at : at + 3]] for at in (0, 2, 4, 6, 1, 7)]
     batches = [pad(three, side) for three in chosen]
@@ -157,6 +150,7 @@ def test_checkpointing_switches_the_cache_off_for_packed_rows(
     reference = CachedReference(folder)
     expected = steps(copy.deepcopy(model), [{**batch, "use_cache": False}] * 2, 1)
     checkpoint(model)
+    model.enable_input_require_grads()
     compare(steps(model, [batch] * 2, 1, reference=reference), expected)
 
 
@@ -170,12 +164,8 @@ def test_layouts_are_told_apart_in_16_bits_too(seed: int, tmp_path: Any) -> None
         batch: Any = pad(rows[:3], "left") if layout == "left" else flatten(rows[:3])
         if layout == "masked":
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        with attach(
-            with_lora(base, seed).train(),
-            TOKENS,
-            reference=CachedReference(tmp_path / "cache"),
-            positions=ROWS,
-        ) as handle:
+        model, cached = with_lora(base, seed).train(), CachedReference(tmp_path / "cache")
+        with attach(model, TOKENS, reference=cached, positions=ROWS) as handle:
             try:
                 handle._inner(**batch, use_cache=False)
                 found = True
@@ -212,29 +202,20 @@ def test_trainer_with_the_look_up_in_the_data_loader(
     cached = CachedReference(tmp_path / "cache")
 
     def log(collator: Any, reference: Any) -> list[float]:
-        trainer = SafetyTrainer(
-            model=fresh_lora(copy.deepcopy(base)),
-            args=TrainingArguments(
-                str(tmp_path / "run"), max_steps=3, logging_steps=1, report_to="none",
-                disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-                gradient_accumulation_steps=2, per_device_train_batch_size=2, seed=seed % 1000,
-                learning_rate=0.02, eval_strategy="epoch", dataloader_num_workers=workers,
-            ),
-            train_dataset=data,
-            eval_dataset=data,
-            data_collator=collator,
-            safety_tokens=TOKENS,
-            penalty=SafetyPenalty(0.5),
-            reference=reference,
-        positions=ROWS)  # fmt: skip
+        torch.manual_seed(seed)
+        arguments = arguments_of(
+            tmp_path / "run", max_steps=3, gradient_accumulation_steps=2, seed=seed % 1000,
+            per_device_train_batch_size=2, learning_rate=0.02, eval_strategy="epoch",
+            dataloader_num_workers=workers,
+        )  # fmt: skip
+        options = {"eval_dataset": data, "data_collator": collator, "reference": reference}
+        options |= {"safety_tokens": TOKENS, "penalty": SafetyPenalty(0.5)}
+        trainer = trainer_of(fresh_lora(copy.deepcopy(base)), arguments, data, **options)
         trainer.train()
         assert "eval_loss" in trainer.evaluate()
-        return [x for e in trainer.state.log_history if "loss" in e for x in
-                (e["loss"], e["safety/penalty"])]  # fmt: skip
+        return [x for e in log_of(trainer) for x in (e["loss"], e["safety/penalty"])]
 
-    torch.manual_seed(seed)
     expected = log(Padding().pad, None)
-    torch.manual_seed(seed)
     found = log(cached.with_collator(Padding().pad), cached)
     assert found[-1] > 0
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)  # the log is rounded
@@ -271,18 +252,16 @@ def test_anchors_beside_a_reference_that_is_asked_in_every_second_forward(
 
     def losses(collate: Any, **reference: Any) -> list[float]:
         found = []
-        with attach(
-            model, TOKENS, anchors=anchors, ref_every=2, **reference, positions=ROWS
-        ) as handle:
+        options = {"anchors": anchors, "ref_every": 2, "positions": ROWS, **reference}
+        with attach(model, TOKENS, **options) as handle:
             for step in range(4):
                 handle.step = step
                 found.append(float(model(**collate([rows[0][:4]])).loss.detach()))
         return found
 
-    expected = losses(pad)
-    assert losses(pad, reference=cached) == pytest.approx(expected, rel=1e-5)
-    given = losses(cached.with_collator(pad), reference=cached)
-    assert given == pytest.approx(expected, rel=1e-5)
+    expected = pytest.approx(losses(pad), rel=1e-5)
+    assert losses(pad, reference=cached) == expected
+    assert losses(cached.with_collator(pad), reference=cached) == expected
 
 
 def test_a_full_fine_tuning_may_begin_and_be_resumed(
@@ -324,9 +303,8 @@ def test_the_adapters_stay_on(base: Any, rows: Any, folder: Any, seed: int) -> N
     with attach(model.train(), TOKENS, reference=CachedReference(folder), positions=ROWS):
         model.disable_adapter = None  # nobody may call it
         assert torch.isfinite(model(**pad(rows[:2])).loss)
-    pissa = get_peft_model(
-        base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    pissa = get_peft_model(base, config)
     with pytest.raises(ValueError, match="must have the base weights"):
         attach(pissa, TOKENS, reference=CachedReference(folder), positions=ROWS)
     unchecked = CachedReference(folder, check_model=False)

@@ -20,11 +20,13 @@ from str_kernels import AnchorPrompts, SafetyPenalty, SafetyTokens, attach
 from str_kernels.integrations.chat.rows import Example, encode_examples
 
 BATCH_SIZE, LEARNING_RATE = 2, 0.5
-TURNS = [
+SUMS = [
     (f"what is {a} + {b}", " ".join(["="] * a) + f" {a + b}")  # 2 to 5 labels
     for a in range(1, 5)
     for b in range(1, 5)
-][:14]  # 7 micro-batches: the last step has one of two, or of three
+]
+TURNS = SUMS[:14]  # 7 micro-batches: the last step has one of two, or of three
+BOUND = 1e-6  # of float32 losses whose sums differ in order only
 
 
 class Recipe(NamedTuple):
@@ -118,3 +120,14 @@ def expected_steps(recipe: Recipe) -> list[Step]:
             steps.append(Step(*sums))
     assert len({len(row["input_ids"]) for row in recipe.rows}) > 1 and max(steps[-1][2:]) > 1e-5
     return steps
+
+
+def assert_same_logs(trainer: Any, recipe: Recipe) -> None:
+    """Compare what a trainer logged with the steps by hand."""
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, step in zip(entries, expected_steps(recipe), strict=True):
+        assert entry["loss"] == pytest.approx(step.loss, rel=BOUND)
+        assert entry["safety/ce"] == pytest.approx(step.ce, rel=BOUND)
+        # a difference of logits has fewer digits than they have
+        assert entry["safety/penalty"] == pytest.approx(step.penalty, rel=1e-4)
+        assert entry["safety/anchor_penalty"] == pytest.approx(step.anchor_penalty, rel=1e-4)

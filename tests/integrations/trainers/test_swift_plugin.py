@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from doc_blocks import python_blocks
-from recipe_setup import TURNS, Recipe, expected_steps, make_recipe
+from recipe_setup import TURNS, Recipe, assert_same_logs, make_recipe
 from tiny_tokenizer import save_tiny_model
 from transformers import Seq2SeqTrainer as HfTrainer
 from transformers import Seq2SeqTrainingArguments
@@ -171,16 +171,11 @@ def test_it_trains_and_logs(
     anchors = recipe.options.get("anchors") or AnchorPrompts.default(recipe.tokenizer)
     trainer.attach_options["anchors"] = anchors
     trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for entry, step in zip(entries, expected_steps(recipe), strict=True):
-        assert entry["loss"] == pytest.approx(step.loss, rel=1e-6)  # sums in another order
-        assert entry["safety/ce"] == pytest.approx(step.ce, rel=1e-6)
-        # a difference of logits has fewer digits than they have
-        assert entry["safety/penalty"] == pytest.approx(step.penalty, rel=1e-4)
-        anchor_penalty = entry["safety/anchor_penalty"]
-        assert anchor_penalty == pytest.approx(step.anchor_penalty, rel=1e-4) and anchor_penalty > 0
-        total = step.ce + weight * (step.penalty + anchor_penalty)
-        assert entry["loss"] == pytest.approx(total, rel=1e-6)
+    assert_same_logs(trainer, recipe)
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        penalties = entry["safety/penalty"] + entry["safety/anchor_penalty"]
+        assert entry["safety/anchor_penalty"] > 0
+        assert entry["loss"] == pytest.approx(entry["safety/ce"] + weight * penalties, rel=1e-6)
     trainer.model.eval()
     assert trainer.get_use_logits_to_keep(True)  # evaluation keeps what swift keeps
 

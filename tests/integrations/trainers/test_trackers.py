@@ -12,12 +12,10 @@ from types import ModuleType
 from typing import Any
 
 from tiny_models import fresh_lora, tiny_model
-from tiny_rows import TOKENS, Padding, Rows
+from tiny_rows import Rows, arguments_of, log_of, trainer_of
 from tiny_tokenizer import chat_tokenizer
-from transformers import TrainingArguments
 
-from str_kernels import AnchorPrompts, SafetyPenalty
-from str_kernels.integrations.trainers.hf_trainer import SafetyTrainer
+from str_kernels import AnchorPrompts
 
 TERMS = ("safety/ce", "safety/penalty", "safety/anchor_penalty", "safety/max_drift")
 
@@ -57,18 +55,15 @@ def stand_in(monkeypatch: Any, name: str, **content: Any) -> Any:
 
 def trained(seed: int, folder: Any, report_to: str) -> list[dict[str, float]]:
     """Train 4 steps, logging every second; return the entries of Trainer's own log."""
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, logging_steps=2,
-        gradient_accumulation_steps=2, learning_rate=1e-2, report_to=report_to, disable_tqdm=True,
-        save_strategy="no", dataloader_pin_memory=False, remove_unused_columns=False, use_cpu=True,
+    arguments = arguments_of(
+        folder, max_steps=4, per_device_train_batch_size=2, logging_steps=2, report_to=report_to,
+        gradient_accumulation_steps=2, learning_rate=1e-2, use_cpu=True,
     )  # fmt: skip
-    trainer = SafetyTrainer(
-        fresh_lora(tiny_model("llama", seed)), arguments, lambda rows: Padding().pad(rows),
-        Rows(seed, 32), safety_tokens=TOKENS, penalty=SafetyPenalty(0.3),
-        anchors=AnchorPrompts.from_prompts(chat_tokenizer(), ["help me"], per_step=1),
-    positions="response")  # fmt: skip
+    anchors = AnchorPrompts.from_prompts(chat_tokenizer(), ["help me"], per_step=1)
+    model = fresh_lora(tiny_model("llama", seed))
+    trainer = trainer_of(model, arguments, Rows(seed, 32), anchors=anchors)
     trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    return log_of(trainer)
 
 
 def test_tensorboard_draws_the_terms(seed: int, tmp_path: Any, monkeypatch: Any) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import fresh_lora, tiny_model
-from tiny_rows import TOKENS, Padding, Rows, trained
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from tiny_rows import TOKENS, Padding, Rows, arguments_of, trained, trainer_of
+from tiny_tokenizer import chat_tokenizer
+from transformers import DataCollatorForSeq2Seq
 
 from str_kernels import SafetyPenalty, SafetyTokens
 from str_kernels.integrations.anchors.prompts import AnchorPrompts, AnchorRow
@@ -32,23 +33,8 @@ def test_accumulation_equals_one_batch_and_the_terms_are_logged(seed, tmp_path):
 
 def test_terms_are_averaged_between_logs(seed, tmp_path):
     _, each = trained(seed, tmp_path, 4, 2, steps=4)
-    trainer, every_second = trained(seed, tmp_path, 4, 2, steps=4)
-    assert len(each) == len(every_second) == 4
-    model = fresh_lora(tiny_model("llama", seed), init_lora_weights="gaussian")
-    arguments = trainer.args
-    arguments.logging_steps = 2
-    again = SafetyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Rows(seed, 64),
-        data_collator=lambda rows: Padding().pad(rows),
-        safety_tokens=TOKENS,
-        penalty=SafetyPenalty(0.3),
-        positions="response",
-    )
-    again.train()
-    pairs = [entry for entry in again.state.log_history if "loss" in entry]
-    assert len(pairs) == 2
+    _, pairs = trained(seed, tmp_path, 4, 2, steps=4, logging_steps=2)
+    assert (len(each), len(pairs)) == (4, 2)
     for pair, (first, second) in zip(pairs, (each[:2], each[2:]), strict=True):
         mean = (first["safety/ce"] + second["safety/ce"]) / 2
         assert pair["safety/ce"] == pytest.approx(mean, rel=1e-3)
@@ -86,8 +72,6 @@ def test_train_lora_is_reproducible_and_weight_0_is_plain():
     def log_of(tokens, weight):
         model = tiny_model("llama", seed)
         # all-linear leaves the head out; the collator is transformers' own
-        from tiny_tokenizer import chat_tokenizer
-
         _, log = train_lora(model, chat_tokenizer(), rows, tokens, SafetyPenalty(weight), options)
         return log
 
@@ -110,8 +94,6 @@ def test_options_check_themselves(field):
 
 
 def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
-    from tiny_tokenizer import chat_tokenizer
-
     rows = [dict(row) for row in Rows(seed, 5).rows]
     theirs = DataCollatorForSeq2Seq(chat_tokenizer(), label_pad_token_id=-100)(rows)
     ours = Padding().pad([dict(row) for row in Rows(seed, 5).rows])
@@ -121,34 +103,31 @@ def test_the_collator_is_the_one_the_padding_stands_in_for(seed):
 
 def test_a_step_outside_of_train_is_refused(seed, tmp_path):
     model = fresh_lora(tiny_model("llama", seed))
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, positions="response")
+    trainer = trainer_of(model, arguments_of(tmp_path, use_cpu=True))
     batch = Padding().pad(Rows(seed, 2).rows)
     with pytest.raises(RuntimeError, match=r"outside of train\(\) would have no safety loss"):
         trainer.compute_loss(model.train(), batch)
     assert trainer.compute_loss(model.eval(), batch) > 0
 
 
+CONTEXT = "must be .* under context parallelism"
+
+
 @pytest.mark.parametrize(
-    "option",
-    [{"anchors": ANCHORS}, {"ref_tokens": 4}, {"positions": 2}, {"positions": "all"}],
+    ("parallel", "option", "match"),
+    [
+        ("cp", {"anchors": ANCHORS}, f"`anchors` {CONTEXT}"),
+        ("cp", {"ref_tokens": 4}, f"`ref_tokens` {CONTEXT}"),
+        ("cp", {"positions": 2}, f"`positions` {CONTEXT}"),
+        ("cp", {"positions": "all"}, f"`positions` {CONTEXT}"),
+        ("sp", {}, "`sp_size` must be 1"),
+    ],
 )
-def test_what_reads_rows_from_their_beginning_needs_whole_rows(option, seed, tmp_path, monkeypatch):
+def test_what_needs_whole_rows_is_refused(parallel, option, match, seed, tmp_path, monkeypatch):
+    """What reads them from their beginning, and with sequence parallelism all."""
     model = fresh_lora(tiny_model("llama", seed))
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    options = {"positions": "response", **option}
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, **options)
-    monkeypatch.setattr(SafetyTrainer, "get_cp_size", lambda self: 2, raising=False)
-    (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` must be .* under context parallelism"):
+    trainer = trainer_of(model, arguments_of(tmp_path, use_cpu=True), **option)
+    monkeypatch.setattr(SafetyTrainer, f"get_{parallel}_size", lambda self: 2, raising=False)
+    with pytest.raises(ValueError, match=match):
         trainer.train()
     assert "forward" not in vars(model.get_base_model())
-
-
-def test_sequence_parallelism_is_refused(seed, tmp_path, monkeypatch):
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    model = fresh_lora(tiny_model("llama", seed))
-    trainer = SafetyTrainer(model, arguments, safety_tokens=TOKENS, positions="response")
-    monkeypatch.setattr(SafetyTrainer, "get_sp_size", lambda self: 2, raising=False)
-    with pytest.raises(ValueError, match="`sp_size` must be 1"):
-        trainer.train()

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 import torch
 from doc_blocks import python_blocks, run_block
-from recipe_setup import TURNS, Recipe, expected_steps, make_optimizer, make_recipe
+from recipe_setup import (
+    BOUND,
+    TURNS,
+    Recipe,
+    assert_same_logs,
+    expected_steps,
+    make_optimizer,
+    make_recipe,
+)
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 PAGE = "docs/trainers.md"
@@ -24,7 +32,6 @@ NAMES = (
     "Lightning",
 )  # fmt: skip
 BLOCKS = dict(zip(NAMES, python_blocks(PAGE), strict=True))
-BOUND = 1e-6  # of float32 losses whose sums differ in order only
 
 # TRL and Lightning warn of what a test leaves at its default; newer transformers of TRL's names
 pytestmark = [
@@ -106,16 +113,6 @@ def test_trainer(accumulation: int, seed: int, tmp_path: Any) -> None:
     space: dict[str, Any] = {"training_arguments": arguments}
     assert_same_steps(run("Trainer", recipe, space), recipe)
     assert_same_logs(space["trainer"], recipe)
-
-
-def assert_same_logs(trainer: Any, recipe: Recipe) -> None:
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for entry, step in zip(entries, expected_steps(recipe), strict=True):
-        assert entry["loss"] == pytest.approx(step.loss, rel=BOUND)
-        assert entry["safety/ce"] == pytest.approx(step.ce, rel=BOUND)
-        # a difference of logits has fewer digits than they have
-        assert entry["safety/penalty"] == pytest.approx(step.penalty, rel=1e-4)
-        assert entry["safety/anchor_penalty"] == pytest.approx(step.anchor_penalty, rel=1e-4)
 
 
 def test_trl(seed: int, tmp_path: Any) -> None:

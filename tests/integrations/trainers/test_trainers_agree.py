@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipe_setup import SUMS
 from tiny_models import fresh_lora, with_lora
 from tiny_tokenizer import chat_tokenizer, save_tiny_model
 from torch import Tensor
@@ -30,16 +31,11 @@ def test_all_trainers_log_the_same(
         torch.manual_seed(seed)
         return fresh_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
-    examples = [
-        (f"what is {a} + {b}", " ".join(["="] * a) + f" {a + b}")  # 2 to 5 labels
-        for a in range(1, 5)
-        for b in range(1, 5)
-    ]
     anchors = None
     if anchored:  # one in each step, and another one in the next
         anchors = AnchorPrompts.from_prompts(chat_tokenizer(), ["help me", "bye", "7"], per_step=1)
     setup = trainers.Setup(
-        make_model, chat_tokenizer(), examples, SafetyTokens(ids=[10, 11, 13, 14]),
+        make_model, chat_tokenizer(), SUMS, SafetyTokens(ids=[10, 11, 13, 14]),
         SafetyPenalty(0.3), batch_size, accumulation, learning_rate=2e-2, anchors=anchors,
     )  # fmt: skip
     expected = trainers.plain_loop(setup)
