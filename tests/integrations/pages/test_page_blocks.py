@@ -22,7 +22,17 @@ BLOCKS = [
     for page in PAGES
     if page not in ELSEWHERE
     for place, _ in enumerate(python_blocks(page))
+    if (page, place) != ("README.md", 0)  # an example, see below
 ]
+
+
+def test_the_readme_s_first_block_is_an_example():
+    script = (ROOT / "examples" / "quickstart.py").read_text("utf-8")  # run by tests/examples
+    assert script.endswith("\n\n" + python_blocks("README.md")[0])
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
