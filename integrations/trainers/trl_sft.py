@@ -39,20 +39,17 @@ class SafetySFTConfig(_Fields, SFTConfig):
 
     def __post_init__(self) -> None:
         _ = self.settings  # checked before TRL looks at the device
-        super().__post_init__()
-
-    @property
-    def settings(self) -> SafetySettings:
-        """The fields that say how to attach; checked."""
-        return SafetySettings.of({one.name: getattr(self, one.name) for one in SETTINGS})
-
-    def __post_init__(self) -> None:
         # TRL's default is bfloat16, with which transformers refuses to train on a CPU unless told
         # to by `use_cpu`: a script that names neither would run on a GPU alone.
         fields: Any = self
         if fields.bf16 is None and not fields.use_cpu and not torch.accelerator.is_available():
             fields.bf16 = False
         super().__post_init__()
+
+    @property
+    def settings(self) -> SafetySettings:
+        """The fields that say how to attach; checked."""
+        return SafetySettings.of({one.name: getattr(self, one.name) for one in SETTINGS})
 
 
 class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
