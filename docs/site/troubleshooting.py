@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 ENTRIES = HERE / "messages.toml"
 FOLDERS = ("str_kernels", "integrations")
 
-_PLACES = {"refuse": 1}  # which argument is the message; the first, of all others
+_PLACES = {"_refusal": 1}  # which argument is the message; the first, of all others
 _SHORTEST = 12  # letters: fewer words are in too many messages
 _INTRODUCTION = """# Troubleshooting
 
@@ -114,7 +114,7 @@ def _messages_in(tree: ast.Module) -> Iterator[Message]:
         text = _text(call.args[place]) if len(call.args) > place else None
         if text is None:
             continue
-        if name == "refuse":
+        if name == "_refusal":
             kind, text = "ValueError", f"`model` must {text}"
         text = re.sub(r"\.\.\.[ .]*\.\.\.", "...", re.sub(r"\s+", " ", text))
         yield Message(kind.rpartition(".")[2], text)
