@@ -99,6 +99,8 @@ def _first_words(text: str) -> str:
 
 def _messages_in(tree: ast.Module) -> Iterator[Message]:
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and "reason_against" in node.name:
+            yield from _reasons_in(node)
         if not isinstance(node, ast.Call | ast.Raise):
             continue
         call = node.exc if isinstance(node, ast.Raise) else node
@@ -118,6 +120,15 @@ def _messages_in(tree: ast.Module) -> Iterator[Message]:
             kind, text = "ValueError", f"`model` must {text}"
         text = re.sub(r"\.\.\.[ .]*\.\.\.", "...", re.sub(r"\s+", " ", text))
         yield Message(kind.rpartition(".")[2], text)
+
+
+def _reasons_in(function: ast.FunctionDef) -> Iterator[Message]:
+    """Yield what it may return: the rule that a refused model must keep."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Return) and node.value is not None:
+            text = _text(node.value)
+            if text:
+                yield Message("ValueError", f"`model` must {text}")
 
 
 def _text(node: ast.expr) -> str | None:

@@ -62,12 +62,15 @@ def test_messages_of_every_form_are_read() -> None:
 raise ValueError("`a` must be 1; " f"got {a}")
 raise torch.OutOfMemoryError(f"none left: {error}")
 warnings.warn("look out", stacklevel=2)
-raise refuse("linear", f"be {what}")
+raise _refusal("linear", f"be {what}")
+def reason_against_it():
+    return f"have no {thing}"
 raise TypeError(said)
 raise
 """
     assert set(troubleshooting._messages_in(ast.parse(source))) == {
         Message("ValueError", "`a` must be 1; got ..."),
+        Message("ValueError", "`model` must have no ..."),
         Message("OutOfMemoryError", "none left: ..."),
         Message("UserWarning", "look out"),
         Message("ValueError", "`model` must be ..."),
