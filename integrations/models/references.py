@@ -97,6 +97,7 @@ class _InOneModel(Reference):
         self.forward = forward
         self.path = path
 
+    @runs_the_model  # else torch.compile would take this frame, and break it
     def _read(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         return read_safety_logits(self.inner, self.forward, self.path, ids, batch, log_probs)
 

@@ -35,7 +35,7 @@ def test_a_committed_figure_is_drawn_again_and_readable(name, tmp_path):
 def test_the_command_draws_all_of_them(monkeypatch, tmp_path):
     monkeypatch.setattr("bench.redraw.DRAWINGS", {"growth.png": DRAWINGS["growth.png"]})
     done = CliRunner().invoke(app, ["figures", "--to", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0 and "growth.png" in done.output
+    assert done.exit_code == 0 and "growth.png" in done.output.replace("\n", "")
     assert [file.name for file in tmp_path.iterdir()] == ["growth.png"]
 
 

@@ -64,7 +64,7 @@ def sources() -> str:
     """Identify all that a result depends on."""
     found = hashlib.sha256()
     for pattern in ("str_kernels/op/**/*.py", "bench/ptx/*.py", "bench/compiled/*.py", "tests/*.py",
-                    "tests/kernels/*.py", "tests/ptx/*.py"):  # fmt: skip
+                    "tests/rows/*.py", "tests/ptx/*.py"):  # fmt: skip
         for path in sorted(ROOT.glob(pattern)):
             found.update(path.read_bytes())
     return found.hexdigest()[:16]

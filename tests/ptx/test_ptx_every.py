@@ -16,7 +16,7 @@ def test_portions_are_all_codes_mutants_and_marked_files() -> None:
         assert codes == {f"{n}/{every.CODES}" for n in range(every.CODES)}
         assert f"mutants {target}" in names
         files = {p.arguments[0] for p in mine if p.name.startswith("gpu")}
-        assert {"tests/kernels/test_triton.py", "tests/kernels/test_ops.py"} <= files
+        assert {"tests/rows/test_triton.py", "tests/rows/test_ops.py"} <= files
         assert "tests/bench/test_bench.py" not in files
 
 

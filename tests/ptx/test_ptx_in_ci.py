@@ -31,7 +31,7 @@ class Portion(NamedTuple):
 
 
 CODES, MUTANTS = "tests/ptx/test_executed_codes.py", "tests/ptx/test_executed_mutants.py"
-KERNEL = ("tests/kernels/test_triton.py", "-m", "gpu", "-k")
+KERNEL = ("tests/rows/test_triton.py", "-m", "gpu", "-k")
 PORTIONS = [
     Portion("sm_90", (CODES,), 40),
     Portion("sm_90", (MUTANTS,), 18),
@@ -41,7 +41,7 @@ PORTIONS = [
     Portion("sm_100", (*KERNEL, "every_kind and (held or streamed)"), 28, noise="7"),
     Portion("sm_90", (*KERNEL, "nothing_outside or far_apart or padding"), 15, order="random"),
     Portion(
-        "sm_80", ("tests/kernels/test_penalty_kinds.py", "-k", "triton and one_id"), 14, noise="-1"
+        "sm_80", ("tests/rows/test_penalty_kinds.py", "-k", "triton and one_id"), 14, noise="-1"
     ),
 ]
 

@@ -1,6 +1,6 @@
 """Compile kernels, whole and with a piece of their source left out, and print what came out.
 
-    python tests/kernels/compile_kernel.py '[[["linear", "bfloat16", ..., "sm_90"], ""], ...]'
+    python tests/rows/compile_kernel.py '[[["linear", "bfloat16", ..., "sm_90"], ""], ...]'
 
 A program of its own, because a process whose kernels are interpreted cannot compile them. The work
 is done by bench/compiled/compiling.py and bench/compiled/compile_report.py.
