@@ -351,7 +351,7 @@ def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> No
         student.close()
         frozen.close()
     size = before.float().abs().max().clamp(min=1.0)
-    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)   # of other kernels
+    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)  # of other kernels
     if bool((now.float() - before.float()).abs().max() > eps * size):
         warnings.warn(
             "`model` differs from its reference already: it is held to what it was without its "
