@@ -148,7 +148,7 @@ def export(
         say("write")
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        del model, merged, parts  # one model in memory at a time
+        del model, merged, parts  # to have only one model in memory
         gc.collect()
         say("read it back and compare")
         found, _ = load_model(str(folder))

@@ -33,7 +33,7 @@ from ..models import (
 FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Tensor], Any]
 """Makes the output that TRL expects from the model's output, loss, terms, target and divisor."""
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
-_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
+_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # names in various models
 
 
 class SafetyForward:

@@ -246,7 +246,7 @@ class SafetyHandle:
     def __init__(self, model: nn.Module, inner: nn.Module, forward: SafetyForward) -> None:
         self._inner = inner
         self._forward = forward
-        self._previous = vars(inner).get("forward")  # set by somebody before us, or None
+        self._previous = vars(inner).get("forward")  # set by other code before, or None
         inner.forward = forward
         # on the PeftModel, since up to PEFT 0.19 it calls inner.forward and so no hook of inner
         self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
@@ -351,7 +351,8 @@ def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> No
         student.close()
         frozen.close()
     size = before.float().abs().max().clamp(min=1.0)
-    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)  # of other kernels
+    # a copy of the model may use other kernels, which round differently
+    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)
     if bool((now.float() - before.float()).abs().max() > eps * size):
         warnings.warn(
             "`model` differs from its reference already: it is held to what it was without its "

@@ -20,7 +20,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Span(NamedTuple):
-    """Characters start to end - 1 of a text."""
+    """The characters text[start:end]."""
 
     start: int
     end: int

@@ -388,6 +388,6 @@ def _check_calls(calls: Any) -> None:
 def _check_text(row: dict[str, Any]) -> None:
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON may contain a lone surrogate
         half = error.object[error.start : error.end]
         raise ValueError(f"{half!r} is half of a character (a lone surrogate)") from error

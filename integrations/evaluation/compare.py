@@ -1,4 +1,4 @@
-"""Evaluations of several models on the same prompts, read back, checked, and compared."""
+"""Read, check and compare evaluations of several models on the same prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .options import KEPT_TOKENS, KINDS
 from .run import EVAL_FILE, SCHEMA_VERSION
 
 JUDGE = "judge"
-_MOST_EXAMPLES = 5  # of each run, rule and kind
+_MOST_EXAMPLES = 5  # for each run, rule and kind
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 200, 120
 
 
@@ -331,7 +331,7 @@ def _other_references(runs: Sequence[Run]) -> list[str]:
 
 def _reference_hash(run: Run) -> object:
     reference = run.report.get("reference")
-    # without adapter: the model itself
+    # "reference" is text if it is the model without its adapter; then the model's hash counts
     found = reference if isinstance(reference, dict) else run.report["model"]
     return found.get("sha256")
 

@@ -22,7 +22,7 @@ from ..figures import (
 )
 
 _MARKERS = "os^Dvx"
-_NAMED = 2  # runs that a title has room for
+_NAMED = 2  # a title has room for the names of this many runs
 
 
 def draw_drift(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:

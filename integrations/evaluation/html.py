@@ -14,7 +14,7 @@ from .document import Block, Heading, Picture
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
-    finalize=lambda value: printable(str(value)),  # of every value, before it is escaped
+    finalize=lambda value: printable(str(value)),  # runs on every value before escaping
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -55,10 +55,10 @@ DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "lora_target_modules": ["all-linear"],
     "dtype": "auto",
-    "bf16": False,  # no autocast: the weights' dtype is the model's
+    "bf16": False,  # no autocast: training keeps the model's dtype
     _CHECKPOINTING: False,
     "logging_steps": 1,
-    "save_steps": 0.1,  # of all steps
+    "save_steps": 0.1,  # as a fraction of all steps
     "save_total_limit": 2,
     "report_to": "none",
     "disable_tqdm": True,
@@ -105,21 +105,23 @@ class RunOptions:
     """
 
     data: str | None = _option(None, "Training rows: a file, a saved data set or a hub id.")
-    data_split: str | None = _option(None, "Of a data set that has several; 'train' if unset.")
+    data_split: str | None = _option(
+        None, "Split of a data set that has several; 'train' if unset."
+    )
     output: str = _option("str-kernels-run", "Folder to make.")
     eval_data: str | None = _option(None, "Rows for evaluation, as DATA.")
-    eval_fraction: float = _option(0.0, "Of DATA, drawn for evaluation and not trained on.")
+    eval_fraction: float = _option(0.0, "Fraction of DATA held out for evaluation.")
     early_stopping: int | None = _option(
-        None, "Stop after so many evaluations without a better loss, and keep the best."
+        None, "Stop after this many evaluations without a better loss, and keep the best."
     )
     full: bool = _option(False, "Train every weight, not adapters.")
     long_context: bool = _option(
         False, "Gradient checkpointing and one row a forward: the least memory for long rows."
     )
     eval_refusals: int = _option(
-        0, "Ask so many harmful and harmless probes before and after, and report the refusals."
+        0, "Ask this many harmful and harmless probes before and after, and report the refusals."
     )
-    resume: bool = _option(False, "Go on from the last whole checkpoint of an unfinished run.")
+    resume: bool = _option(False, "Resume an unfinished run from its last whole checkpoint.")
     overwrite: bool = _option(False, "Replace a run's folder.")
     keep_checkpoints: bool = _option(False, "Keep the checkpoints of a finished run.")
     dry_run: bool = _option(False, "Print the plan and the first row, and train nothing.")
@@ -205,7 +207,7 @@ def read_options(
     if {"max_steps", "num_train_epochs"} <= set(typed):
         raise ValueError("`max_steps` must be left out with `num_train_epochs`; got both")
     if "num_train_epochs" in typed:
-        of_file.pop("max_steps", None)  # what is typed wins over the file
+        of_file.pop("max_steps", None)  # flags override the file
     chosen = frozenset({*typed, *of_file})
     for name, instead in _INSTEAD.items():
         if name in chosen:

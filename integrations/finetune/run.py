@@ -94,7 +94,7 @@ def prepare(
         ValueError: an option, the rows or the model is bad; the message says why.
     """
     run, training = options.run, options.training
-    datasets.disable_progress_bars()  # the command has its own
+    datasets.disable_progress_bars()  # the command shows its own
     say = progress or (lambda text: None)
     examples = read_examples(str(run.data), run.data_split)  # before anything slow
     held_out = []

@@ -24,7 +24,7 @@ RUN = "run"
 _UNFINISHED = "unfinished run"
 _BEGAN = "options.json"
 _PREFIX = "checkpoint-"
-_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that nothing reads
+_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that is never read
 
 
 class RunFolder:

@@ -97,7 +97,7 @@ def put_adapter(argument: str, model: Any, adapter: Path, *, trainable: bool = F
         A PeftModel, in eval mode.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is not one of this model.
+        ValueError: a file is missing or damaged, or the adapter is for another model.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 

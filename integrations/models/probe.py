@@ -49,7 +49,7 @@ def probe_head(model: nn.Module) -> ModelHead:
     """Find the head of a causal LM and what the model does to its output.
 
     Args:
-        model: a Hugging Face causal LM (not a PeftModel: its base).
+        model: a Hugging Face causal LM; for a PeftModel, its base model.
 
     Returns:
         The head.

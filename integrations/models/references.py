@@ -204,7 +204,7 @@ class PromptOff(_InOneModel):
 
 
 class FrozenModel(Reference):
-    """A second model, on the same device or on another one."""
+    """A second, frozen model, on the same device or on another one."""
 
     def __init__(self, model: nn.Module, path: LossPath, student: nn.Module) -> None:
         self.model = model

@@ -95,7 +95,7 @@ class PlanOptions:
 
     @property
     def padded(self) -> bool:
-        """Whether attention has a mask."""
+        """Whether attention needs a mask."""
         return self.batch_size > 1 if self.padding is None else self.padding
 
 
@@ -342,13 +342,13 @@ def _readable() -> Iterator[None]:
     """Report in one line why a model's step cannot run: it needs values, or PEFT refuses it."""
     before = _LOGGER.level
     try:
-        _LOGGER.setLevel(logging.CRITICAL)  # it would print a traceback
+        _LOGGER.setLevel(logging.CRITICAL)  # it would log a traceback
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries warn again in the real run
             yield
     except Exception as error:  # the forward of some model may raise anything
         if isinstance(error, ValueError) and str(error).startswith("`model`"):
-            raise  # our own
+            raise  # already one of our messages
         raise ValueError(
             "`model` must be a causal LM that can be trained so, and without the values of its "
             f"tensors; got {type(error).__name__}: {_first_line(error)}"

@@ -25,7 +25,7 @@ _NOT_THE_MODEL = {
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over what determines a model's logits with its adapters off.
+    """Return a SHA-256 of everything that determines a model's logits without its adapters.
 
     The hash covers name, shape, dtype and bytes of every parameter and persistent buffer that is
     not an adapter's, and the config entries that may change the logits. A PeftModel has the same

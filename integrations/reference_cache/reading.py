@@ -187,7 +187,7 @@ class FromCache(Reference):
                 LookupError,
             ):  # it refuses such a batch
                 return False
-        # other positions and foreign rows differ by far more, in the attention of every layer
+        # wrong positions, or attention to another row, change the logits by far more
         rounding = max(1e-4, 4 * torch.finfo(inner.dtype).eps) * here.norm()
         return bool((there - here).norm() <= torch.maximum(4 * (longer - here).norm(), rounding))
 

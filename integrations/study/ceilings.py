@@ -55,7 +55,7 @@ class CeilingTrainer(Trainer):
         self.weight = weight
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss of one batch, one accumulation step at a time."""
+        """Compute the loss of one batch."""
         if self.ceiling == "constrained":
             return self._constrained(model, inputs)
         loss: Tensor = model(**inputs).loss

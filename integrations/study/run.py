@@ -211,7 +211,7 @@ class _Study:
         )
 
     def tokens(self, arm: Arm, taught: Path, run: Run) -> SafetyTokens:
-        """Return an arm's safety tokens; none for cross-entropy alone."""
+        """Return an arm's safety tokens; none for plain cross-entropy."""
         from ..tokens import from_contrast, from_openings
 
         safety = SafetyTokens.from_templates(self.tokenizer)

@@ -27,7 +27,7 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of training rows, and what counts as right on held-out ones.
+    """A kind of training rows, and the rule for right answers to held-out ones.
 
     Attributes:
         rows: takes a count, a seed and rows to leave out; returns as many different rows.

@@ -259,7 +259,7 @@ class _Asking:
         return kept
 
     def probabilities(self, stage: str, answers: Sequence[_Answer]) -> _Sums:
-        """Sum each answer's mean probabilities over its first positions."""
+        """Average the probabilities over each answer's first positions, and sum over answers."""
         sums = _Sums()
         done = self._counting(stage, len(answers))
         order = sorted(answers, key=lambda answer: len(answer.prompt))

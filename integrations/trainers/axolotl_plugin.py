@@ -30,7 +30,7 @@ _FIELDS: Any = {
     for one in SETTINGS
 }
 SafetyArgs: type[BaseModel] = create_model("SafetyArgs", **_FIELDS)
-"""The model that Axolotl validates the YAML with."""
+"""The pydantic model that Axolotl validates the YAML with."""
 
 # Each replaces the model's loss with its own.
 _OTHER_LOSSES = (
@@ -43,7 +43,7 @@ _OTHER_LOSSES = (
 
 
 class SafetyPlugin(BasePlugin):
-    """Trains with the safety loss; supervised fine-tuning only."""
+    """Makes Axolotl train with the safety loss; supervised fine-tuning only."""
 
     def get_input_args(self) -> str:
         """Name the pydantic model of the plugin's fields."""

@@ -27,7 +27,7 @@ class _AttachWhenPrepared(TrainerCallback):
         self._function = function
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Call it."""
+        """Attach the model."""
         self._function()
 
 
@@ -42,8 +42,8 @@ class SafetyTrainerMixin:
     - `safety/anchor_penalty`: the mean over the anchors, if there are any.
     - `safety/max_drift`: the largest drift, in logits, anchors included.
 
-    Each is averaged (the drift: maximised) over the ranks and over the steps since the last entry.
-    The values stay on the device until they are logged.
+    The terms are averaged, and the drift is the maximum, over the ranks and over the steps since
+    the last entry. The values stay on the device until they are logged.
     """
 
     safety: SafetyHandle | None = None
@@ -59,7 +59,7 @@ class SafetyTrainerMixin:
     add_callback: Any
     remove_callback: Any
     _sums: dict[str, Tensor]  # of the micro-steps since the last log
-    _worst: Tensor | None  # () max_drift
+    _worst: Tensor | None  # () the largest max_drift since then
     _micro_steps: int
     _has_num_items: bool
     _step_of_last_log: int
@@ -176,7 +176,7 @@ class SafetyTrainerMixin:
             self.safety_tokens.save(Path(output_dir or self.args.output_dir) / TOKENS_FILE)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms to the training entries, then log as the trainer does."""
+        """Add the terms to entries of training steps, then log as the trainer does."""
         if "loss" in logs and self._sums and self._worst is not None:
             *means, worst = self._over_ranks().tolist()
             logs = {
@@ -207,7 +207,7 @@ class SafetyTrainerMixin:
         terms = handle.last
         if terms is None:
             return
-        if not self._sums:  # the first since the log, or since the start
+        if not self._sums:  # the first since the last log, or the start
             self._step_of_last_log = self.state.global_step
         drifts = [terms.max_drift]
         self._add("safety/ce", terms.ce)
