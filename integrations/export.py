@@ -42,8 +42,7 @@ class ExportResult:
         base: the name of the base model.
         dtype: of the written weights.
         parameters: number of parameters.
-        untied: embedding and head no longer share a weight, since the adapter changed only one or
-            each differently.
+        untied: embedding and head no longer share a weight, since the adapter made them differ.
         prompts: number of prompts on which the logits were compared, in float32.
         adapter_effect: largest difference between the base with and without the adapter, logits.
         merge_difference: largest difference between the model with the adapter and the merged

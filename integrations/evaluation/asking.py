@@ -115,7 +115,7 @@ class AskedModel:
             "matched": sum(right),
             "total": len(right),
             "interval": list(wilson_interval(sum(right), len(right))),
-            # an answer cut before its end may match the expected one by accident
+            # if the expected answer fills all tokens, a match may be the start of a longer answer
             "too_long": sum(length >= self.options.answer_tokens for length in lengths),
             "loss": _finite(loss),
             "outcomes": right,

@@ -142,7 +142,7 @@ def beginning(options: Any, ready: Any) -> dict[str, Any]:
         ready: the run's Prepared.
 
     Returns:
-        Options by name, and digests of the input files, as JSON values.
+        Options by name, and digests of rows and safety tokens, as JSON values.
     """
     training = options.training.to_dict()
     kept = {

@@ -66,7 +66,7 @@ class ModelHead:
         return device
 
     def operands(self, hidden: Tensor) -> Operands:
-        """Return the current operands: with the adapters' state of now and fresh dropout.
+        """Return the operands for the adapters that are on now, with fresh dropout.
 
         Args:
             hidden: (N, D), the head's input; an adapter's first matrix is applied to it.
