@@ -12,7 +12,7 @@ from ...evals import has_marks, opened_thought, without_thought
 from ..models import base_of, contiguous_head_input, evaluation_mode
 from .rendering import render_prompts
 
-ENOUGH_TOKENS = 24  # tokens of an answer that show a refusal even if it opens politely
+ENOUGH_TOKENS = 24  # an answer this long shows a refusal even if it opens politely
 
 
 class Answer(NamedTuple):

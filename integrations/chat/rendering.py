@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 
 _ANSWER = "Kestrel-4127"  # a placeholder for an answer; no template contains or trims it
 NOT_OF_TEMPLATES = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
-"""Options of apply_chat_template that are not passed on to the template."""
+"""Options of apply_chat_template itself, which `chat_template_kwargs` must not set."""
 _NEED = (
     "pass `chat_template_kwargs`, such as {'enable_thinking': False}, or `answer_start`, the text "
     "that leads from there to the answer, such as '</think>\\n\\n'"
