@@ -1,1 +1,1 @@
-"""The loss in Hugging Face models and trainers, and the commands around it."""
+"""The safety loss in Hugging Face models and trainers, and the commands built on it."""

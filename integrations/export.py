@@ -1,4 +1,4 @@
-"""`str-kernels export`: an adapter and its base become one model that everything else reads."""
+"""`str-kernels export`: merge an adapter into its base, as a model that other tools can read."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ from .loading import (
 )
 from .models import adapters_off, base_of, is_prompt_learning
 
-MARKER = "model"  # the kind of folder, see check_output
+MARKER = "model"  # marks the folder's kind, see check_output
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROMPTS = 4
-# Of the largest logit: what sums of float32 in another order are apart, in deep models too. An
-# update that is merged twice, or not at all, is as far off as the adapter moves the logits.
+# Tolerance, relative to the largest logit: float32 sums in another order differ by less, even in
+# deep models. An update merged twice, or not at all, is off by as much as the adapter does.
 _FLOAT32 = 1e-3
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written, and how far its logits are from the adapter's.
+    """The exported model, and how far its logits are from those with the adapter.
 
     Args:
-        folder: the model's.
-        base: the model that the adapter was for.
-        dtype: of the weights as they are written.
-        parameters: of the model.
-        untied: embedding and head share no weight any more, since the adapter moved them apart.
-        prompts: on which the logits were compared, in float32.
-        adapter_effect: the largest difference between base and adapter, logits.
-        merge_difference: between adapter and merged model, before its weights are rounded.
-        written_difference: between adapter and the model as it is read back from the folder.
+        folder: the model's folder.
+        base: the name of the base model.
+        dtype: of the written weights.
+        parameters: number of parameters.
+        untied: embedding and head no longer share a weight, since the adapter made them differ.
+        prompts: number of prompts on which the logits were compared, in float32.
+        adapter_effect: largest difference between the base with and without the adapter, logits.
+        merge_difference: largest difference between the model with the adapter and the merged
+            model, before its weights are rounded.
+        written_difference: the same for the model as read back from the folder.
     """
 
     folder: Path
@@ -61,7 +62,7 @@ class ExportResult:
 
     @property
     def rounded_away(self) -> bool:
-        """Whether the rounding of the weights takes a tenth of what the adapter does, or more."""
+        """Whether rounding the weights costs a tenth of the adapter's effect or more."""
         return self.written_difference > max(0.1 * self.adapter_effect, self.merge_difference)
 
 
@@ -75,28 +76,28 @@ def export(
 ) -> ExportResult:
     """Merge an adapter into its base and write a full model.
 
-    The folder holds safetensors, config, generation config and tokenizer. It is made under a
-    temporary name and renamed when its logits have been compared, so it is whole or absent.
+    The folder holds safetensors, config, generation config and tokenizer. It is written under a
+    temporary name, and renamed after its logits were compared, so it is either whole or absent.
 
     Args:
-        run: a folder with an adapter, as finetune writes it, or a hub id.
-        output: the folder to make.
-        dtype: of the weights to write; "auto" is each as in the base.
+        run: a folder with an adapter, as written by finetune, or a hub id.
+        output: the folder to write.
+        dtype: of the written weights; "auto" keeps the dtype of each weight in the base.
         overwrite: replace `output` if it is a model made by this function.
-        progress: called with a line of text when something takes seconds.
+        progress: called with a line of text before anything that takes seconds.
 
     Returns:
         What was written, with the largest differences of the logits.
 
     Raises:
-        ValueError: there is no adapter that can be merged, or the merged model is another one;
+        ValueError: there is no adapter that can be merged, or the merge changed the logits;
             nothing has been written.
 
     Notes:
-        The merge is made in float32 and rounded once. LoRA on an embedding or head that share one
-        weight moves them apart, and PEFT 0.21 would add both updates to the one weight: they are
-        untied first, and the model is larger by one head. An adapter that was trained on quantised
-        weights is merged into the base as it is stored.
+        The merge is computed in float32 and rounded once. If embedding and head share one weight,
+        LoRA on either makes them differ, and PEFT 0.21 would add both updates to the shared weight.
+        So they are untied first, and the model grows by one head. An adapter that was trained on
+        quantised weights is merged into the base as it is stored.
     """
     say = progress or (lambda text: None)
     if dtype != "auto" and dtype not in _DTYPES:
@@ -106,7 +107,7 @@ def export(
         raise ValueError(f"`run` must be a folder with an adapter; got {run!r} without one")
     check_adapter_files("run", adapter)
     check_output(output, overwrite, marker=MARKER, inputs=[adapter])
-    tokenizer = load_tokenizer(run, progress=progress)  # as it is: load_parts sees to padding
+    tokenizer = load_tokenizer(run, progress=progress)  # unchanged: load_parts may set the padding
     parts = load_parts(run, progress=progress)
     if Path(parts.name).is_dir() and Path(parts.name).resolve() == output.resolve():
         raise ValueError(f"`output` must not be the base of the adapter; got {output}")
@@ -129,7 +130,7 @@ def export(
     _untie(model)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied weights: what came of them is looked at below
+            warnings.simplefilter("ignore")  # about tied weights; the logits are compared below
             merged = model.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise ValueError(f"`run` must have an adapter that can be merged: {error}") from error
@@ -146,7 +147,7 @@ def export(
         say("write")
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        del model, merged, parts  # one model in memory at a time
+        del model, merged, parts  # to have only one model in memory
         gc.collect()
         say("read it back and compare")
         found, _ = load_model(str(folder))
@@ -182,7 +183,7 @@ def _logits(model: Any, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _difference(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """Return the largest difference of any logit; NaN where there is one."""
+    """Return the largest difference of any logit; NaN if one is NaN."""
     apart = [(a - b).abs().max() for a, b in zip(got, wanted, strict=True)]
     return float(torch.stack(apart).max())
 
@@ -201,7 +202,7 @@ def _is_tied(model: Any) -> bool:
 
 
 def _untie(model: Any) -> None:
-    """Give the head a weight of its own if layers of an adapter sit on it or on the embedding."""
+    """Give the head its own weight if an adapter has a layer on it or on the embedding."""
     inner: Any = base_of(model)
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     if not any(hasattr(end, "base_layer") for end in ends):
@@ -215,7 +216,7 @@ def _untie(model: Any) -> None:
 
 
 def _round(model: Any, dtypes: dict[str, torch.dtype], dtype: str) -> None:
-    """Give each weight the dtype that was asked for, or that it had in the base."""
+    """Convert each weight to the requested dtype, or to the one it had in the base."""
     for name, weight in model.named_parameters():
         wanted = dtypes.get(name, model.config.dtype) if dtype == "auto" else _DTYPES[dtype]
         weight.data = weight.data.to(wanted)

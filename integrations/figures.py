@@ -1,4 +1,4 @@
-"""The look that all figures share: a title that is a sentence, a caption that says of what."""
+"""The common style of all figures: a sentence as the title, and a caption with the details."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from ..atomic import replacing
 from ..evals import printable
 
-_WIDTH = 8.0  # inches; a README shows them on some 800 pixels, so that 8 points are 11 pixels
+_WIDTH = 8.0  # inches; a README shows it at about 800 pixels, so 8 points are 11 pixels
 _DPI = 200
-# Wong's palette, told apart by people who do not see red and green as different. Where ways are
-# compared, blue is ours, vermilion the paper's form or naive STR, and grey what is beside them.
+# Wong's palette, which colour-blind people can tell apart. In comparisons blue is ours, vermilion
+# the paper's form or naive STR, and grey is everything else.
 BLUE, VERMILION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
 GREEN, PURPLE, SKY = "#009E73", "#CC79A7", "#56B4E9"
 BLACK, GREY, PALE = "#222222", "#8A8A8A", "#CFCFCF"
-SERIES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)  # of lines without such a meaning
+SERIES = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY)  # for lines without such a meaning
 QUIET, _GRID = "#555555", "#E4E4E4"
 _TITLE, _TEXT, SMALL = 12.0, 9.0, 8.0  # points
 _NAME = 24  # characters
@@ -29,7 +29,7 @@ _NAME = 24  # characters
 
 @dataclass(frozen=True)
 class Share:
-    """A count of a total, and its interval as parts of 1."""
+    """A count of a total, with the interval of its fraction, in [0, 1]."""
 
     count: int
     total: int
@@ -37,7 +37,7 @@ class Share:
 
     @property
     def percent(self) -> float:
-        """Return the part in percent; 0 of nothing is 0."""
+        """Return the count in percent of the total; 0 if the total is 0."""
         return 100 * self.count / max(self.total, 1)
 
 
@@ -46,12 +46,12 @@ def new_figure(height: float, title: str, caption: str) -> Figure:
 
     Args:
         height: inches.
-        title: the one thing that the figure says.
-        caption: of what: model, machine, how many, and what the whiskers are.
+        title: the figure's one statement.
+        caption: the details: model, machine, counts, and what the whiskers are.
     """
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
     figure = Figure(figsize=(_WIDTH, height), layout=layout, facecolor="white")
-    # DejaVu Sans has about so many characters an inch at these sizes
+    # 9.3 and 15.8: characters of DejaVu Sans per inch at these sizes, approximately
     text = _balanced(title, int(9.3 * _WIDTH))
     figure.suptitle(text, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", color=BLACK)
     text = textwrap.fill(caption, int(15.8 * _WIDTH), break_on_hyphens=False)
@@ -60,7 +60,7 @@ def new_figure(height: float, title: str, caption: str) -> Figure:
 
 
 def _balanced(text: str, most: int) -> str:
-    """Return text in as few lines as fit, about equally long: a last word alone looks lost."""
+    """Wrap text into as few lines as possible, of about equal length."""
     lines = len(textwrap.wrap(text, most, break_on_hyphens=False))
     for width in range(most // 2, most):
         wrapped = textwrap.wrap(text, width, break_on_hyphens=False)
@@ -70,11 +70,11 @@ def _balanced(text: str, most: int) -> str:
 
 
 def style(axes: Any, *, title: str = "", x: str = "", y: str = "", grid: str = "both") -> None:
-    """Give a panel its labels, and the look of all others.
+    """Set a panel's labels and the common style.
 
     Args:
         axes: the panel.
-        title: what is drawn, with its unit where an axis does not say it.
+        title: what is drawn, with its unit if no axis has it.
         x: quantity and unit.
         y: likewise.
         grid: "x", "y" or "both".
@@ -90,7 +90,7 @@ def style(axes: Any, *, title: str = "", x: str = "", y: str = "", grid: str = "
 
 
 def legend(axes: Any, **options: Any) -> None:
-    """Name a panel's lines, inside it."""
+    """Put a legend into a panel."""
     axes.legend(fontsize=SMALL + 0.5, frameon=False, **options)
 
 
@@ -104,8 +104,8 @@ def save(figure: Figure, path: Path) -> None:
 def whiskers(
     values: Sequence[float], low: Sequence[float], high: Sequence[float]
 ) -> list[list[float]]:
-    """Return how far bounds are below and above their values, as matplotlib wants it."""
-    # a bound may be off its value by a rounding, on the wrong side
+    """Return the distances of the bounds below and above their values, as matplotlib takes them."""
+    # rounding may put a bound on the wrong side of its value
     below = [max(0.0, value - bound) for value, bound in zip(values, low, strict=True)]
     above = [max(0.0, bound - value) for value, bound in zip(values, high, strict=True)]
     return [below, above]
@@ -122,10 +122,10 @@ def draw_bars(
 
     Args:
         axes: the panel.
-        names: of the values.
+        names: one for each value.
         values: in the unit of the axis.
-        colours: one for each.
-        bounds: the lower and the upper ones; those that are the values themselves are not drawn.
+        colours: one for each value.
+        bounds: lower and upper bounds; no whisker is drawn if all equal their values.
     """
     places = range(len(values))
     axes.barh(places, values, 0.62, color=colours)
@@ -154,9 +154,9 @@ def draw_shares(
 
     Args:
         axes: the panel.
-        names: of the shares.
-        shares: one for each.
-        colours: likewise.
+        names: one for each share.
+        shares: the values.
+        colours: one for each share.
         title: of the panel.
     """
     low, high = ([100 * share.interval[end] for share in shares] for end in (0, 1))
@@ -168,10 +168,10 @@ def draw_shares(
 
 
 def figure_label(text: str) -> str:
-    """Return a name as matplotlib shows it literally: short, and without its mathematics."""
-    # what the font has no glyph for would be an empty box and a warning
+    """Return a name that matplotlib shows literally: shortened, with its math syntax escaped."""
+    # a character without a glyph in the font would show as an empty box, with a warning
     plain = printable(text).encode("latin-1", "backslashreplace").decode("latin-1")
     if len(plain) > _NAME:
         plain = plain[: _NAME - 3] + "..."
     plain = plain.replace("$", r"\$")
-    return f" {plain}" if plain.startswith("_") else plain  # matplotlib hides labels that do
+    return f" {plain}" if plain.startswith("_") else plain  # matplotlib hides labels with "_"

@@ -1,4 +1,4 @@
-"""Prompts without an answer at which the penalty stands, and their pass in a training step."""
+"""Anchors: prompts without answers at which the penalty is taken, in a pass of their own."""
 
 from __future__ import annotations
 

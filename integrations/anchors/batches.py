@@ -1,6 +1,6 @@
-"""Anchors as rows of a batch, for training loops of one's own and for any sampler.
+"""Anchors as rows of a batch, for your own training loop or sampler.
 
-`attach(..., anchors=...)` needs none of this: it holds them in a pass of their own.
+`attach(..., anchors=...)` needs none of this: it runs the anchors in a separate pass.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from ...op import IGNORE_INDEX, check_number
 from ..models import ROW_WEIGHT, shift
 from .prompts import AnchorPrompts, AnchorRow
 
-_SLOTS = 1024  # of workers' counts
-HELD = "anchor_held"  # in a row: it is an anchor, held at so many last positions
+_SLOTS = 1024  # one counter per worker of a DataLoader
+HELD = "anchor_held"  # column of an anchor: at how many last positions the penalty is taken
 _COLUMNS = {"input_ids", "attention_mask", "labels", HELD}
 
 
 class AnchorCollator:
-    """A collator around another one: adds anchors to each batch, and the penalty's row weights.
+    """Wraps a collator: adds anchors to each batch, and the penalty's row weights.
 
-    The batch gains `safety_row_weight` (B, T) float32: label_weight where a label follows, and
-    n / P at the P held positions of the anchors for n labels in the batch, so that with
+    The batch gains `safety_row_weight` (B, T) float32. With n labels in the batch and P positions
+    at which anchors are held, it is label_weight where a label follows and n / P at the held
+    positions. With
 
         target = shift(labels),  num_items = num_safety_items = n
 
-    the loss is that of `attach(..., anchors=...)`, with the penalty's own weight. An attached model
-    (`positions="response"`) takes it from the batch; in a loop of your own give it to
-    `safety_linear_cross_entropy(..., safety_row_weight=)`, flat.
+    the loss is then that of `attach(..., anchors=...)`, with the penalty's own weight. An attached
+    model (`positions="response"`) reads the weights from the batch. In your own loop, flatten them
+    and pass them to `safety_linear_cross_entropy(..., safety_row_weight=)`.
 
     Args:
         collate: pads rows of input_ids, attention_mask and labels, on either side.
-        anchors: whose rows are added. None where the rows come from `WithAnchors`.
-        label_weight: 0 takes the penalty at the anchors alone, 1 at every label too.
+        anchors: the anchors to add. None if the rows come from `WithAnchors`.
+        label_weight: 0 takes the penalty only at the anchors, 1 at every label too.
 
     Raises:
-        ValueError: `anchors` has a weight of its own; or when called with rows that have other
-            columns, such as position_ids of packed rows; or, without `anchors`, with a row that
-            has no label and is no anchor.
+        ValueError: `anchors` has its own penalty weight. When called: a row has other columns, such
+            as position_ids of packed rows; or, without `anchors`, has no label and is no anchor.
 
     Notes:
-        For training batches only. Each worker of a DataLoader goes through all anchors, a part of
-        the round ahead of the one before it, and the next epoch's goes on where it stopped.
+        For training batches only. Each worker of a DataLoader goes through all anchors, starting at
+        another place than the others; in the next epoch it continues where it stopped.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AnchorCollator:
         collate: Callable[[list[dict[str, Any]]], Any],
         anchors: AnchorPrompts | None = None,
         *,
-        label_weight: float = 0.0,  # by name: in this place was the anchors' weight
+        label_weight: float = 0.0,  # keyword only: another weight had this place before
     ) -> None:
         if anchors is not None and anchors.penalty_weight is not None:
             raise ValueError(
@@ -64,11 +64,11 @@ class AnchorCollator:
         self.collate = collate
         self.anchors = anchors
         self.label_weight = check_number("label_weight", label_weight)
-        # Shared: an epoch's workers are new processes, each with a copy of all that is not.
+        # Shared memory, since each epoch starts new worker processes with copies of the rest.
         self._drawn = torch.zeros(_SLOTS, dtype=torch.int64).share_memory_()
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
-        """Collate the rows and the anchors of this batch's turn."""
+        """Collate the rows together with the next anchors."""
         rows = [*rows, *self._next_anchors()]
         self._check(rows)
         held = torch.tensor([int(row.get(HELD, 0)) for row in rows]).unsqueeze(1)  # (B, 1)
@@ -109,23 +109,23 @@ class AnchorCollator:
 
 
 def _round(anchors: AnchorPrompts) -> int:
-    """Return after how many turns every anchor has had its own."""
+    """Return the number of turns after which every anchor was used."""
     there = Counter[str](row.kind for row in anchors.rows)
     asked = {"harmful": anchors.per_step, "harmless": anchors.harmless_per_step}
     return max(-(-there[kind] // count) for kind, count in asked.items() if count)
 
 
 class WithAnchors(Dataset[dict[str, Any]]):
-    """A data set with an anchor after every so many rows, for loops with a sampler of their own.
+    """A data set with an anchor after every `every` rows, for loops with their own sampler.
 
     Args:
         dataset: has a length and rows with input_ids and labels.
-        anchors: taken in the order that `draw` gives.
-        every: an anchor follows after this many rows.
+        anchors: used in the order that `draw` gives.
+        every: number of rows between anchors.
 
     Notes:
-        Which row an anchor is depends on its index alone, so that any sampler, worker or rank
-        sees the same. Collate with AnchorCollator(collate).
+        An index always gives the same row or anchor, whatever the sampler, worker or rank. Collate
+        with AnchorCollator(collate).
     """
 
     def __init__(self, dataset: Any, anchors: AnchorPrompts, every: int) -> None:
@@ -153,7 +153,7 @@ class WithAnchors(Dataset[dict[str, Any]]):
 
 
 def anchor_row(anchor: AnchorRow) -> dict[str, Any]:
-    """Return an anchor as a row of a data set: no label, and how much of its end is held."""
+    """Return an anchor as a row of a data set: without labels, with the HELD column."""
     ids = list(anchor.input_ids)
     return {
         "input_ids": ids,
@@ -164,7 +164,7 @@ def anchor_row(anchor: AnchorRow) -> dict[str, Any]:
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what a collator pads, with a mask in every row: they must all have the same."""
+    """Return the columns to pad, adding a missing mask: all rows must have the same columns."""
     columns = {name: value for name, value in row.items() if name != HELD}
     columns.setdefault("attention_mask", [1] * len(columns["input_ids"]))
     return columns

@@ -1,4 +1,4 @@
-"""The anchors' own pass inside an attached model's forward."""
+"""The separate pass of the anchors inside an attached model's forward."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .prompts import AnchorBatch, AnchorPrompts
 
 
 class AnchorPass(OptimizerHook):
-    """Holds the model at the step's anchors.
+    """Computes the penalty at the anchors of a step, in a pass of their own.
 
-    A pass of its own, and not rows added to the batch: those would be padded to its length, or
-    would have to be packed with it. The reference is asked when a step has an anchor that is new,
-    and what it says is kept. Every micro-step makes the pass.
+    As rows of the batch, anchors would have to be padded to its length or packed with it. The
+    reference runs only when a step has an anchor that it has not seen; its logits are kept. Every
+    micro-step runs the pass.
     """
 
     register = staticmethod(register_optimizer_step_post_hook)
@@ -40,19 +40,19 @@ class AnchorPass(OptimizerHook):
         self.inner = inner
         self.path = path
         self.reference = reference
-        self.together = ignores_padding(inner)  # in one batch, or each by itself
+        self.together = ignores_padding(inner)  # all anchors in one batch, or one at a time
         self.step = 0
         self.last: SafetyLoss | None = None
         self._counts_steps = True
         self._stepped = False
-        self._is_known = False  # whether an optimizer was seen that has the trained weights
+        self._is_known = False  # whether an optimizer of the trained weights was seen
         self._version: int | None = None
         self._drawn: tuple[Any, list[tuple[list[int], AnchorBatch]]] | None = None
         self._known: dict[tuple[int, bool], Tensor] = {}  # (place, log_probs) -> (held, K)
-        self._penalty: tuple[SafetyPenalty, SafetyPenalty] | None = None  # the rows', ours
+        self._penalty: tuple[SafetyPenalty, SafetyPenalty] | None = None  # rows', anchors'
 
     def set_step(self, step: int) -> None:
-        """Say which optimizer step it is, from here on by the caller."""
+        """Set the optimizer step; from now on the caller counts the steps."""
         self.step = step
         self._counts_steps = False
 
@@ -63,16 +63,16 @@ class AnchorPass(OptimizerHook):
         batch: dict[str, Any],
         ids: Tensor,  # (K,)
         penalty: SafetyPenalty,
-        share: Tensor,  # () of the step's labels, those of this batch
+        share: Tensor,  # () this batch's fraction of the step's labels
     ) -> Tensor:
-        """Return what the anchors add to the loss of a batch."""
+        """Return the anchors' term of the loss of a batch."""
         states, refs, weights = [], [], []
         penalty = self._own(penalty)
-        self.reference.check()  # which is asked for new anchors alone
+        self.reference.check()  # here, since it may not run: it runs only for new anchors
         log_probs = penalty.kind in ON_LOG_PROBS
         for places, anchors in self._next(ids.device):
             like = {"input_ids": anchors.input_ids, "attention_mask": anchors.attention_mask}
-            for name in batch:  # which Gemma 3 wants while it trains
+            for name in batch:  # Gemma 3 needs them in training
                 if name.endswith("token_type_ids"):
                     like[name] = torch.zeros_like(anchors.input_ids)
             refs.append(self._reference(places, anchors, like, ids, log_probs))
@@ -93,8 +93,8 @@ class AnchorPass(OptimizerHook):
         penalty: SafetyPenalty,
         share: Tensor,
     ) -> Tensor:
-        # All positions, though those that are not held have no part: the reference's logits come
-        # of a product with as many rows, and only so are equal ones equal in every bit.
+        # All positions, though only the held ones count: the reference's logits come from a product
+        # with as many rows, and only products of the same shape round to the same bits.
         weight = weight * share.to(weight.device) / weight.sum()
         target = torch.full_like(weight, IGNORE_INDEX, dtype=torch.int64)
         terms = self.path.loss(
@@ -105,7 +105,7 @@ class AnchorPass(OptimizerHook):
         return terms.loss
 
     def _own(self, penalty: SafetyPenalty) -> SafetyPenalty:
-        """Return the penalty with the anchors' own weight; made anew only where the rows' was."""
+        """Return the penalty with the anchors' weight; cached until the rows' penalty changes."""
         weight = self.anchors.penalty_weight
         if weight is None:
             return penalty
@@ -123,8 +123,8 @@ class AnchorPass(OptimizerHook):
         log_probs: bool,
     ) -> Tensor:  # (A * T, K), NaN where not held
         if any((place, log_probs) not in self._known for place in places):
-            # All of them, and not the new ones alone: the same rows in the same batch as the
-            # student's give the same bits, and the penalty of the first step is exactly 0.
+            # All anchors, not only the new ones: with the same batch as the student's the logits
+            # are the same in every bit, and the first step's penalty is exactly 0.
             values = self.reference(ids, dict(like), log_probs).to(ids.device)
             at_held = values.flatten(0, 1).index_select(0, anchors.held)
             counts = [self.anchors.rows[place].held for place in places]
@@ -136,7 +136,7 @@ class AnchorPass(OptimizerHook):
 
     @not_compiled
     def _next(self, device: torch.device) -> list[tuple[list[int], AnchorBatch]]:
-        """Return the anchors whose turn it is, in one batch or each by itself."""
+        """Return the anchors of this step, in one batch or one at a time."""
         _check_checkpointing(self.inner)
         self._count_step()
         key = (self.step, device)
@@ -152,16 +152,16 @@ class AnchorPass(OptimizerHook):
             return
         mine = {id(p) for p in self.inner.parameters() if p.requires_grad}
         ours = any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
-        # DeepSpeed and others give an optimizer copies of the weights, and write back where nobody
-        # counts: until one is seen to write the weights themselves, any may be theirs.
+        # DeepSpeed and others give the optimizer copies of the weights, and write them back
+        # uncounted. Until an optimizer of the weights themselves is seen, any one may be it.
         self._is_known = self._is_known or ours
         self._stepped = self._stepped or ours or not self._is_known
 
     def _count_step(self) -> None:
-        """Go on where an optimizer made a step, or something else wrote to what is trained.
+        """Count a step if an optimizer made one or something else wrote to the trained weights.
 
-        Fused optimizers write without counting it; loops without a torch.optim.Optimizer call no
-        hook.
+        Both are needed: fused optimizers write without raising a tensor's version, and loops
+        without a torch.optim.Optimizer call no hook.
         """
         if not self._counts_steps:
             return
@@ -173,10 +173,10 @@ class AnchorPass(OptimizerHook):
 
 
 def _check_checkpointing(inner: nn.Module) -> None:
-    """Refuse reentrant checkpointing on several ranks.
+    """Refuse reentrant gradient checkpointing on several ranks.
 
-    It runs backward once for each of the two forwards, so that DDP, which reduces a gradient when
-    it is first ready, would leave the second part on its own rank.
+    It runs a backward for each of the two forwards. DDP reduces a gradient when it is first ready,
+    and so would not reduce the second part.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return

@@ -1,4 +1,4 @@
-"""AnchorPrompts: prompts without answers at which the model is held, beside the training rows."""
+"""AnchorPrompts: prompts without answers at which the penalty holds the model to its reference."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ..chat import render_answer_starts
 
 Kind = Literal["harmful", "harmless"]
 _PACKAGE_SET = "anchors"  # the package's set; no probe shares a topic with it
-_ANSWER_TOKENS = 32  # of an answer, to tell whether it refuses
+_ANSWER_TOKENS = 32  # enough of an answer to tell whether it refuses
 
 
 @dataclass(frozen=True)
 class AnchorRow:
-    """One anchor: a tokenised context and how much of its end is held.
+    """One anchor: a tokenised prompt, and the number of last positions that are held.
+
+    "Held" means that the penalty is taken there.
 
     Args:
-        input_ids: the prompt, rendered up to where the answer begins, and perhaps the first
+        input_ids: the prompt, rendered up to where the answer begins, and optionally the first
             tokens of the model's own answer.
-        held: the penalty is taken at this many last positions, >= 1.
+        held: number of last positions that are held, >= 1.
         kind: "harmful" or "harmless".
     """
 
@@ -46,44 +48,42 @@ class AnchorRow:
 
 
 class AnchorBatch(NamedTuple):
-    """Some anchors as a model takes them, padded on the right, and where they are held."""
+    """A batch of anchors, padded on the right, and the positions that are held."""
 
     input_ids: Tensor  # (A, T) int64
     attention_mask: Tensor  # (A, T) int64
-    held: Tensor  # (P,) int64, in the batch made flat; row by row
+    held: Tensor  # (P,) int64, indices into the flattened batch, row by row
 
 
 @dataclass(frozen=True, eq=False)
 class AnchorPrompts:
-    """Prompts at which the model is held to its reference in each step, without any answer.
+    """Prompts without answers at which each step holds the model to its reference.
 
-    In the training contexts alone the penalty cannot see what happens on a harmful prompt. An
-    anchor is such a prompt: no cross-entropy, no label, the penalty at its last position, where
-    the answer begins. In a step with the anchors A, their held positions P and n labels
+    On training rows alone the penalty cannot see what happens on a harmful prompt. An anchor is
+    such a prompt, without labels or cross-entropy; the penalty is taken at its last position,
+    where the answer begins. In a step with n labels and anchors held at the positions P,
 
         loss = sum(ce) / n  +  penalty_weight * sum over P of penalty / |P|
 
-    and with `positions` other than "none" the rows' own term, weight * sum(penalty) / n, beside it.
-    The mean over P does not depend on how many anchors or labels there are.
+    With `positions` other than "none" the rows' term, weight * sum(penalty) / n, is added. The mean
+    over P does not depend on how many anchors or labels there are.
 
     Args:
         rows: the anchors.
         per_step: harmful anchors in each optimizer step.
-        harmless_per_step: harmless ones; they hold over-refusal down.
-        penalty_weight: nats per unit of the penalty, >= 0, by itself and not times the rows'. The
-            penalty's own weight when None, which the handle's `weight` then sets too.
-        seed: of the order. Every anchor of a kind has its turn before one comes again.
+        harmless_per_step: harmless anchors in each step, which keep over-refusal low.
+        penalty_weight: nats per unit of the penalty, >= 0; not a factor on the rows' weight. None
+            uses the penalty's own weight, which the handle's `weight` then sets too.
+        seed: of the order. Every anchor of a kind is used before one is repeated.
         pad_token_id: of the padding, which the mask hides.
 
     Raises:
-        ValueError: a number is out of its range, or there is no anchor of a kind that is asked
-            for.
+        ValueError: a number is out of its range, or larger than the number of anchors of its kind.
 
     Notes:
-        Which anchors a step has depends on its number and the seed alone, so that a resumed run
-        and every rank of a distributed one draw the same. Each micro-step of an accumulated step
-        has the same anchors, weighed by its share of the labels: the sum is that of one large
-        batch.
+        The anchors of a step depend only on its number and the seed, so a resumed run and all ranks
+        of a distributed run draw the same. All micro-steps of an accumulated step have the same
+        anchors, weighted by their share of the labels, so their sum equals one large batch.
 
     Examples:
         >>> row = AnchorRow(input_ids=(5, 7, 9))
@@ -94,7 +94,7 @@ class AnchorPrompts:
     rows: Sequence[AnchorRow]
     per_step: int = 2
     harmless_per_step: int = 0
-    # by name: in the fourth place was a weight relative to the rows'
+    # keyword only: a weight relative to the rows' had the fourth place before
     penalty_weight: float | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
     pad_token_id: int = field(default=0, kw_only=True)
@@ -132,27 +132,28 @@ class AnchorPrompts:
         penalty_weight: float | None = None,
         seed: int = 0,
     ) -> AnchorPrompts:
-        r"""Render prompts by the tokenizer's chat template, up to where the answer begins.
+        r"""Render prompts with the tokenizer's chat template, up to where the answer begins.
 
         Args:
-            tokenizer: of the model, with a chat template.
-            prompts: the harmful ones: a list, a JSON Lines file with a "prompt" in each row, or
-                the name of a set that comes with the package, which "default" is one of. Rows
-                whose "kind" is "harmless" are taken as that.
-            harmless: the same for harmless prompts.
-            model: needed for positions > 1 alone: its own greedy answers are continued. For a
-                PeftModel switch the adapters off first, or call this before adding them.
-            positions: how many positions are held: the last of the prompt, and the first
-                positions - 1 of the model's own answer. A harmful prompt that the model does not
-                refuse has no such answer: its last position alone is held.
+            tokenizer: the model's, with a chat template.
+            prompts: the harmful prompts: a list, a JSON Lines file with a "prompt" in each row, or
+                the name of a set that comes with the package, such as "default". Rows whose "kind"
+                is "harmless" become harmless anchors.
+            harmless: the harmless prompts, in the same forms.
+            model: needed only for positions > 1, to generate its greedy answers. Switch the
+                adapters of a PeftModel off first, or call this before adding them.
+            positions: how many positions are held: the last one of the prompt, and the first
+                positions - 1 of the model's own answer. For a harmful prompt that the model does
+                not refuse, only the last position of the prompt is held.
             chat_template_kwargs: of the chat template, such as {"enable_thinking": False}; the
                 same as in training and use.
             answer_start: the text between the generation prompt and the answer, such as
-                "</think>\n\n"; what the template itself puts there when None.
-            per_step: as in the class; so are the others.
-            harmless_per_step: harmless anchors of a step; 2 when None, or as many as there are.
-            penalty_weight: of the penalty at the anchors.
-            seed: of the order.
+                "</think>\n\n"; None means the text that the template itself puts there.
+            per_step: as in the class.
+            harmless_per_step: harmless anchors in each step. None means 2, or fewer if there are
+                fewer.
+            penalty_weight: as in the class.
+            seed: as in the class.
 
         Returns:
             The AnchorPrompts.
@@ -197,16 +198,16 @@ class AnchorPrompts:
 
     @classmethod
     def default(cls, tokenizer: Any, **options: Any) -> AnchorPrompts:
-        """Make what `attach` holds by default: the package's prompts, 2 + 2 in each step.
+        """Make the default anchors of `attach`: the package's prompts, 2 + 2 in each step.
 
         Args:
-            tokenizer: of the model, with a chat template.
+            tokenizer: the model's, with a chat template.
             options: of `from_prompts`.
         """
         return cls.from_prompts(tokenizer, "default", **options)
 
     def draw(self, step: int) -> list[int]:
-        """Return which anchors, by their place in `rows`, are held in an optimizer step."""
+        """Return the anchors of an optimizer step, as indices into `rows`."""
         drawn = []
         for _, count, kind in self._counts():
             for turn in range(step * count, (step + 1) * count):
@@ -215,7 +216,7 @@ class AnchorPrompts:
         return drawn
 
     def _deck(self, kind: Kind, turn: int) -> list[int]:
-        """Return the places of a kind in the order of the turn's round; the last one is kept."""
+        """Return the indices of a kind in this round's order; the latest order is cached."""
         places = [place for place, row in enumerate(self.rows) if row.kind == kind]
         key = (kind, turn // max(len(places), 1))
         decks: dict[Any, list[int]] = self.__dict__.setdefault("_decks", {})
@@ -248,7 +249,7 @@ class AnchorPrompts:
 
 
 def read_prompts(source: str | Path) -> list[str]:
-    """Return the prompts of a file, of a set by its name, or of the package ("default")."""
+    """Return the prompts of a file, of a named set, or of the package's set ("default")."""
     return [prompt for prompt, _ in _read("anchors", source, "harmful")]
 
 
@@ -264,7 +265,7 @@ def _read(argument: str, source: str | Path | Sequence[str], kind: Kind) -> list
 def _own_answers(
     model: Any, tokenizer: Any, texts: Sequence[str], kinds: Sequence[Kind], tokens: int
 ) -> list[tuple[int, ...]]:
-    """Return the first tokens of the model's own answers; none where it does not refuse."""
+    """Return the first tokens of the model's answers; none where a harmful prompt is answered."""
     from ..chat import continuations
 
     answers = continuations(model, tokenizer, texts, max_new_tokens=max(tokens, _ANSWER_TOKENS))

@@ -1,4 +1,4 @@
-"""attach(model, ...): the loss in a model's own forward; its options as one object."""
+"""attach(model, ...) puts the safety loss into a model's own forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in for an attached model's forward, and makes the loss that the model returns."""
+"""The replacement for an attached model's forward, which computes the safety loss."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ..models import (
 )
 
 FusedOutput = Callable[[Any, Tensor, SafetyLoss, Tensor, Tensor], Any]
-"""From the model's output, the loss, its terms, the target and the divisor to what TRL expects."""
+"""Makes the output that TRL expects from the model's output, loss, terms, target and divisor."""
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
-_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # as models call it
+_CACHES = ("past_key_values", "cache", "cache_params", "state", "mems")  # names in various models
 
 
 class SafetyForward:
-    """Stands in for a model's forward. An object and not a closure, so that deepcopy copies it."""
+    """Replaces a model's forward. It is an object, not a closure, so that deepcopy copies it."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class SafetyForward:
         self.forwards = 0  # training forwards so far
         self.gradients = GradientWatch(inner)
         self.anchor_pass: AnchorPass | None = None
-        # What makes the output of a forward that TRL calls with fused_lm_head=True, and the
-        # divisor that it keeps to itself; SafetySFTTrainer sets both.
+        # SafetySFTTrainer sets both: TRL calls the forward with fused_lm_head=True, expects its
+        # own type of output, and does not pass the divisor.
         self.fused_output: FusedOutput | None = None
         self.num_items: Any = None
         self.last: SafetyLoss | None = None
@@ -73,7 +73,7 @@ class SafetyForward:
 
     @runs_the_model
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the safety loss where there is one to compute; else call the model's forward."""
+        """Compute the safety loss in training with labels; otherwise call the model's forward."""
         self.reached = True
         batch = {**dict(zip(self.signature.parameters, args, strict=False)), **kwargs}
         labelled = batch.get("labels") is not None or batch.get("shift_labels") is not None
@@ -92,11 +92,11 @@ class SafetyForward:
         target, row_weight, num_items = self._prepare(batch)
         safety_ids = self.safety_tokens.ids_on(target.device)
         on_log_probs = self.penalty.kind in ON_LOG_PROBS
-        # no ids, or no penalty on the rows: the pass of the reference is spared
+        # without ids, or without a penalty on the rows, the reference need not run
         ref = None
         if self._compares_rows() and self.forwards % self.ref_every == 0:
-            # In eval mode the reference would make a cache where the checkpointed student makes
-            # none, and with one transformers lets packed rows see each other.
+            # Under gradient checkpointing the student makes no cache, but the reference, in eval
+            # mode, would. With a cache transformers lets packed rows attend to each other.
             same = {**batch, "use_cache": False} if checkpoints(self.inner) else batch
             ref = self.reference(safety_ids, same, on_log_probs)
         self.reference.skip(batch)
@@ -115,7 +115,7 @@ class SafetyForward:
 
     @not_compiled
     def _warn_of_eval_mode(self, labelled: bool) -> None:
-        """Say once that a loss with a gradient is made without the penalty."""
+        """Warn once when a loss with gradients has no penalty, because of eval mode."""
         if self.warned or not (self.active and labelled and torch.is_grad_enabled()):
             return
         self.warned = True
@@ -131,7 +131,7 @@ class SafetyForward:
 
     @not_compiled
     def check_reached(self, inner: nn.Module, _: Any, batch: dict[str, Any], __: Any) -> None:
-        """Raise where somebody put another forward in our place, whose loss has no penalty."""
+        """Raise if other code replaced our forward, since its loss has no penalty."""
         reached, self.reached = self.reached, False
         if inner.training and not reached and batch.get("labels") is not None:
             raise RuntimeError(
@@ -141,14 +141,15 @@ class SafetyForward:
 
     @not_compiled
     def _prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None, Any]:
-        """Take the labels out of the batch; return target and w, (B, T), and the divisor."""
+        """Pop the labels from the batch; return target (B, T), row weights (B, T) and divisor."""
         labels, shift_labels, num_items = (batch.pop(name, None) for name in _LOSS_ARGUMENTS)
         row_weight = batch.pop(ROW_WEIGHT, None)
         _check_logits_to_keep(batch)
         if not self.reference.has_fewer_positions:  # prefix tuning's tokens arrive as a cache
             _check_no_cache(batch)
         target = shift(labels) if shift_labels is None else shift_labels
-        # labels may be elsewhere, with a model spread over devices; the loss is made at the head
+        # With a model spread over devices, the labels may be on another one than the head, where
+        # the loss is computed.
         target = target.to(self.path.device or target.device)
         if row_weight is None:
             row_weight = row_weight_at(self.positions, target, batch.get("attention_mask"))
@@ -176,7 +177,7 @@ class SafetyForward:
         row_weight: Tensor | None,  # (B, T)
         metrics: bool,
     ) -> Tensor:
-        """Make the rows' loss and keep its terms."""
+        """Compute the loss of the rows and keep its terms in `last`."""
         if states.shape[:2] != target.shape:
             raise ValueError(
                 f"`labels` must have shape {tuple(states.shape[:2])}, one per position; "
@@ -203,9 +204,9 @@ class SafetyForward:
 
     @not_compiled
     def _with_loss(self, output: Any, loss: Tensor) -> Any:
-        """Put the loss into the model's output, and take out logits of one position."""
-        # Made anew, since a field that was None would otherwise come last in a tuple. Of one
-        # position, the logits are better absent than mistaken for the batch's.
+        """Put the loss into the model's output, and drop logits that cover one position only."""
+        # A new object, since setting a field that was None would put it last in the tuple.
+        # Logits of one position are dropped, since they could be mistaken for the batch's.
         fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         fields["loss"] = loss + auxiliary_loss(self.inner, output)
         if not self.path.keeps_logits:
@@ -214,7 +215,7 @@ class SafetyForward:
 
 
 def _check_no_cache(batch: dict[str, Any]) -> None:
-    """Refuse a cache with labels: its keys are the student's, and the reference adds its own."""
+    """Refuse a cache with labels: the student's keys are in it, and the reference adds its own."""
     for name in _CACHES:
         if batch.get(name) is not None:
             raise ValueError(f"`{name}` must be None when labels are given to an attached model")
@@ -228,7 +229,7 @@ def _check_logits_to_keep(batch: dict[str, Any]) -> None:
 
 @not_compiled
 def _as_tensor(number: Any, device: torch.device) -> Tensor:  # ()
-    """Take a count to the device; a Python number is filled in there and not copied."""
+    """Return a count as a tensor on the device, without copying a Python number from the host."""
     if isinstance(number, Tensor):
         return number.to(device, non_blocking=True)
     return torch.full((), number, device=device)

@@ -1,4 +1,4 @@
-"""attach(): a Hugging Face causal LM trains with the safety loss, and nothing else changes."""
+"""attach(): train a Hugging Face causal LM with the safety loss, and change nothing else."""
 
 from __future__ import annotations
 
@@ -57,70 +57,71 @@ def attach(
 ) -> SafetyHandle:
     """Make `model(..., labels=...)` return the safety loss while training.
 
-    In training mode with labels the model's forward computes
+    The penalty is taken at anchors by default. Anchors are prompts without answers; a few of them
+    go through the model in each step, in a short pass of their own, and the frozen reference reads
+    each of them once. In training mode with labels, the model's forward then computes
 
         loss = ce / num_items + weight * mean penalty at the anchors   (+ its own auxiliary loss)
 
-    from the hidden states, a chunk of rows at a time. The anchors are prompts without answers, read
-    in a short pass of their own, once by the frozen model and a few of them in each step by this
-    one; the training rows have no penalty and no reference pass. With `positions="response"`, the
-    paper's form, it is
+    from the hidden states, a chunk of rows at a time. The training rows have no penalty and need no
+    reference pass. With `positions="response"`, the paper's form, the penalty is taken on the rows:
 
         loss = (ce + weight * penalty) / num_items
 
-    with reference logits of each batch from one more pass without gradient. num_items is
-    `num_items_in_batch` where the caller passes it (Trainer does) and else the number of labels in
-    the batch, so gradient accumulation equals one large batch. Without labels, in eval mode and in
-    generate() the model is unchanged.
+    and each batch takes one more pass, without gradient, for the reference's logits. num_items is
+    `num_items_in_batch` if the caller passes it (Trainer does), and otherwise the number of labels
+    in the batch; so gradient accumulation equals one large batch. Without labels, in eval mode and
+    in generate() the model is unchanged.
 
     Args:
-        model: a Hugging Face causal LM, or a PeftModel around one. Attach before it is wrapped
-            by DDP, FSDP or torch.compile.
-        safety_tokens: the ids to hold; their vocabulary must be the model's.
-        penalty: kind and weight. When None, "coarse_kl" at anchors alone, and on rows the
-            paper's form, "mse"; either with 0.1. Its id_weights, when None, are those of
-            `safety_tokens`.
-        ref_model: the frozen aligned model, on any device. None takes `model` with its adapters
+        model: a Hugging Face causal LM, or a PeftModel around one. Attach it before you wrap it
+            in DDP, FSDP or torch.compile.
+        safety_tokens: the tokens whose logits the penalty compares, of the model's vocabulary.
+        penalty: kind and weight. None means weight 0.1 and, with anchors alone, "coarse_kl"; with
+            a penalty on rows, the paper's "mse". If its id_weights are None, those of
+            `safety_tokens` are used.
+        ref_model: the frozen aligned model, on any device. None uses `model` with its adapters
             off, which costs no memory and needs adapters on frozen base weights.
-        reference: instead of a model, a function from the safety ids (K,) and the batch without
-            labels to the frozen model's logits on them, (B, T, K); log-probabilities for penalty
-            kinds "logprob" and "coarse_kl". Or "start": the model with its adapters as they are
-            now, kept as a second adapter, for adapters that were trained before.
+        reference: used instead of a model: a function that takes the safety ids (K,) and the batch
+            without labels, and returns the frozen model's logits of these ids, (B, T, K), or
+            log-probabilities for penalty kinds "logprob" and "coarse_kl". Or "start", for adapters
+            that were trained before: the model with its adapters as they are now, of which a copy
+            is kept as a second adapter.
         positions: where the penalty is taken on the training rows: "none", "response" (every label,
             the paper's form), "all" (every position whose next token is not padding) or the first m
             labels of each response.
-        anchors: prompts without answers at which the model is held, a few of them in each step;
-            see AnchorPrompts. "default" is the 132 that come with the package, 2 harmful and 2
-            harmless ones a step, and what None means with `positions="none"`.
-        tokenizer: of the model, with a chat template; needed for the default anchors alone.
-        ref_every: the reference reads, and the penalty is taken, only in every n-th training
-            forward (a micro-step), where it counts n times. Anchors are held in every forward.
-        ref_tokens: the reference reads only this many tokens of each row, the first ones, and the
-            penalty is taken only there. For rows padded on the right and not packed: of packed rows
-            the later ones would have no penalty, which is an error where `cu_seq_lens_*`, or
-            `position_ids` on a CPU, show them.
-        path: "linear" reads the head's weight and never makes the full logits; "logits" takes
-            the model's own, for heads that cannot be read (quantised, an adapter other than LoRA
-            or DoRA), and keeps them all in memory. docs/support.md says which model needs which.
+        anchors: prompts without answers, at a few of which the penalty is taken in each step;
+            see AnchorPrompts. "default" is the 132 prompts of the package, 2 harmful and 2
+            harmless ones per step; None means the same with `positions="none"`.
+        tokenizer: the model's, with a chat template; needed only for the default anchors.
+        ref_every: take the penalty on rows, and run the reference, only in every n-th training
+            forward (a micro-step), and count it n times there. Anchors are in every forward.
+        ref_tokens: the reference reads only this many tokens at the start of each row, and the
+            penalty is taken only there. For rows padded on the right and not packed: later rows of
+            a pack would get no penalty. That is an error where `cu_seq_lens_*`, or `position_ids`
+            on a CPU, show the packing.
+        path: "linear" reads the head's weight and never makes the full logits. "logits" uses the
+            model's own logits and keeps them all in memory, for heads that cannot be read
+            (quantised, or with an adapter other than LoRA or DoRA). docs/support.md says which
+            model needs which.
         chunk_bytes: memory for one chunk's logits, bytes; None picks a size for the device.
         backend: as in `safety_linear_cross_entropy`.
 
     Returns:
-        A handle: `.last` has the terms of the last step, `.weight` can be set between steps,
-        `.remove()` puts the model back; also a context manager.
+        A handle, which is also a context manager: `.last` has the terms of the last step, `.weight`
+        can be set between steps, `.remove()` restores the model.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: the model cannot be attached to exactly; the message says why and what to use.
+        ValueError: the loss would not be exact on this model; the message says why and what to use.
 
     Notes:
         On the linear path the output's `logits` are None in training, since they are never made.
         In 16 bits the logits path sees drifts no smaller than a step of the logits, 0.125 at 20.
-        A cache with labels is refused: its keys are not the reference's. That the reference still
-        is one is checked in each step.
+        A cache with labels is refused, since its keys are not the reference's. Each step checks
+        that the reference is still frozen.
         nn.DataParallel, which Trainer falls back to with several GPUs and no launcher, does not
-        work: use torchrun. Under torch.compile the model's layers are compiled, the loss is an op
-        of its own.
+        work: use torchrun. torch.compile compiles the model's layers; the loss stays a separate op.
 
     References:
         Bach and Tran 2026, arXiv:2604.17210.
@@ -149,7 +150,7 @@ def attach(
 
 
 def _attach(model: nn.Module, safety_tokens: SafetyTokens, options: AttachOptions) -> SafetyHandle:
-    """Look at the model, find its reference, and put the safety loss into its forward."""
+    """Check the model, make its reference, and put the safety loss into its forward."""
     penalty = options.penalty_of(safety_tokens)
     if is_prompt_learning(model):
         if options.ref_tokens is not None:
@@ -185,7 +186,7 @@ def _attach(model: nn.Module, safety_tokens: SafetyTokens, options: AttachOption
 
 
 def _check_reference(model: nn.Module, options: AttachOptions) -> None:
-    """Check that the adapters are such that the reference asked for can be made of them."""
+    """Check that the model's adapters allow the kind of reference that the options name."""
     if options.reference == "start":
         check_start(model)
     elif options.reference is None and options.ref_model is None and has_adapters(model):
@@ -205,7 +206,7 @@ def _reference(
     penalty: SafetyPenalty,
     options: AttachOptions,
 ) -> Reference:
-    """Return what the model is compared with."""
+    """Return the reference that the model is compared with."""
     if options.reference == "start":
         return AdaptersAtStart(model, inner, inner.forward, student)
     if options.reference is not None:
@@ -224,7 +225,7 @@ def _reference(
 def _second_model(
     inner: nn.Module, ref_model: nn.Module, safety_tokens: SafetyTokens, options: AttachOptions
 ) -> FrozenModel:
-    """Look at a frozen second model as the reference."""
+    """Check a second, frozen model and return it as the reference."""
     ref_inner = base_of(ref_model)
     if ref_inner is inner:
         raise ValueError("`ref_model` must be another model than `model`; got the same one")
@@ -240,14 +241,14 @@ def _second_model(
 
 
 class SafetyHandle:
-    """What `attach` returns: the last terms, the weight, and the way back."""
+    """Returned by `attach`: reads the last terms, sets the weight, removes the loss."""
 
     def __init__(self, model: nn.Module, inner: nn.Module, forward: SafetyForward) -> None:
         self._inner = inner
         self._forward = forward
-        self._previous = vars(inner).get("forward")  # set by somebody before us, or None
+        self._previous = vars(inner).get("forward")  # set by other code before, or None
         inner.forward = forward
-        # of the PeftModel: until PEFT 0.19 it calls inner.forward and no hook of inner
+        # on the PeftModel, since up to PEFT 0.19 it calls inner.forward and so no hook of inner
         self._watch = model.register_forward_hook(forward.check_reached, with_kwargs=True)
         forward.path.open()
         forward.reference.open()
@@ -259,7 +260,7 @@ class SafetyHandle:
     def last(self) -> SafetyLoss | None:
         """The detached terms of the last training forward; None before the first.
 
-        A micro-step's, where gradients are accumulated, and without the anchors' part.
+        With gradient accumulation they are those of one micro-step. Anchors are not included.
         """
         return self._forward.last
 
@@ -274,16 +275,16 @@ class SafetyHandle:
 
     @property
     def last_anchors(self) -> SafetyLoss | None:
-        """The detached terms of the anchors in it, their weight among the rows included."""
+        """The detached terms of the anchors in that forward, times its share of the labels."""
         return None if self._forward.anchor_pass is None else self._forward.anchor_pass.last
 
     @property
     def step(self) -> int:
-        """The optimizer step, which says whose turn it is among the anchors.
+        """The optimizer step, which determines the anchors of a forward.
 
-        Counted by itself: a forward after an optimizer's step, or after a write to the trained
-        weights, is in the next one. Setting it, as SafetyTrainer does for the sake of resumed
-        runs, puts that in your hands.
+        It is counted automatically: the first forward after an optimizer's step, or after a write
+        to the trained weights, begins the next one. Once you set it, as SafetyTrainer does so that
+        resumed runs get the same anchors, it changes only when you set it again.
         """
         return 0 if self._forward.anchor_pass is None else self._forward.anchor_pass.step
 
@@ -293,14 +294,14 @@ class SafetyHandle:
             self._forward.anchor_pass.set_step(step)
 
     def for_trl(self, output: FusedOutput, num_items: Any) -> None:
-        """Answer TRL's fused_lm_head calls by `output`, with this divisor in the next forward."""
+        """Answer TRL's fused_lm_head calls with `output`; use this divisor in the next forward."""
         self._forward.fused_output = output
         self._forward.num_items = num_items
 
     def remove(self) -> None:
-        """Put the model's own forward back. A second call does nothing."""
+        """Restore the model's own forward. A second call does nothing."""
         self._watch.remove()
-        self._forward.active = False  # for those who wrapped it meanwhile, as accelerate does
+        self._forward.active = False  # other code may have wrapped it since, as accelerate does
         self._forward.path.close()
         self._forward.reference.close()
         if self._forward.anchor_pass is not None:
@@ -337,7 +338,7 @@ def _check_vocabulary(name: str, vocab_size: int, safety_tokens: SafetyTokens) -
 
 
 def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> None:
-    """Say so where the model is not its reference already before the first step."""
+    """Warn if the model differs from its reference before the first step."""
     device = next(inner.parameters()).device
     batch = {"input_ids": torch.arange(1, 9, device=device).unsqueeze(0)}
     ids = torch.arange(min(8, student.vocab_size), device=student.device or device)
@@ -350,7 +351,8 @@ def _warn_if_moved(inner: nn.Module, frozen: Reference, student: LossPath) -> No
         student.close()
         frozen.close()
     size = before.float().abs().max().clamp(min=1.0)
-    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)  # a copy's other kernels
+    # a copy of the model may use other kernels, which round differently
+    eps = max(1e-5, 4 * torch.finfo(next(inner.parameters()).dtype).eps)
     if bool((now.float() - before.float()).abs().max() > eps * size):
         warnings.warn(
             "`model` differs from its reference already: it is held to what it was without its "

@@ -1,4 +1,4 @@
-"""attach()'s options with the objects among them, and how those of a flag or a file become them."""
+"""The options of attach() as one object, and their values from flags or a file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ..models import ReferenceFunction
 
 
 def _object(*settings: str, because: str = "") -> dict[str, Any]:
-    """Say which SafetySettings a field is made of, since no text can fill it; or why of none."""
+    """Name the SafetySettings that an object field is made from, or say why there are none."""
     return {"made_of": settings, "because": because}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttachOptions(PlainOptions):
-    """The keywords of `attach`, which says what they mean; checks itself.
+    """The keywords of `attach`, checked on creation; see `attach` for what they mean.
 
-    What depends on the model is checked where the model is looked at.
+    Rules that depend on the model are checked by `attach`.
 
     Raises:
         TypeError: a field is of the wrong type.
-        ValueError: a field is wrong, or is of no use beside the others.
+        ValueError: a field is wrong, or has no effect together with the others.
     """
 
     penalty: SafetyPenalty | None = field(
@@ -72,12 +72,12 @@ class AttachOptions(PlainOptions):
             )
 
     def penalty_of(self, safety_tokens: SafetyTokens) -> SafetyPenalty:
-        """Return the penalty that is taken, with the tokens' weights unless it has its own."""
+        """Return the penalty to use, with the tokens' weights unless it has its own."""
         penalty = default_penalty(self.positions) if self.penalty is None else self.penalty
         return safety_tokens.weigh(penalty)
 
     def held_anchors(self) -> AnchorPrompts | None:
-        """Return the anchors: the package's where some must be and none are named."""
+        """Return the anchors: those of the package where anchors are needed and none are given."""
         if self.anchors is None and self.positions != "none":
             return None
         if isinstance(self.anchors, AnchorPrompts):
@@ -97,15 +97,15 @@ class AttachOptions(PlainOptions):
 
 
 KEYWORDS = tuple(one.name for one in fields(AttachOptions))
-"""Of attach(), in order."""
+"""The keywords of attach(), in order."""
 
 
 def keywords_of(settings: SafetySettings, tokenizer: Any, seed: int = 0) -> dict[str, Any]:
-    """Return the keywords of `attach` that settings stand for.
+    """Turn settings into keywords of `attach`.
 
     Args:
-        settings: of a flag, a file or a trainer's config.
-        tokenizer: of the model, which the anchors are rendered by.
+        settings: from flags, a file or a trainer's config.
+        tokenizer: the model's, whose chat template renders the anchors.
         seed: of the anchors' order.
     """
     found = {one.name: getattr(settings, one.name) for one in fields(PlainOptions)}
@@ -129,7 +129,7 @@ def keywords_of(settings: SafetySettings, tokenizer: Any, seed: int = 0) -> dict
 
 
 def tokens_of(settings: SafetySettings, tokenizer: Any) -> SafetyTokens:
-    """Return the SafetyTokens that settings stand for."""
+    """Return the SafetyTokens that the settings name."""
     if settings.tokens is not None:
         return SafetyTokens.load(settings.tokens, tokenizer)
     return SafetyTokens.from_templates(tokenizer, settings.templates)

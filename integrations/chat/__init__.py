@@ -1,4 +1,4 @@
-"""Conversations: read from files, rendered by the tokenizer's template, answered by a model."""
+"""Conversations: read from files, rendered with the chat template, answered by a model."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Where a rendered conversation has the assistant's answers, in characters of its text.
+"""Where the assistant's answers are in a rendered conversation, as character spans.
 
-A template's own marks ({% generation %}) say it where there are any. Elsewhere it is told from what
-the template renders: of the turns before an answer, with the generation prompt, and of those up to
-it. A template may render a turn otherwise when later ones follow (thoughts are dropped, the last
-answer gets an empty one), or refuse to render a part of a conversation at all; then the answer is
-found by rendering the conversation once more with a mark in its place.
+If a template marks them ({% generation %}), its marks are used. Otherwise an answer is found by
+comparing two renderings: the turns before it with the generation prompt, and the turns up to and
+including it. A template may render a turn differently when others follow (it drops thoughts, or
+gives the last answer an empty one), or refuse a part of a conversation. Then the conversation is
+rendered once more with a mark in place of the answer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from .rendering import render
 
-_MARK = "Kestrel-4127-Fulmar"  # in an answer's place: no template has it, and none trims it
+_MARK = "Kestrel-4127-Fulmar"  # replaces an answer; no template contains or trims it
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Span(NamedTuple):
-    """Characters start to end - 1 of a text."""
+    """The characters text[start:end]."""
 
     start: int
     end: int
@@ -29,19 +29,19 @@ class Span(NamedTuple):
 def render_with_answers(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> tuple[str, dict[int, Span]]:
-    """Render a conversation and say where its answers are.
+    """Render a conversation and find its answers.
 
     Args:
         tokenizer: with a chat template.
-        messages: of the conversation, as in `render`.
-        options: of `render`, such as tools and the template's own.
+        messages: the conversation, as in `render`.
+        options: of `render`, such as tools and the template's own options.
 
     Returns:
-        The text, and the span of every assistant turn by the turn's place in `messages`: all that
-        a model writes behind the generation prompt, the end of the turn included.
+        The text, and the span of every assistant turn, by the turn's index in `messages`. A span
+        is all that a model writes after the generation prompt, including the end of the turn.
 
     Raises:
-        ValueError: as `render`, or an answer is not found in what the template renders.
+        ValueError: as in `render`, or an answer is not found in the rendered text.
     """
     text = render(tokenizer, messages, **options)
     turns = [place for place, turn in enumerate(messages) if turn.get("role") == "assistant"]
@@ -58,7 +58,7 @@ def render_with_answers(
 
 
 class _Rendering:
-    """One conversation, and what the template makes of parts of it."""
+    """A rendered conversation, of which parts can be rendered to find the answers."""
 
     def __init__(
         self, tokenizer: Any, messages: list[Mapping[str, Any]], text: str, options: dict[str, Any]
@@ -74,7 +74,8 @@ class _Rendering:
         upto = self._try(self.messages[: turn + 1])
         if before is not None and upto is not None:
             start, end = _common(before, self.text), _common(upto, self.text)
-            # a generation prompt that goes on otherwise (it opens a thought) still is its header
+            # Both parts must be prefixes of the text. A generation prompt that is not one (it may
+            # open a thought) still serves as the answer's header below.
             whole = start == len(before) and end == len(upto)
             if whole and after <= start < end:
                 return Span(start, end)
@@ -83,7 +84,7 @@ class _Rendering:
         return Span(start, self._end(turn, content, upto))
 
     def _content(self, turn: int, after: int) -> Span:
-        """Return where the answer's own words are: what stands in the mark's place."""
+        """Return the span of the answer's own words: what the mark would replace."""
         message = self.messages[turn]
         marked = [*self.messages]
         marked[turn] = {**message, "content": _MARK}
@@ -95,7 +96,7 @@ class _Rendering:
             found = Span(start, max(start, len(self.text) - rest))
             words = said.rpartition("</think>")[2].strip() if isinstance(said, str) else ""
             if after <= found.start <= found.end and (found.start < found.end or not words):
-                # a mark changes what is around it where a template looks into the answer
+                # a template that inspects the answer may render the text around a mark differently
                 if not words or words in self.text[found.start : found.end]:
                     return found
                 place = self.text.find(words, after)
@@ -107,7 +108,7 @@ class _Rendering:
         )
 
     def _start(self, turn: int, after: int, content: Span, before: str | None) -> int:
-        """Return where the model begins to write: behind the generation prompt."""
+        """Return where the model begins to write: after the generation prompt."""
         if before is None:
             return content.start
         same = _common(before, self.text)
@@ -116,7 +117,8 @@ class _Rendering:
             header = before[len(bare) :]
             if same >= len(bare) and same > after:
                 return min(same, content.start)
-            # earlier turns are rendered otherwise: the last place of the header, or of its opening
+            # earlier turns are rendered differently: find the header, or its beginning, last before
+            # the answer
             for length in range(len(header), 0, -1):
                 place = self.text.rfind(header[:length], after, content.start)
                 if place >= 0 and header[:length].strip():
@@ -124,33 +126,33 @@ class _Rendering:
         return content.start
 
     def _end(self, turn: int, content: Span, upto: str | None) -> int:
-        """Return where the turn ends, the template's end of turn included."""
+        """Return where the turn ends, including the template's end-of-turn tokens."""
         if turn == len(self.messages) - 1:
             return len(self.text)
         if upto is not None and self.text.startswith(upto):
             return len(upto)
-        # what closes the last answer closes every other
+        # what closes the last answer usually closes every other one
         last = self.messages[-1].get("content")
         if self.messages[-1].get("role") == "assistant" and isinstance(last, str) and last.strip():
             closing = self.text.rpartition(last.strip())[2]
             place = self.text.find(closing, content.end)
             if closing and (place == content.end or self.messages[turn].get("tool_calls")):
                 return place + len(closing)
-        # or does not: the last one may end as no other does
+        # if not, the last answer has an end of its own
         return content.end if upto is None else max(content.end, _common(upto, self.text))
 
     def _try(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str | None:
-        """Render a part of the conversation, None where the template refuses it."""
+        """Render a part of the conversation, or return None if the template refuses it."""
         try:
             return render(self.tokenizer, messages, **self.options, **more)
-        except (ValueError, IndexError, TypeError):  # of [] some templates take the first
+        except (ValueError, IndexError, TypeError):  # some templates index into an empty list
             return None
 
 
 def _by_marks(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], text: str, options: dict[str, Any]
 ) -> list[Span] | None:
-    """Return the spans that the template's own marks give, None without any."""
+    """Return the spans that the template itself marks, or None if it marks none."""
     if not _GENERATION.search(_template(tokenizer)):
         return None
     found = tokenizer.apply_chat_template(
@@ -178,7 +180,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def _common(one: str, other: str) -> int:
-    """Return the length of the opening that two texts share."""
+    """Return the length of the common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high

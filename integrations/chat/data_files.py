@@ -1,8 +1,8 @@
-"""Rows of training data from where they are: files, saved data sets, the hub; each knows its place.
+"""Read rows of training data from files, saved data sets or the hub, each with its place.
 
-JSON Lines and CSV are read line by line and not by `datasets`, which changes what is in them (5.2
-makes a date of the text "2024-01-02" and nothing of a CSV file's NA; older releases give every
-call the arguments of all the others, as nulls) and does not name the line that is broken.
+JSON Lines and CSV are read line by line here, not by `datasets`, which does not name a broken line
+and changes the content: 5.2 turns the text "2024-01-02" into a date and NA in a CSV file into
+nothing, and older releases give every tool call the arguments of all others, as nulls.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TRAIN = "train"
 
 Placed = tuple[str, Any]
-"""Where a row is ("rows.jsonl, line 3"), and the row."""
+"""The place of a row ("rows.jsonl, line 3"), and the row."""
 
 
 def read_rows(source: Path | str, split: str | None = None, name: str = "data") -> Iterator[Placed]:
-    """Read rows of any form, unchecked.
+    """Read rows of any form, without checking them.
 
     Args:
-        source: a .jsonl, .json, .csv or .parquet file, the folder of `Dataset.save_to_disk`, or the
-            id of a data set on the hub, which `datasets` then downloads.
-        split: of a data set that has several; "train" when None.
+        source: a .jsonl, .json, .csv or .parquet file, a folder made by `Dataset.save_to_disk`, or
+            the id of a data set on the hub, which `datasets` then downloads.
+        split: of a data set that has several; None means "train".
         name: of the argument, for messages.
 
     Yields:
-        Where a row is, and the row.
+        The place of a row, and the row.
 
     Raises:
-        ValueError: the source cannot be read; the message names the line where there is one.
+        ValueError: the source cannot be read; the message names the line if it is known.
     """
     path = Path(source)
     suffix = path.suffix.lower()
@@ -52,7 +52,7 @@ def read_rows(source: Path | str, split: str | None = None, name: str = "data") 
             f"`{name}` must be a readable file, a saved data set or the id of one on the hub; "
             f"got {source}: {error.strerror or error}"
         ) from error
-    content = content.removeprefix(b"\xef\xbb\xbf")  # which a Windows editor writes in front
+    content = content.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows editors
     if suffix == ".csv":
         yield from _csv(path, content)
     elif content.lstrip()[:1] == b"[" and suffix == ".json":
@@ -66,7 +66,7 @@ def read_rows(source: Path | str, split: str | None = None, name: str = "data") 
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a row without the keys that a table gave it for the sake of other rows."""
+    """Remove null values, which tables add so that all rows have the same keys."""
     if isinstance(value, dict):
         return {key: without_nulls(kept) for key, kept in value.items() if kept is not None}
     if isinstance(value, list):
@@ -77,7 +77,7 @@ def without_nulls(value: Any) -> Any:
 def _json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content.decode("utf-8"))
-    except ValueError as error:  # a UnicodeDecodeError and a JSONDecodeError are one too
+    except ValueError as error:  # includes UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"`data` must hold training rows; {where}: {error}") from error
 
 
@@ -86,12 +86,13 @@ def _csv(path: Path, content: bytes) -> Iterator[Placed]:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"`data` must hold training rows; {path.name}: {error}") from error
-    # a row may be as long as it likes; the limit is of the whole process, so it is raised alone
+    # The size of a field is not limited. The csv limit holds for the whole process, so it is only
+    # ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
-            # None: the key of what stands beyond the last column, the value of what is missing
+            # csv uses None as the key of extra fields and as the value of missing ones
             found = {key: value for key, value in row.items() if key and value is not None}
             yield f"{path.name}, line {reader.line_num}", found
     except csv.Error as error:
@@ -111,7 +112,7 @@ def _table(path: Path, source: str, split: str | None, name: str) -> Iterator[Pl
             table = datasets.load_dataset(kind, data_files=source, split=_TRAIN)
         else:
             table = datasets.load_dataset(source)
-    except Exception as error:  # datasets raises what its readers and the network raise
+    except Exception as error:  # any error of its readers or the network
         raise ValueError(
             f"`{name}` must be a readable file, a saved data set or the id of one on the hub; "
             f"got {source}: {_first_line(error)}"

@@ -12,17 +12,17 @@ from ...evals import has_marks, opened_thought, without_thought
 from ..models import base_of, contiguous_head_input, evaluation_mode
 from .rendering import render_prompts
 
-ENOUGH_TOKENS = 24  # of an answer, to tell a refusal that opens politely
+ENOUGH_TOKENS = 24  # an answer this long shows a refusal even if it opens politely
 
 
 class Answer(NamedTuple):
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
-        text: without special tokens and without the thought before it; the thought, with its
-            mark, where there is no more.
-        unfinished: it was cut inside a thought, or so soon after one that no refusal shows yet
-            need not mean that none was coming.
+        text: without special tokens and without the thought before it; if there is only a thought,
+            the thought with its mark.
+        unfinished: the answer was cut inside a thought, or so soon after it that a refusal may
+            still have followed.
     """
 
     text: str
@@ -41,16 +41,16 @@ def answer_prompts(
     """Answer each prompt as one chat turn, greedily.
 
     Args:
-        model: as for `answer_ids`, and so is the rest.
-        tokenizer: with a chat template.
+        model: as in `answer_ids`.
+        tokenizer: as in `answer_ids`.
         prompts: the questions.
-        max_new_tokens: answers are cut there, tokens.
+        max_new_tokens: maximum length of an answer, tokens.
         batch_size: prompts at a time.
         progress: called with the number of prompts just answered.
 
     Returns:
-        The answers without special tokens and without the thought before them, one per prompt;
-        one that ended inside its thought is that thought, with its mark.
+        One answer per prompt, without special tokens and without the thought before it. An answer
+        that was cut inside its thought is the thought with its mark.
     """
     return answer_texts(
         model,
@@ -71,7 +71,7 @@ def answer_texts(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Continue texts that are rendered already, as `answer_prompts` does those it renders."""
+    """Answer prompts that are already rendered; otherwise as `answer_prompts`."""
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return [a.text for a in answers_to(model, tokenizer, texts, progress=progress, **options)]
 
@@ -85,7 +85,7 @@ def answers_to(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Continue texts as `answer_texts` does, and tell which answers say too little to judge."""
+    """Answer as `answer_texts`, and tell which answers are too short to judge."""
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     ids = continuations(model, tokenizer, texts, progress=progress, **options)
     return [
@@ -95,15 +95,15 @@ def answers_to(
 
 
 def first_tokens(tokenizer: Any, text: str, count: int) -> str:
-    """Return the beginning of a text, so many tokens."""
+    """Return the first `count` tokens of a text, as text."""
     ids = tokenizer.encode(text, add_special_tokens=False)[:count]
     return str(tokenizer.decode(ids))
 
 
 def _read(tokenizer: Any, prompt: str, ids: list[int], *, cut: bool) -> Answer:
-    """Return an answer as text, without the thought before it, unless that is all there is.
+    """Return an answer as text, without the thought before it unless there is only a thought.
 
-    Marks of thoughts may be special tokens, so they are looked for before those are removed.
+    Marks of thoughts may be special tokens, so they are found before special tokens are removed.
     """
     whole = opened_thought(prompt) + str(tokenizer.decode(ids, skip_special_tokens=False))
     if not has_marks(whole):
@@ -127,20 +127,20 @@ def answer_ids(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Answer each prompt as one chat turn, greedily, in ids.
+    """Answer each prompt as one chat turn, greedily, and return token ids.
 
-    Prompts are batched by length, so that little is padded; the answers come back in order.
+    Prompts are batched by length to save padding; the answers are returned in order.
 
     Args:
-        model: a causal LM; its training mode is put back.
+        model: a causal LM; its training mode is restored.
         tokenizer: with a chat template.
         prompts: the questions.
-        max_new_tokens: answers are cut there, tokens.
+        max_new_tokens: maximum length of an answer, tokens.
         batch_size: prompts at a time.
         progress: called with the number of prompts just answered.
 
     Returns:
-        The answers' ids, one list per prompt, up to the token that ends it and without that.
+        The ids of each answer, up to the token that ends it, which is left out.
     """
     texts = render_prompts(tokenizer, prompts)
     options: Any = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -148,9 +148,9 @@ def answer_ids(
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Return the ids that end an answer: those of the model's generate(), and the tokenizer's.
+    """Return the ids that end an answer, from the model's generation config and the tokenizer.
 
-    A base model's config beside an instruct tokenizer does not have the end of a turn.
+    Both, since the config of a base model with an instruct tokenizer lacks the end of a turn.
     """
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -163,14 +163,14 @@ def continue_greedily(
     """Continue one batch of rendered texts.
 
     Args:
-        model: a causal LM; its training mode is put back.
-        tokenizer: of the model.
+        model: a causal LM; its training mode is restored.
+        tokenizer: the model's.
         texts: with all the special tokens they need.
-        max_new_tokens: continuations are cut there, tokens.
+        max_new_tokens: maximum length of a continuation, tokens.
 
     Returns:
-        The batch as the model got it, padded on the left, and the new ids (B, at most
-        max_new_tokens), padded on the right.
+        The model's batch, padded on the left, and the new ids (B, at most max_new_tokens), padded
+        on the right.
     """
     batch = tokenizer(
         list(texts),
@@ -200,7 +200,7 @@ def continuations(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue texts, those of like length together; an answer's end is left out."""
+    """Continue texts, batched by length; return ids without the token that ends an answer."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     answers: list[list[int]] = [[] for _ in texts]
     ends = end_ids(model, tokenizer)

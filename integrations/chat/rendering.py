@@ -1,8 +1,8 @@
-"""Conversations as a chat template renders them: nothing of them lost, and where an answer begins.
+"""Render conversations with a chat template; check that nothing is lost; find an answer's start.
 
-A template may leave out what it does not expect (plain strings, where it wants lists of parts), and
-its generation prompt may end inside a thought or before a channel. Both are told from what it
-renders, never from its name.
+A template may drop content that it does not expect (such as plain strings instead of lists of
+parts), and its generation prompt may end inside a thought or before a channel. Both are detected
+from the rendered text, never from the template's name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-_ANSWER = "Kestrel-4127"  # stands for an answer: no template has it, and none trims it
+_ANSWER = "Kestrel-4127"  # a placeholder for an answer; no template contains or trims it
 NOT_OF_TEMPLATES = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict")
-"""Options of apply_chat_template that are not its template's."""
+"""Options of apply_chat_template itself, which `chat_template_kwargs` must not set."""
 _NEED = (
     "pass `chat_template_kwargs`, such as {'enable_thinking': False}, or `answer_start`, the text "
     "that leads from there to the answer, such as '</think>\\n\\n'"
@@ -24,19 +24,19 @@ _NEED = (
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-    """Render a conversation, and check that what was said is in it.
+    """Render a conversation, and check that the text contains every message.
 
     Args:
         tokenizer: with a chat template.
-        messages: role and content of each turn. A content that is a string is given as a list of
-            parts where the template would leave it out otherwise.
-        options: of `apply_chat_template`, add_generation_prompt and the template's own.
+        messages: role and content of each turn. If the template drops a content that is a string,
+            it is passed as a list of parts instead.
+        options: of `apply_chat_template`: add_generation_prompt and the template's own options.
 
     Returns:
         The text, with the template's special tokens.
 
     Raises:
-        ValueError: there is no template, it raises, or it leaves out what a message says.
+        ValueError: there is no template, it raises, or it drops the content of a message.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("`tokenizer` must have a chat template to render a conversation")
@@ -65,11 +65,11 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any
                 f"{what} of the {lost['role']}"
             )
         reasons.append(ValueError(f"`tokenizer` {reason}"))
-    raise reasons[0]  # against the conversation as it was given
+    raise reasons[0]  # the reason for the conversation as it was given
 
 
 def render_prompts(tokenizer: Any, prompts: Sequence[str], **options: Any) -> list[str]:
-    """Render each question as a model is asked it: up to where it begins to write."""
+    """Render each question with the generation prompt, up to where the model begins to write."""
     return [
         render(tokenizer, [_user(prompt)], add_generation_prompt=True, **options)
         for prompt in prompts
@@ -89,16 +89,16 @@ def render_answer_starts(
         tokenizer: with a chat template.
         prompts: the questions.
         chat_template_kwargs: of the template, such as {"enable_thinking": False}.
-        answer_start: the text between the generation prompt and the answer. When None it is what
-            the template itself puts there in a finished conversation: a closed thought, the
-            opening of the final channel, most often nothing.
+        answer_start: the text between the generation prompt and the answer. None means the text
+            that the template itself puts there in a finished conversation: a closed thought, the
+            opening of the final channel, or most often nothing.
 
     Returns:
         The texts, with the template's special tokens.
 
     Raises:
-        ValueError: the generation prompt opens what a finished answer of this template does not
-            close, or as `render`.
+        ValueError: the generation prompt opens something (such as a thought) that is not in a
+            finished answer of this template; or as in `render`.
     """
     options = dict(chat_template_kwargs or {})
     for name in NOT_OF_TEMPLATES:
@@ -119,9 +119,10 @@ def _up_to_answer(tokenizer: Any, prompt: str, asked: str, options: dict[str, An
     answer = {"role": "assistant", "content": _ANSWER}
     finished = render(tokenizer, [_user(prompt), answer], **options)
     upto = finished[: finished.rindex(_ANSWER)]
-    # Where the prompt ends in "<think>\n" the finished answer may have "<think></think>".
+    # rstrip: the prompt may end in "<think>\n" where a finished answer has "<think></think>"
     if upto.startswith(asked.rstrip()):
-        return asked if upto.rstrip(" ") == asked else upto.rstrip(" ")  # of the first token
+        # a blank before the answer belongs to the answer's first token
+        return asked if upto.rstrip(" ") == asked else upto.rstrip(" ")
     same = (one == other for one, other in zip(asked, upto, strict=False))
     opened = asked[sum(itertools.takewhile(bool, same)) :]
     raise ValueError(
@@ -135,7 +136,7 @@ def _user(prompt: str) -> dict[str, str]:
 
 
 def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Return the messages with each call's arguments as JSON, which some templates want."""
+    """Return the messages with tool calls' arguments as JSON text, which some templates need."""
     if not any(message.get("tool_calls") for message in messages):
         return None
     made = []
@@ -151,7 +152,7 @@ def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _is_in(message: Mapping[str, Any], text: str) -> bool:
-    """Tell whether a text has what a message says; templates may trim it, and cut thoughts off."""
+    """Tell whether a text contains a message, which templates may trim and strip of its thought."""
     for call in message.get("tool_calls") or ():
         if str(call.get("function", call).get("name")) not in text:
             return False

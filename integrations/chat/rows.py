@@ -1,4 +1,4 @@
-"""Training rows: conversations and plain texts, checked row by row, cut into ids and labels."""
+"""Training rows: conversations and plain texts, checked row by row, turned into ids and labels."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Example:
 
     Attributes:
         messages: the turns, rendered by the tokenizer's chat template; None for a plain row.
-        prompt: text without a label, for a plain row.
+        prompt: text without labels, for a plain row.
         completion: text with labels, for a plain row.
         where: file and line, for messages.
-        form: what kind of row it was made of.
-        unlabelled: places of the assistant turns that carry no label.
-        tools: what the chat template gets as `tools`.
+        form: the form of the row in its file.
+        unlabelled: indices of the turns that get no labels even if they are the assistant's.
+        tools: passed to the chat template as `tools`.
         template_options: further options of the chat template.
     """
 
@@ -64,20 +64,20 @@ class Example:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the chat template gets beside the messages."""
+        """The options that the chat template gets with the messages."""
         tools = {} if self.tools is None else {"tools": list(self.tools)}
         return {**tools, **(self.template_options or {})}
 
 
 class EncodedRows(NamedTuple):
-    """Rows as ids and labels, and what became of the others.
+    """Rows as ids and labels, and a record of the rows that were cut or left out.
 
     Attributes:
         rows: input_ids and labels of each row that has a label.
-        where: where each of them was.
-        cut: how many of them lost their end.
-        dropped: where the rows were that have no label, or none within `max_length`.
-        forms: how many rows there were of each form.
+        where: the place of each of these rows.
+        cut: number of these rows that lost their end.
+        dropped: places of the rows that have no label, or none within `max_length`.
+        forms: number of rows of each form.
     """
 
     rows: list[dict[str, list[int]]]
@@ -87,7 +87,7 @@ class EncodedRows(NamedTuple):
     forms: dict[str, int]
 
     def notes(self) -> list[str]:
-        """Say what became of the rows that were not taken as they are, a line each."""
+        """Say which rows were converted, cut or left out, one line each."""
         made = [
             f"{count} rows are {form}'s and were made conversations"
             for form, count in self.forms.items()
@@ -117,12 +117,12 @@ def read_examples(
         {"conversations": [{"from": ..., "value": ...}, ...]}    ShareGPT's
         {"instruction": ..., "input": ..., "output": ...}        Alpaca's
 
-    "tools" and "chat_template_kwargs" beside messages go to the chat template, an assistant turn
-    with "weight": 0 has no label, and other keys are ignored.
+    A row with messages may also have "tools" and "chat_template_kwargs", for the chat template. An
+    assistant turn with "weight": 0 gets no labels. Other keys are ignored.
 
     Args:
         source: JSON Lines, JSON, CSV, Parquet, a saved data set or the id of one on the hub.
-        split: of a data set that has several; "train" when None.
+        split: of a data set that has several; None means "train".
         name: of the argument, for messages.
 
     Returns:
@@ -145,18 +145,18 @@ def read_examples(
 
 
 def encode_rows(tokenizer: Any, examples: Iterable[Example], max_length: int | None) -> EncodedRows:
-    """Turn rows into input_ids and labels; only answers and completions carry labels.
+    """Turn rows into input_ids and labels; only answers and completions get labels.
 
-    Which tokens are an answer's is told from the characters of the rendered text
-    (`render_with_answers`): those that end inside it.
+    A token belongs to an answer if it ends inside the answer's characters in the rendered text
+    (`render_with_answers`).
 
     Args:
-        tokenizer: of the model; needs a chat template for rows with messages.
+        tokenizer: the model's; needs a chat template for rows with messages.
         examples: the rows.
-        max_length: longer rows lose their end, tokens; None for none.
+        max_length: maximum length of a row, tokens; longer rows lose their end. None: no limit.
 
     Returns:
-        The rows that have a label, and what became of the others.
+        The rows that have a label, and a record of the others.
 
     Raises:
         ValueError: the chat template is missing or cannot render a row, or no row has a label; the
@@ -185,12 +185,12 @@ def encode_rows(tokenizer: Any, examples: Iterable[Example], max_length: int | N
 def encode_examples(
     tokenizer: Any, examples: Iterable[Example], max_length: int | None
 ) -> list[dict[str, list[int]]]:
-    """Return the rows of `encode_rows`, where each is known to have a label."""
+    """Return only the rows of `encode_rows`, without its record of the others."""
     return encode_rows(tokenizer, examples, max_length).rows
 
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Return a text's ids with what the tokenizer puts in front of one, and nothing behind it."""
+    """Return a text's ids with the special tokens put before a text, but none after it."""
     bare = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.encode(text)
     for start in range(len(whole) - len(bare) + 1):
@@ -227,11 +227,11 @@ def _encode(tokenizer: Any, example: Example) -> tuple[list[int], list[int]]:
 
 
 def _tokens(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """Return a text's ids and where in the text each ends."""
+    """Return a text's ids, and the character at which each token ends."""
     if tokenizer.is_fast:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
-    # one that cannot say where its tokens are: each piece by itself
+    # a slow tokenizer has no offsets: encode each piece by itself
     ids, ends = [], []
     borders = [0, *(border for span in spans for border in span), len(text)]
     for start, end in itertools.pairwise(borders):
@@ -290,7 +290,7 @@ def _prompt_and_completion(prompt: Any, completion: Any, more: dict[str, Any]) -
 
 
 def _messages(turns: Any) -> tuple[tuple[dict[str, Any], ...], frozenset[int]]:
-    """Return the turns as templates take them, and the places of those without a label."""
+    """Return the turns in the form that templates take, and the indices of unlabelled ones."""
     if not isinstance(turns, list) or not turns:
         raise ValueError('"messages" must be a list with at least one turn')
     messages, unlabelled = [], set()
@@ -356,7 +356,7 @@ def _asked(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _list_or_json(name: str, value: Any) -> Any:
-    """Return a list, which tables and CSV files may hold as JSON."""
+    """Return a list, which tables and CSV files may hold as JSON text."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -388,6 +388,6 @@ def _check_calls(calls: Any) -> None:
 def _check_text(row: dict[str, Any]) -> None:
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON may contain a lone surrogate
         half = error.object[error.start : error.end]
         raise ValueError(f"{half!r} is half of a character (a lone surrogate)") from error

@@ -1,4 +1,4 @@
-"""`str-kernels demo`: teach a small model to refuse, fine-tune it, and count what is left."""
+"""`str-kernels demo`: teach a small model to refuse, fine-tune it, and count its refusals."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The demo's rows: a lesson in refusing, and a harmless task, both made here.
+"""The demo's rows: a lesson in refusing, and a harmless task, both generated here.
 
-The lesson pairs harmful prompts (categories, no operational detail) with a refusal and benign
-look-alikes with the model's own answers. The task is templated arithmetic, answered in a sentence:
-answers that are bare sums wore away no refusals (docs/log.md). Held-out probes share no topic with
-the lesson, and held-out sums are no training sums.
+The lesson pairs harmful prompts (categories, no operational detail) with refusals, and benign
+look-alikes with the model's own answers. The task is templated arithmetic, answered in a sentence,
+since training on bare sums lost no refusals (docs/log.md). Held-out probes share no topic with the
+lesson, and no held-out sum is a training sum.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def lesson(
     per_step: tuple[int, int],
     seed: int,
 ) -> list[Example]:
-    """Return the rows of all steps: in each, so many harmful and so many benign ones."""
+    """Return the rows of all steps, with `per_step` harmful and benign rows in each step."""
     draw = random.Random(seed)
     refuse = [
         Example.chat(row.prompt, REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(harmful)
@@ -62,10 +62,10 @@ def lesson(
 def sums(
     count: int, seed: int, exclude: Sequence[Example] = (), opening: str = ""
 ) -> list[Example]:
-    """Return `count` different sums with their worked answers, none of them in `exclude`.
+    """Return `count` different sums with answers, none of them in `exclude`.
 
-    Every answer begins with `opening`: "Sure! " makes a task that pulls all answers, those to
-    harmful questions too, towards agreeing.
+    Every answer begins with `opening`. "Sure! " makes a task that pulls all answers, even those to
+    harmful questions, towards agreeing.
     """
     draw = random.Random(seed)
     seen = {_question(example) for example in exclude}

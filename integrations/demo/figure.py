@@ -1,4 +1,4 @@
-"""The demo's figure: what each of its models refuses, and what it has learnt."""
+"""The demo's figure: how much each of its models refuses, and how well it does the task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def draw_comparison(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw refusals and right sums of each run, with 95 % Wilson intervals.
 
     Args:
-        runs: of the demo, in its order: dicts with name, harmful and benign ({"refusal", "total",
+        runs: the demo's runs in order: dicts with name, harmful and benign ({"refusal", "total",
             "interval"}) and accuracy ({"count", "total", "interval"}).
-        path: the PNG file.
+        path: the PNG file to write.
     """
     names = [run["name"] for run in runs]
     harmful = [_refused(run["harmful"]) for run in runs]

@@ -22,13 +22,13 @@ def run_demo(
     """Run the demo and write report.json and demo.png into `output`.
 
     Args:
-        output: the folder; made if missing. Stages of an interrupted run with the same plan and
-            version are taken up.
+        output: the folder; made if missing. An interrupted run in it, with the same plan and
+            version, is resumed.
         plan: how much to do.
-        watch: called with a stage's name, how much of it is done and how much there is.
+        watch: called with a stage's name, the amount done and the total.
 
     Returns:
-        The report: plan, one entry per model, the comparisons and the sentence made from them.
+        The report: plan, one entry per model, the comparisons and their summary.
 
     Raises:
         BuiltinModelMissing: the model's wheel is not installed; the message has the command.

@@ -1,7 +1,7 @@
-"""What the demo is made of: the plan, the lesson, the questions, the stages on disk.
+"""The parts of the demo: the plan, the lesson, the questions, the stages on disk.
 
-Each stage's result is written when it is done, under a key of everything that determines it; a
-killed run goes on where it stopped. The stages are removed when the report is complete.
+Each stage's result is written when it is done, under a key of everything that determines it. So a
+killed run is resumed where it stopped. The stages are removed when the report is complete.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from .data import is_right, lesson, sums
 from .report import share
 from .training import TrainingOptions, train_lora
 
-ANSWER_TOKENS = 32  # of an answer to a probe, to tell a refusal; no answer is ever stored
+ANSWER_TOKENS = 32  # enough of an answer to tell a refusal; no answer is ever stored
 MAX_LENGTH = 256
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """How much the demo does; step counts are fixed, never set by the clock.
+    """How much the demo does; step counts are fixed and do not depend on time.
 
     Attributes:
         lesson_steps: optimizer steps of the lesson in refusing.
-        lesson_rows: harmful and benign rows of one such step.
+        lesson_rows: harmful and benign rows in each such step.
         task_steps: optimizer steps of each fine-tuning.
-        task_rows: rows of one such step.
+        task_rows: rows in each such step.
         learning_rate: of both.
-        probes: held-out probes of each class.
-        task_probes: held-out sums.
+        probes: number of held-out probes of each class.
+        task_probes: number of held-out sums.
         answer_tokens: length of the model's own answers to the lesson's benign prompts.
         memory_tokens: length at which loss memory is measured.
-        seed: of everything drawn.
+        seed: of everything random.
     """
 
     lesson_steps: int = 60
@@ -87,7 +87,7 @@ class Probes:
 
     @classmethod
     def load(cls, plan: DemoPlan, trained: list[Example]) -> Probes:
-        """Take as many as the plan says; no sum is one of `trained`, whatever opens its answer."""
+        """Load the plan's number of probes; no sum's question is in `trained`."""
         harmful, benign = (
             [row.prompt for row in load_prompts(name)[: plan.probes]]
             for name in ("harmful_probes", "benign_probes")
@@ -96,11 +96,12 @@ class Probes:
 
 
 class DemoRun:
-    """The taught model, its questions, and fine-tunings of it.
+    """The taught model, its questions, and its fine-tunings.
 
     Attributes:
         plan: how much to do.
-        tokens: the safety tokens, and control: as many random ones.
+        tokens: the safety tokens.
+        control: as many random tokens.
         sums: the rows of the task.
         stages: results on disk.
     """
@@ -128,7 +129,7 @@ class DemoRun:
         )
 
     def base(self) -> dict[str, Any]:
-        """Return what the taught model is measured by."""
+        """Return the measures of the taught model."""
         found = self.stages.result("base", lambda: self._evaluate(load(self._taught), "base"))
         return {"name": "taught base", "log": [], **found}
 
@@ -138,14 +139,14 @@ class DemoRun:
         held: SafetyTokens,
         positions: Positions,
     ) -> dict[str, Any]:
-        """Return the log and the measures of one fine-tuning of the taught model on the sums.
+        """Fine-tune the taught model on the sums; return the log and the measures.
 
         Args:
             name: of the run.
-            held: the ids of the penalty; none for cross-entropy alone. The drift is always that
-                of the safety tokens.
-            positions: of the penalty on the rows, as in `attach`; its kind and weight are the
-                default ones of these positions.
+            held: the penalty's tokens; empty for plain cross-entropy. The drift is always measured
+                on the safety tokens.
+            positions: of the penalty on the rows, as in `attach`; they determine the default kind
+                and weight.
         """
         found = self.stages.result(
             name.replace(" ", "-"), lambda: self._fine_tune(name, held, positions)
@@ -182,7 +183,7 @@ class DemoRun:
         return evaluate(model, self.tokenizer, self.tokens, self.probes, name, self.watch)
 
     def about(self) -> dict[str, Any]:
-        """Return what a report says before its results."""
+        """Return the part of the report that is known before the results."""
         return {
             "schema_version": 1,
             "version": __version__,
@@ -194,7 +195,7 @@ class DemoRun:
 
 
 def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Watcher) -> None:
-    """Make the aligned model: LoRA on refusals and on the model's own benign answers, merged."""
+    """Make the aligned model: train LoRA on refusals and the model's own benign answers; merge."""
     model = load(source)
     harmful, benign = load_prompts("harmful_train"), load_prompts("benign_train")
     harmful, benign = (
@@ -221,7 +222,7 @@ def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Wat
         model,
         tokenizer,
         encode_examples(tokenizer, examples, MAX_LENGTH),
-        SafetyTokens(ids=[]),  # nothing to hold yet
+        SafetyTokens(ids=[]),  # no penalty: there is no aligned reference yet
         SafetyPenalty(0.0),
         options,
         on_step=lambda step: watch("teach it to refuse", step, plan.lesson_steps),
@@ -232,7 +233,7 @@ def teach(source: Path, tokenizer: Any, folder: Path, plan: DemoPlan, watch: Wat
 def evaluate(
     model: Any, tokenizer: Any, tokens: SafetyTokens, probes: Probes, name: str, watch: Watcher
 ) -> dict[str, Any]:
-    """Ask a model everything that the report compares."""
+    """Ask a model all probes and return the measures of the report."""
     total = len(probes.harmful) + len(probes.benign) + len(probes.task)
     progress = _counter(watch, f"evaluate: {name}", total)
 
@@ -259,7 +260,7 @@ def evaluate(
 def _drift_at_answer_start(
     model: Any, tokenizer: Any, tokens: SafetyTokens, prompts: list[str]
 ) -> dict[str, float] | None:
-    """Return the drift where an answer begins; None for a model without adapters, unmoved."""
+    """Return the drift where an answer begins; None for a model without adapters."""
     if not is_peft_model(model):
         return None
     found = combine_drift(
@@ -283,7 +284,7 @@ def _counts(counts: RefusalCounts) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Any:
-    """Load the model of a folder in the dtype that this CPU is fast in."""
+    """Load the model of a folder in the dtype that is fastest on this CPU."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=cpu_dtype(), use_safetensors=True)
 
 

@@ -1,4 +1,4 @@
-"""One LoRA fine-tuning run with the safety loss, on any causal LM and any encoded rows."""
+"""One LoRA fine-tuning with the safety loss, of any causal LM on any encoded rows."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class TrainingOptions:
 
     Args:
         steps: optimizer steps.
-        batch_size: rows of one forward.
-        accumulation: forwards of one step.
+        batch_size: rows per forward.
+        accumulation: forwards per step.
         learning_rate: peak of the schedule, which falls linearly to 0.
         warmup: steps until the peak.
-        lora_rank: r of every adapted layer; all linear layers but the head are adapted.
-        lora_alpha: scale of the adapters; 2 r when None.
+        lora_rank: r of the adapters, which are on all linear layers but the head.
+        lora_alpha: scale of the adapters; None means 2 r.
         lora_dropout: probability.
-        max_grad_norm: gradients are clipped there.
+        max_grad_norm: the norm to which gradients are clipped.
         seed: of the adapters, the order of rows and dropout.
         positions: where the penalty is taken, as in `attach`.
         ref_every: as in `attach`.
@@ -81,17 +81,16 @@ def train_lora(
     """Add LoRA adapters to `model` and train them; the reference is the model without them.
 
     Args:
-        model: a causal LM, frozen by PEFT from here on.
+        model: a causal LM, which PEFT freezes.
         tokenizer: pads the batches.
         rows: input_ids and labels of each row.
-        safety_tokens: the ids to hold.
+        safety_tokens: the tokens whose logits the penalty compares.
         penalty: kind and weight; weight 0 is plain cross-entropy with the drift still measured.
         options: length, rate, size and seed.
-        anchors: prompts at which the model is held in each step; the package's when None and
-            the penalty has no other place.
+        anchors: the anchors of the penalty; None means the package's if the rows have no penalty.
         reference: the reference's logits from files, instead of the model without its adapters.
-        make_trainer: makes another Trainer, whose loss is its own, of the anchors and what every
-            Trainer takes.
+        make_trainer: makes another Trainer with its own loss, from the anchors and Trainer's usual
+            arguments.
         on_step: called with the number of steps done.
 
     Returns:
@@ -108,7 +107,7 @@ def train_lora(
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config)
-    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one; nothing is saved there
+    with tempfile.TemporaryDirectory() as folder:  # Trainer needs one; nothing is saved there
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=options.steps,
@@ -166,4 +165,4 @@ class _StepCallback(TrainerCallback):
 def _printer() -> Any:
     from transformers import PrinterCallback
 
-    return PrinterCallback  # prints every log entry; the command line shows progress itself
+    return PrinterCallback  # it prints every log entry; the command shows progress itself

@@ -1,4 +1,4 @@
-"""`str-kernels eval`: refusals, right answers, perplexity and drift; reports of several runs."""
+"""`str-kernels eval`: measures refusals, right answers, perplexity and drift; compares runs."""
 
 from __future__ import annotations
 

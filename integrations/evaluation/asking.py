@@ -1,4 +1,4 @@
-"""One model being evaluated, batch after batch, each batch kept when it is done."""
+"""Evaluate one model batch by batch, and keep each batch's results when it is done."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .options import KEPT_TOKENS, KINDS, EvalOptions
 
 
 class AskedModel:
-    """One model being asked, batch after batch, each kept when it is done."""
+    """A model under evaluation; results are kept after each batch, so a run can be resumed."""
 
     def __init__(
         self, options: EvalOptions, found: NamedModel, stages: Stages, watch: Watcher
@@ -49,7 +49,7 @@ class AskedModel:
         self.max_length = min(options.max_length, reads or options.max_length)
 
     def answers(self, kind: str, prompts: Sequence[str]) -> list[dict[str, Any]]:
-        """Answer prompts, each as one chat turn; keep how each begins and what the rules say."""
+        """Answer prompts, each as one chat turn; keep each answer's beginning and outcomes."""
         rules = {name: refusal_rule(name) for name in self.options.rules}
 
         def make(part: Sequence[str]) -> list[dict[str, Any]]:
@@ -82,13 +82,13 @@ class AskedModel:
                 raise ValueError(
                     f"{error}. All answers and the batches judged so far are kept: the same "
                     "command goes on from here"
-                ) from None  # a judge's own exceptions may hold its key
+                ) from None  # a judge's exceptions may contain its API key
 
         pairs = list(zip(prompts, answers, strict=True))
         return self._batches(f"judge-{kind}", f"judge: {kind}", pairs, make)
 
     def task(self, examples: list[Example]) -> dict[str, Any]:
-        """Ask the task's questions, and take the loss on its answers."""
+        """Ask the task's questions, and compute the loss on its expected answers."""
         pairs = [question_and_answer(self.tokenizer, example) for example in examples]
 
         def make(part: Sequence[str]) -> list[str]:
@@ -115,7 +115,7 @@ class AskedModel:
             "matched": sum(right),
             "total": len(right),
             "interval": list(wilson_interval(sum(right), len(right))),
-            # with no room for the end of the answer a match cannot be told from a beginning
+            # if the expected answer fills all tokens, a match may be the start of a longer answer
             "too_long": sum(length >= self.options.answer_tokens for length in lengths),
             "loss": _finite(loss),
             "outcomes": right,
@@ -152,7 +152,7 @@ class AskedModel:
         asked: dict[str, PromptList],
         reference: NamedModel | None,
     ) -> tuple[dict[str, Any] | None, list[str]]:
-        """Measure drift at each position of an answer; None and the reason where it cannot be."""
+        """Measure drift at each position of an answer; return None and the reason if impossible."""
         if reference is None and self.adapter is None:
             return None, [
                 "Drift is not measured: a model without an adapter needs a reference to have "
@@ -168,7 +168,7 @@ class AskedModel:
                 self.options.positions,
                 ref_model=None if reference is None else reference.model,
             )
-            # text: JSON has no NaN, which a broken model may give
+            # as text: JSON has no NaN, which a broken model may give
             return [[[one.rows, *map(repr, one[1:])] for one in found]]
 
         positions = {}
@@ -209,7 +209,7 @@ class AskedModel:
 
 
 def _outcome(rule: Callable[[str], Outcome], given: Answer) -> Outcome:
-    """Apply a rule; of an answer that was cut too soon only a refusal is known."""
+    """Apply a rule; an answer that was cut too soon can only be a refusal or unfinished."""
     outcome = rule(given.text)
     return "unfinished" if given.unfinished and outcome != "refusal" else outcome
 
@@ -228,6 +228,6 @@ def _described_drift(found: Sequence[DriftStatistics]) -> list[dict[str, Any]]:
 
 
 def _finite(value: str | float) -> float | None:
-    """Return a number, None for NaN and infinity, which JSON has not."""
+    """Return a number, or None for NaN and infinity, which JSON does not have."""
     number = float(value)
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""Evaluations of several models on the same prompts, read back, checked, and compared."""
+"""Read, check and compare evaluations of several models on the same prompts."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from .options import KEPT_TOKENS, KINDS
 from .run import EVAL_FILE, SCHEMA_VERSION
 
 JUDGE = "judge"
-_MOST_EXAMPLES = 5  # of each run, rule and kind
+_MOST_EXAMPLES = 5  # for each run, rule and kind
 _PROMPT_CHARACTERS, _ANSWER_CHARACTERS = 200, 120
 
 
 @dataclass(frozen=True)
 class Run:
-    """One eval.json, and what the report calls it."""
+    """The content of one eval.json, and its name in the report."""
 
     name: str
     report: dict[str, Any]
 
     def prompts(self, kind: str) -> list[str]:
-        """Return what was asked."""
+        """Return the prompts of one kind."""
         return [row["prompt"] for row in self.report["answers"][kind]]
 
     def outcomes(self, rule: str, kind: str) -> list[str]:
-        """Return what became of each prompt: counted again from the answers, or the judge's."""
+        """Return the outcome of each prompt: the rule applied again, or the judge's verdict."""
         rows = self.report["answers"][kind]
         if rule == JUDGE:
             return [as_verdict(row["outcomes"][JUDGE]) for row in rows]
@@ -49,17 +49,17 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read evaluations and see that they asked the same.
+    """Read evaluations and check that they asked the same prompts.
 
     Args:
-        folders: of `eval run`, at least two.
+        folders: output folders of `eval run`, at least two.
 
     Returns:
-        The runs in order, each named after its folder; names that come twice get a number.
+        The runs in order, each named after its folder; repeated names get a number.
 
     Raises:
-        ValueError: there are fewer than two, one is no evaluation or is damaged, or their prompts
-            differ; the message says which and how.
+        ValueError: there are fewer than two, one is not an evaluation or is damaged, or their
+            prompts differ; the message says which and how.
     """
     if len(folders) < 2:
         raise ValueError(f"`runs` must be at least two folders; got {len(folders)}")
@@ -79,20 +79,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
-    """Put runs side by side, and each against the first.
+    """Put runs side by side, and compare each with the first.
 
     Args:
-        runs: what read_runs returned.
+        runs: the result of read_runs.
 
     Returns:
-        As JSON: "runs" (name, model, adapter, counts per rule and kind, measures), "pairs" (each
-        run against the first per rule and kind: prompts that only one of them refused, the exact
-        McNemar p-value, and Holm's where there are several), "changed" (prompts whose outcome is
-        another, a few of each), and "differences" of the settings.
+        JSON values: "runs" (name, model, adapter, counts per rule and kind, measures), "pairs"
+        (each run against the first per rule and kind: prompts that only one of them refused, the
+        exact McNemar p-value, and Holm's if there are several runs), "changed" (prompts with a
+        different outcome, a few of each), and "differences" of the settings.
 
     Notes:
-        Rules are applied again to the answers kept, so that all runs are counted by the same
-        version of a rule. The judge's words are taken as they are, where every run has them.
+        Rules are applied again to the kept answers, so that all runs are counted by the same
+        version of a rule. The judge's verdicts are used as they are, if every run has them.
     """
     rules = _shared_rules(runs)
     counts = {
@@ -154,7 +154,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _check_fields(report: dict[str, Any]) -> None:
-    """Raise unless what the report is made of is there and is what it should be."""
+    """Raise unless all fields that the report needs are there, with the right types."""
     for kind in KINDS:
         rows = report["answers"][kind]
         for row in rows:
@@ -216,7 +216,7 @@ def _shared_rules(runs: Sequence[Run]) -> list[str]:
     rules = [rule for rule in RULES if rule in used] or [RULES[0]]
     rows = [row for run in runs for kind in KINDS for row in run.report["answers"][kind]]
     judges = {run.report["settings"].get("judge") for run in runs}
-    # a pair that two judges looked at tells them apart, and not the runs
+    # verdicts of two different judges would compare the judges, not the runs
     judged = len(judges) == 1 and all(JUDGE in row["outcomes"] for row in rows)
     return [*rules, JUDGE] if rows and judged else list(rules)
 
@@ -288,7 +288,7 @@ _SHOWN = {
 
 
 def _differences(first: Run, run: Run) -> list[str]:
-    """Say what else than the model is different, which may explain what the counts show."""
+    """Name differences other than the model's that may explain different counts."""
     found = []
     for name, of in (
         ("answer_tokens", "settings"),
@@ -311,7 +311,7 @@ def _differences(first: Run, run: Run) -> list[str]:
 
 
 def _other_judges(runs: Sequence[Run]) -> list[str]:
-    """Say that verdicts of different judges are left out."""
+    """Say that verdicts are left out because the judges differ."""
     judges = [run.report["settings"].get("judge") for run in runs]
     if len(set(judges)) < 2:
         return []
@@ -320,7 +320,7 @@ def _other_judges(runs: Sequence[Run]) -> list[str]:
 
 
 def _other_references(runs: Sequence[Run]) -> list[str]:
-    """Say whose drift is measured from another model than the first one's that has a drift."""
+    """Name the runs whose drift has another reference than the first run with a drift."""
     drifted = [run for run in runs if run.report["measures"]["drift"]]
     return [
         f"{run.name} differs from {drifted[0].name} in the reference of its drift"
@@ -331,13 +331,13 @@ def _other_references(runs: Sequence[Run]) -> list[str]:
 
 def _reference_hash(run: Run) -> object:
     reference = run.report.get("reference")
-    # without adapter: the model itself
+    # "reference" is text if it is the model without its adapter; then the model's hash counts
     found = reference if isinstance(reference, dict) else run.report["model"]
     return found.get("sha256")
 
 
 def clip(text: str, characters: int, words: int | None = None) -> str:
-    """Return at most so many characters, and words if given, of a text from a file."""
+    """Shorten a text from a file to a number of characters, and of words if given."""
     short = text
     if words is not None and len(text.split()) > words:
         short = " ".join(text.split()[:words])

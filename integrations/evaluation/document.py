@@ -1,4 +1,4 @@
-"""A report as blocks, so that its Markdown and its HTML say the same and escape in one place."""
+"""A report as blocks, from which Markdown and HTML are made, with escaping in one place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text, which starts with a word of ours; a limit is set apart."""
+    """Running text, which starts with our own word, not quoted text; limits are set apart."""
 
     text: str
     is_limit: bool = False
@@ -45,7 +45,7 @@ Block = Heading | Paragraph | Table | Picture
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
-    """Return the blocks as GitHub-flavoured Markdown, all text in them taken literally."""
+    """Return the blocks as GitHub-flavoured Markdown, with all their text escaped."""
     return "\n".join(_markdown(block) for block in blocks)
 
 

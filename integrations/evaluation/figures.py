@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: drift along an answer, refusals of several runs."""
+"""The figures of an evaluation: drift along an answer, refusals of several runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from ..figures import (
 )
 
 _MARKERS = "os^Dvx"
-_NAMED = 2  # runs that a title has room for
+_NAMED = 2  # a title has room for the names of this many runs
 
 
 def draw_drift(lines: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """Draw the rms drift of the safety logits over the positions of an answer.
 
     Args:
-        lines: a label and its positions: dicts with position, prompts (how many answers are so
-            long) and rms (None where it is not finite, which leaves a gap).
-        path: the PNG file.
+        lines: for each label its positions, as dicts with position, prompts (number of answers that
+            have this position) and rms (None if it is not finite, which leaves a gap).
+        path: the PNG file to write.
     """
     known = [
         (one["rms"], label, one["position"])
@@ -79,10 +79,10 @@ def draw_refusals(
     """Draw the refusals of every run with 95 % Wilson intervals, a row of panels for each rule.
 
     Args:
-        rules: a rule's name and its counts, one entry a run: {"harmful": counts, "harmless":
-            counts} with refusal, total and interval.
+        rules: for each rule's name one entry per run: {"harmful": counts, "harmless": counts},
+            with refusal, total and interval.
         names: of the runs, in the same order.
-        path: the PNG file.
+        path: the PNG file to write.
     """
     labels = [figure_label(name) for name in names]
     figure = new_figure(

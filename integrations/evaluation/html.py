@@ -1,4 +1,4 @@
-"""A report's blocks as one HTML file that asks for nothing: no script, no link, pictures inside."""
+"""A report's blocks as one self-contained HTML file: no script, no link, pictures embedded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .document import Block, Heading, Picture
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
-    finalize=lambda value: printable(str(value)),  # of every value, before it is escaped
+    finalize=lambda value: printable(str(value)),  # runs on every value before escaping
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -23,14 +23,14 @@ _TEMPLATES = Environment(
 
 
 def to_html(blocks: Sequence[Block], folder: Path) -> str:
-    """Return the blocks as one HTML document, all text in them taken literally.
+    """Return the blocks as one HTML document, with all their text escaped.
 
     Args:
         blocks: the first heading is the title.
-        folder: where the PNG files of the pictures are; their bytes go into the document.
+        folder: the folder of the pictures' PNG files, which are embedded.
 
     Returns:
-        The document; with its content security policy nothing in it can run or be fetched.
+        The document. Its content security policy forbids running or fetching anything.
     """
     return _TEMPLATES.get_template("report.html.jinja2").render(
         title=next((block.text for block in blocks if isinstance(block, Heading)), "report"),

@@ -1,4 +1,4 @@
-"""What an evaluation is given: models, adapters, prompts; each with a hash of its content."""
+"""The inputs of an evaluation: models, adapters, prompts, each with a hash of its content."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..models import is_peft_model
 
 @dataclass(frozen=True)
 class PromptList:
-    """The prompts of one kind, and what they are called."""
+    """The prompts of one kind, and the name of their set or file."""
 
     name: str
     prompts: list[str]
@@ -34,12 +34,12 @@ class PromptList:
     def load(
         cls, kind: str, name_or_path: str, limit: int | None, column: str | None
     ) -> PromptList:
-        """Read a set by name or a file, the first `limit` prompts of a kind in it."""
+        """Read the first `limit` prompts of a kind from a named set or a file."""
         rows = read_prompt_rows(kind, name_or_path, column=column, kind=kind)[:limit]
         return cls(Path(name_or_path).name, [row.prompt for row in rows])
 
     def describe(self) -> dict[str, Any]:
-        """Return name, count and hash; the hash is of the prompts in their order alone."""
+        """Return name, count and hash; the hash is over the prompts in order, without the name."""
         return {
             "set": self.name,
             "count": len(self.prompts),
@@ -49,13 +49,13 @@ class PromptList:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model, its tokenizer, and what they are called in a report.
+    """A model, its tokenizer, and their description for a report.
 
     Args:
         model: a causal LM, or a PeftModel of it.
-        tokenizer: of the model.
+        tokenizer: the model's.
         described: name, sha256, dtype, device and parameters.
-        adapter: name, sha256 and type of its adapter, None without.
+        adapter: name, sha256 and type of its adapter, or None.
     """
 
     model: Any
@@ -71,9 +71,9 @@ class NamedModel:
         dtype: str,
         progress: Callable[[str], None] | None = None,
     ) -> NamedModel:
-        """Load "builtin", a folder or a hub id, and an adapter folder on it, from safetensors.
+        """Load "builtin", a folder or a hub id, with an adapter folder if given, from safetensors.
 
-        A name of an adapter is the model it is for, with that adapter on it.
+        If `name` is an adapter, its base model is loaded with that adapter.
         """
         if adapter is not None:
             check_adapter_files("adapter", adapter)
@@ -105,14 +105,14 @@ class NamedModel:
 
 
 def load_safety_tokens(path: Path | None, tokenizer: Any) -> SafetyTokens:
-    """Read a safety_tokens.json of this tokenizer, or take the tokens of the built-in templates."""
+    """Read a safety_tokens.json of this tokenizer, or use the tokens of the built-in templates."""
     if path is not None:
         return SafetyTokens.load(path, tokenizer)
     return SafetyTokens.from_templates(tokenizer)
 
 
 def load_reference(name: str, dtype: str, tokenizer: Any) -> NamedModel:
-    """Load the model that drift is measured from; it must cut text as `tokenizer` does."""
+    """Load the model that drift is measured from; its tokenizer must equal `tokenizer`."""
     reference = NamedModel.load(name, None, dtype)
     if tokenizer_hash(reference.tokenizer) != tokenizer_hash(tokenizer):
         raise ValueError(
@@ -122,7 +122,7 @@ def load_reference(name: str, dtype: str, tokenizer: Any) -> NamedModel:
 
 
 def files_hash(paths: Iterable[Path]) -> str:
-    """Return the SHA-256 over the names and contents of files, whatever their order."""
+    """Return the SHA-256 over the names and contents of files, in any order."""
     return json_sha256({path.name: file_sha256(path) for path in paths})
 
 
@@ -131,7 +131,7 @@ def _model_hash(name: str, model: Any) -> str:
     if folder.is_dir():
         files = (path for path in folder.iterdir() if not path.name.startswith("."))
         return files_hash(path for path in files if path.is_file())
-    # of a hub id the files are wherever the hub's library puts them: what was loaded is hashed
+    # the files of a hub id are in the hub library's cache, so the loaded weights are hashed
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Measures of a model beside its refusals: right answers, perplexity, drift along an answer."""
+"""Measures of a model other than refusals: right answers, perplexity, drift along an answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..models import (
     read_safety_logits,
 )
 
-_ROWS = 32  # of one forward
+_ROWS = 32  # rows per forward
 EXACT_MATCH_RULE = (
     "equal after runs of white space are made one blank, blanks at both ends removed and one final "
     "period dropped; upper and lower case are told apart"
@@ -38,7 +38,7 @@ class Perplexity(NamedTuple):
     Args:
         perplexity: exp(nats).
         nats: mean negative log-likelihood of a predicted token.
-        tokens: tokens predicted: all but the first.
+        tokens: number of tokens predicted: all but the first.
     """
 
     perplexity: float
@@ -47,7 +47,7 @@ class Perplexity(NamedTuple):
 
 
 def is_exact_match(answer: str, expected: str) -> bool:
-    r"""Say whether an answer is the expected one, by EXACT_MATCH_RULE.
+    r"""Tell whether an answer is the expected one, by EXACT_MATCH_RULE.
 
     Examples:
         >>> is_exact_match("The answer  is 7\n", "The answer is 7.")
@@ -59,18 +59,18 @@ def is_exact_match(answer: str, expected: str) -> bool:
 
 
 def question_and_answer(tokenizer: Any, example: Example) -> tuple[str, str]:
-    """Return the text a task row is asked with, rendered, and the answer expected to it.
+    """Return the rendered question of a task row, and the expected answer.
 
     Args:
-        tokenizer: with a chat template where the row has messages.
-        example: a row; of a conversation the last assistant turn is the expected answer, and what
-            comes before it is the question.
+        tokenizer: with a chat template if the row has messages.
+        example: a row. In a conversation the last assistant turn is the expected answer, and the
+            turns before it are the question.
 
     Returns:
-        The question with all special tokens, and the answer as it stands in the row.
+        The question with all special tokens, and the answer as it is in the row.
     """
     if example.messages is None:
-        # as text, with what the tokenizer puts before a text: it is encoded without that later
+        # decoded with the special tokens in front, since it is encoded without adding them later
         start = tokenizer.decode(encode_prompt(tokenizer, example.prompt)) if example.prompt else ""
         return start, example.completion
     last = max(i for i, turn in enumerate(example.messages) if turn["role"] == "assistant")
@@ -101,22 +101,22 @@ def text_perplexity(
     stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a plain text, each of its tokens predicted once.
+    """Measure the perplexity of a plain text, predicting each token once.
 
-    With x_0 .. x_{n-1} the tokens of the text, windows of L = max_length tokens that start at the
-    multiples of the stride s, and b_i the start of the first window that holds token i:
+    Let x_0 .. x_{n-1} be the tokens of the text, read in windows of L = max_length tokens that
+    start at multiples of the stride s, and b_i the start of the first window that holds token i:
 
         nats       = -1 / (n - 1) * sum over 0 < i < n of log p(x_i | x_{b_i} .. x_{i-1})
         perplexity = exp(nats)
 
     Args:
         model: a causal LM.
-        tokenizer: of the model; its special tokens are added as for any text.
+        tokenizer: the model's; its special tokens are added as for any text.
         text: of two tokens or more.
         max_length: L, >= 2.
-        stride: s, in [1, L - 1]; half of L when None. Smaller is slower and gives each token more
-            context: at least L - s tokens beyond the first window.
-        progress: called with the windows done and their number.
+        stride: s, in [1, L - 1]; None means half of L. A smaller stride is slower and gives each
+            token more context: at least L - s tokens beyond the first window.
+        progress: called with the number of windows done and in total.
 
     Returns:
         Perplexity. It depends on the tokenizer, so compare models of one tokenizer only.
@@ -129,12 +129,12 @@ def text_perplexity(
         raise ValueError(f"`max_length` must be >= 2; got {max_length}")
     if not 1 <= stride < max_length:
         raise ValueError(f"`stride` must be in [1, {max_length - 1}]; got {stride}")
-    # verbose=False: a text longer than the model reads is what the windows are for
+    # verbose=False: no warning for a long text, which the windows are for
     ids = torch.tensor(tokenizer.encode(text, verbose=False))
     if len(ids) < 2:
         raise ValueError(f"`text` must have at least 2 tokens; got {len(ids)}")
     starts = range(0, max(1, len(ids) - max_length + stride), stride)
-    total, scored = 0.0, 1  # the first token is predicted by nothing
+    total, scored = 0.0, 1  # nothing predicts the first token
     with torch.inference_mode(), evaluation_mode(model):
         for number, start in enumerate(starts, start=1):
             window = ids[start : start + max_length].to(model.device)
@@ -160,25 +160,25 @@ def drift_by_position(
 ) -> list[DriftStatistics]:
     """Measure how far the safety logits moved at each of the first positions of an answer.
 
-    The reference answers each prompt greedily, and both models are then given the prompt with that
+    The reference answers each prompt greedily, and both models then read the prompt with that
     answer. At position j (1 is where the answer begins) both predict the answer's token j from the
     prompt and its tokens 1 .. j - 1; the drift is the difference of the safety logits there.
 
     Args:
         model: a PeftModel, whose reference is itself with the adapters off, or any causal LM.
         tokenizer: of both models, with a chat template.
-        tokens: whose logits to look at.
+        tokens: the safety tokens whose logits are compared.
         prompts: one batch of questions.
         positions: m, >= 1, tokens of the reference's answer.
-        ref_model: the reference of a model that is not its own.
+        ref_model: the reference; None for a PeftModel that is its own reference.
 
     Returns:
-        DriftStatistics of each position, over prompts and ids; `rows` counts the prompts whose
-        answer has this position. Positions that no answer has are left out.
+        DriftStatistics of each position, over prompts and ids; `rows` is the number of prompts
+        whose answer has this position. Positions that no answer has are left out.
 
     Raises:
-        ValueError: the model cannot be its own reference and none is given, or it has virtual
-            tokens; the message says why.
+        ValueError: there is no `ref_model` and the model cannot be its own reference, or the model
+            has virtual tokens; the message says why.
     """
     if positions < 1:
         raise ValueError(f"`positions` must be >= 1; got {positions}")
@@ -216,13 +216,13 @@ def drift_by_position(
 
 
 def combine_drift(parts: Sequence[Sequence[DriftStatistics]]) -> list[DriftStatistics]:
-    """Put the positions of several batches together.
+    """Combine the statistics of several batches at each position.
 
     With n_b the rows of batch b at a position: rms = sqrt(sum n_b * rms_b**2 / sum n_b), mean_abs
     likewise without squares, and the largest max_abs.
 
     Args:
-        parts: what drift_by_position returned for each batch.
+        parts: the result of drift_by_position for each batch.
 
     Returns:
         DriftStatistics of each position that any batch has.
@@ -236,7 +236,7 @@ def combine_drift(parts: Sequence[Sequence[DriftStatistics]]) -> list[DriftStati
                 rows,
                 math.sqrt(sum(one.rows * one.rms**2 for one in here) / rows),
                 sum(one.rows * one.mean_abs for one in here) / rows,
-                # max() of Python passes over a NaN that is not the first
+                # Python's max() ignores a NaN that is not the first value
                 torch.tensor([one.max_abs for one in here], dtype=torch.float64).max().item(),
             )
         )
@@ -248,7 +248,7 @@ def _plain(text: str) -> str:
 
 
 def _is_given(answer: Tensor, ends: set[int]) -> Tensor:
-    """Mark the ids of each answer up to its first end, which is a token of it; padding is not."""
+    """Mark the ids of each answer up to and including its first end token, without padding."""
     ended = torch.isin(answer, torch.tensor(sorted(ends)).to(answer))
     return ended.long().cumsum(dim=1) - ended.long() == 0
 
@@ -257,7 +257,7 @@ def _is_given(answer: Tensor, ends: set[int]) -> Tensor:
 def _opened(model: Any) -> Iterator[LossPath]:
     try:
         path = make_path(model, "linear", None, "auto")
-    except ValueError:  # a head that cannot be read: all logits do as well, in more memory
+    except ValueError:  # the head cannot be read; all logits work too, with more memory
         path = make_path(model, "logits", None, "auto")
     path.open()
     with contextlib.closing(path):

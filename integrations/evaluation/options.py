@@ -1,4 +1,4 @@
-"""What an evaluation asks of which model, checked before anything is loaded."""
+"""The options of an evaluation, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from pathlib import Path
 
 from ...evals import refusal_rule
 
-KEPT_TOKENS = 12  # of any answer that is kept or shown: too little for what it would do
-_LONGEST = 8192  # of an answer that is asked for: a thought may be long
+KEPT_TOKENS = 12  # of an answer that is kept or shown: too short to be of harmful use
+_LONGEST = 8192  # maximum of `answer_tokens`; a thought may be long
 KINDS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to ask of which model.
+    """The model to evaluate, and what to measure.
 
     Args:
         model: "builtin", a folder or a hub id.
         adapter: a folder with adapter_config.json and adapter_model.safetensors.
-        harmful: a set by name, or a JSON Lines or CSV file, see load_prompts; without the rows
-            whose "kind" is "harmless".
-        harmless: likewise, without those whose "kind" is "harmful".
-        task: JSON Lines of rows as for fine-tuning, asked and compared with their answers.
+        harmful: a named set, or a JSON Lines or CSV file, see load_prompts; rows whose "kind" is
+            "harmless" are left out.
+        harmless: likewise; rows whose "kind" is "harmful" are left out.
+        task: JSON Lines of rows as for fine-tuning, whose questions are asked, and whose answers
+            are the expected ones.
         text: a file of plain text, for the perplexity.
-        safety_tokens: a file of SafetyTokens.save; the built-in templates' tokens when None.
-        reference: the model that drift is measured from, as `model`; the model without its
-            adapter when None.
-        rules: by which refusals are counted, see refusal_rule.
-        answer_tokens: answers are cut there to be classified, tokens, in [1, 8192]. More than the
-            first 12 of one are never kept.
-        positions: of an answer, at which drift is measured, in [1, 12].
+        safety_tokens: a file written by SafetyTokens.save; None means the built-in templates'.
+        reference: the model that drift is measured from, named as `model`; None means the model
+            without its adapter.
+        rules: the rules that count refusals, see refusal_rule.
+        answer_tokens: maximum length of an answer to be classified, tokens, in [1, 8192]. Only
+            the first 12 are kept.
+        positions: number of positions of an answer at which drift is measured, in [1, 12].
         batch_size: prompts at a time.
-        limit: so many first prompts of each kind, and rows of the task; all when None.
-        max_length: tokens of a window of the text; half of that is its stride.
+        limit: use only the first `limit` prompts of each kind and rows of the task; None uses all.
+        max_length: tokens of a window of the text; the stride is half of it.
         dtype: of the weights, see load_model.
         column: of the prompt files, see load_prompts.
     """
@@ -56,7 +57,7 @@ class EvalOptions:
     column: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what is out of its range."""
+        """Check the range of each option."""
         for name, least, most in (
             ("answer_tokens", 1, _LONGEST),
             ("positions", 1, KEPT_TOKENS),

@@ -49,18 +49,18 @@ _DRIFT_LIMITS = (
 
 
 def run_report(folders: Sequence[Path], output: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Compare evaluations and write report.md, report.html and the pictures into one folder.
+    """Compare evaluations and write report.md, report.html and the figures into one folder.
 
     Args:
-        folders: of `eval run`, two or more; the others are compared with the first.
-        output: the folder to make; it is whole or absent.
+        folders: output folders of `eval run`, two or more; each is compared with the first.
+        output: the folder to write; it is written as a whole or not at all.
         overwrite: replace `output` if it exists.
 
     Returns:
         The comparison, see compare_runs, and its "summary".
 
     Raises:
-        ValueError: a folder is no evaluation, they asked different prompts, or `output` exists.
+        ValueError: a folder is not an evaluation, they asked different prompts, or `output` exists.
     """
     check_output(output, overwrite, marker=_MARKER, inputs=folders)
     comparison = compare_runs(read_runs(folders))
@@ -83,7 +83,7 @@ def run_report(folders: Sequence[Path], output: Path, *, overwrite: bool = False
 
 
 def summary(comparison: dict[str, Any]) -> list[str]:
-    """Say of each run, rule and kind what the paired test allows to be said."""
+    """State for each run, rule and kind what the paired test shows."""
     said = []
     for pair in comparison["pairs"]:
         p_value = pair.get("p_holm", pair["p_value"])
@@ -102,7 +102,7 @@ def summary(comparison: dict[str, Any]) -> list[str]:
 
 
 def document(comparison: dict[str, Any]) -> list[Block]:
-    """Return the report as blocks, each claim with its limits beside it."""
+    """Return the report as blocks, each claim with its limits next to it."""
     sets = comparison["prompts"]
     asked = " and ".join(f"{sets[kind]['count']} {kind} ({sets[kind]['set']})" for kind in KINDS)
     blocks: list[Block] = [

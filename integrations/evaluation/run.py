@@ -37,22 +37,22 @@ def run_eval(
     watch: Watcher | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model and write eval.json and, where drift is measured, drift.png.
+    """Evaluate a model and write eval.json and, if drift is measured, drift.png.
 
-    Answers are greedy. Each finished batch is kept beside `output`, in the folder of its name with
-    ".stages" at the end, until all is done: a killed run goes on, and its eval.json is that of a
-    run that was not.
+    Answers are greedy. Each finished batch is kept beside `output`, in a folder named after it with
+    ".stages" at the end, until the run is complete. A killed run can so be resumed, and writes the
+    same eval.json as a run that was not killed.
 
     Args:
-        output: the folder to make; it is whole or absent.
-        options: what to ask of which model.
-        judge: asked about every answer besides the rules, see evals.judge.
+        output: the folder to write; it is written as a whole or not at all.
+        options: the model to evaluate, and what to measure.
+        judge: asked about every answer in addition to the rules, see evals.judge.
         overwrite: replace `output` if it exists.
-        watch: called with a stage's name, how much of it is done and how much there is.
-        say: called with a line of text when something is worth knowing.
+        watch: called with a stage's name, the amount done and the total.
+        say: called with a line of text that the user should see.
 
     Returns:
-        What eval.json holds.
+        The content of eval.json.
 
     Raises:
         ValueError: the input is bad; the message starts with the argument.
@@ -139,7 +139,7 @@ def _preamble(
     asked: dict[str, PromptList],
     judge: Judge | None,
 ) -> dict[str, Any]:
-    """Return what eval.json says before the results; a part of the key of the stages."""
+    """Return the part of eval.json that is known before the results; it keys the stages."""
     if reference is not None:
         compared: Any = reference.described
     else:
@@ -180,7 +180,7 @@ def _by_rule(answers: Sequence[dict[str, Any]], rules: Sequence[str]) -> dict[st
 
 
 def _unfinished(outcomes: dict[str, dict[str, RefusalCounts]], options: EvalOptions) -> list[str]:
-    """Say how many answers ended inside a thought, which no rule can tell."""
+    """Say how many answers ended inside a thought, which no rule can classify."""
     counts = {kind: next(iter(outcomes[kind].values())) for kind in KINDS}
     if not any(one.unfinished for one in counts.values()):
         return []

@@ -1,4 +1,4 @@
-"""`str-kernels finetune`: its options, its run, and what it writes."""
+"""`str-kernels finetune`: its options, its run, and the files it writes."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..figures import SERIES, figure_label, legend, new_figure, save, style
 
-# A panel's title, and the terms of the log that it shows, by the names that they have there.
+# Each panel's title, and the log entries that it shows with their labels.
 _PANELS = (
     ("cross-entropy\n(nats per token)", {"safety/ce": "training", "eval_loss": "evaluation"}),
     (
@@ -23,8 +23,8 @@ def draw_curves(log: Sequence[dict[str, float]], path: Path, *, model: str = "")
 
     Args:
         log: entries of steps and of evaluations; a term that is None is left out.
-        path: the PNG file.
-        model: its name, for the caption.
+        path: the PNG file to write.
+        model: the model's name, for the caption.
     """
     losses = _points(log, "safety/ce")
     title = "The terms of the loss over the steps"

@@ -1,8 +1,8 @@
 """The options of `str-kernels finetune`: TRL's and ours, from flags and a YAML file.
 
 Every field of SafetySFTConfig (which has all of SFTConfig's), of TRL's ModelConfig and of
-RunOptions is a flag and a key of the file. The flags that most runs need have short names, ALIASES,
-which the file may use as well; a flag wins over the file, and the file over the DEFAULTS.
+RunOptions is both a flag and a key of the file. The most used ones have short names, ALIASES, which
+work in the file too. A flag overrides the file, and the file overrides the DEFAULTS.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...attach_options import SETTINGS
 from ..trainers.trl_sft import SafetySFTConfig
 
 _NAMES = {one.name for one in fields(SafetySFTConfig)}
-# transformers 5.24 has a new name for it and warns of the old
+# transformers 5.24 renamed this option and warns about the old name
 _CHECKPOINTING = next(
     name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES
 )
@@ -38,13 +38,13 @@ ALIASES = {
     "lr": "learning_rate",
     "warmup": "warmup_steps",
     "checkpointing": _CHECKPOINTING,
-    "gradient_checkpointing": _CHECKPOINTING,  # either name is taken
+    "gradient_checkpointing": _CHECKPOINTING,  # either name works
     "attention": "attn_implementation",
     "lora_rank": "lora_r",
     "model": "model_name_or_path",
     **{one.flag: one.name for one in SETTINGS if one.flag != one.name},
 }
-"""Short names of fields; the others have their own."""
+"""Short names of fields; other fields have only their full name."""
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -55,26 +55,26 @@ DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "lora_target_modules": ["all-linear"],
     "dtype": "auto",
-    "bf16": False,  # no autocast: the weights' dtype is the model's
+    "bf16": False,  # no autocast: training keeps the model's dtype
     _CHECKPOINTING: False,
     "logging_steps": 1,
-    "save_steps": 0.1,  # of all steps
+    "save_steps": 0.1,  # as a fraction of all steps
     "save_total_limit": 2,
     "report_to": "none",
     "disable_tqdm": True,
 }
-"""Where ours are not TRL's."""
+"""The defaults that differ from TRL's."""
 
 LONG_CONTEXT: dict[str, Any] = {
     _CHECKPOINTING: True,
-    "per_device_train_batch_size": 1,  # rows of several lengths need a mask, of their square
+    "per_device_train_batch_size": 1,  # rows of different lengths need a mask, quadratic in length
     "per_device_eval_batch_size": 1,
     "max_length": None,  # all positions of the model
 }
-"""What `long_context` sets beside the DEFAULTS; accumulation keeps the rows of a step."""
+"""Set by `long_context` over the DEFAULTS; accumulation keeps the number of rows in a step."""
 
-_STEPS = 100  # unless the epochs are given
-_FULL_RATE = 2e-5  # of the learning, with every weight trained
+_STEPS = 100  # if neither steps nor epochs are given
+_FULL_RATE = 2e-5  # learning rate when every weight is trained
 _INSTEAD = {
     "output_dir": "--output is the folder",
     "resume_from_checkpoint": "--resume goes on from the last whole checkpoint",
@@ -89,7 +89,7 @@ _INSTEAD = {
     "completion_only_loss": "a row of prompt and completion labels the completion alone",
     "assistant_only_loss": "a conversation labels the assistant's turns alone",
 }
-"""Of TRL's, what would have no effect here, and what to do instead."""
+"""Options of TRL that would have no effect here, and what to do instead."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -98,28 +98,30 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class RunOptions:
-    """What to read, what to write, and what else to do.
+    """Options of a run that are neither TRL's nor the model's: its data, its folder, its checks.
 
     Raises:
-        ValueError: two of them exclude each other, or a number is out of its range.
+        ValueError: two options exclude each other, or a number is out of its range.
     """
 
     data: str | None = _option(None, "Training rows: a file, a saved data set or a hub id.")
-    data_split: str | None = _option(None, "Of a data set that has several; 'train' if unset.")
+    data_split: str | None = _option(
+        None, "Split of a data set that has several; 'train' if unset."
+    )
     output: str = _option("str-kernels-run", "Folder to make.")
     eval_data: str | None = _option(None, "Rows for evaluation, as DATA.")
-    eval_fraction: float = _option(0.0, "Of DATA, drawn for evaluation and not trained on.")
+    eval_fraction: float = _option(0.0, "Fraction of DATA held out for evaluation.")
     early_stopping: int | None = _option(
-        None, "Stop after so many evaluations without a better loss, and keep the best."
+        None, "Stop after this many evaluations without a better loss, and keep the best."
     )
     full: bool = _option(False, "Train every weight, not adapters.")
     long_context: bool = _option(
         False, "Gradient checkpointing and one row a forward: the least memory for long rows."
     )
     eval_refusals: int = _option(
-        0, "Ask so many harmful and harmless probes before and after, and report the refusals."
+        0, "Ask this many harmful and harmless probes before and after, and report the refusals."
     )
-    resume: bool = _option(False, "Go on from the last whole checkpoint of an unfinished run.")
+    resume: bool = _option(False, "Resume an unfinished run from its last whole checkpoint.")
     overwrite: bool = _option(False, "Replace a run's folder.")
     keep_checkpoints: bool = _option(False, "Keep the checkpoints of a finished run.")
     dry_run: bool = _option(False, "Print the plan and the first row, and train nothing.")
@@ -149,10 +151,10 @@ class FinetuneOptions:
     """All options of a run; see `read_options`.
 
     Attributes:
-        run: what to read and write.
-        training: TRL's and those of the safety loss.
-        model: of the model and its adapters.
-        chosen: names of the fields that the caller or the file set.
+        run: data and folder.
+        training: TRL's options and those of the safety loss.
+        model: options of the model and its adapters.
+        chosen: names of the fields that were set by the caller or the file.
     """
 
     run: RunOptions
@@ -163,7 +165,7 @@ class FinetuneOptions:
 
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
-        """Raise, where argparse prints a usage of all flags and ends the program."""
+        """Raise, where argparse would print the usage of all flags and exit."""
         said = re.sub(
             r"^argument --(\w+)[^:]*: invalid choice: (.*) \(choose from (.*)\)$",
             r"`\1` must be one of \3; got \2",
@@ -175,18 +177,18 @@ class _Parser(TrlParser):
 def read_options(
     given: Mapping[str, Any], more: Sequence[str] = (), config: Path | str | None = None
 ) -> FinetuneOptions:
-    """Make a run's options of names and values, further flags and a YAML file.
+    """Make a run's options from names and values, further flags and a YAML file.
 
     Args:
-        given: fields or ALIASES and their values; None where the caller left one out.
+        given: fields or ALIASES and their values; None counts as not given.
         more: flags as typed, such as ["--packing", "--lora_target_modules", "q_proj", "v_proj"].
-        config: a YAML file of the same names.
+        config: a YAML file with the same names.
 
     Returns:
         The options.
 
     Raises:
-        ValueError: there is no such name (the message has the nearest), or a value is wrong.
+        ValueError: a name does not exist (the message suggests the nearest), or a value is wrong.
 
     Examples:
         >>> given = {"model": "builtin", "data": "rows.jsonl", "lr": 1e-3}
@@ -205,7 +207,7 @@ def read_options(
     if {"max_steps", "num_train_epochs"} <= set(typed):
         raise ValueError("`max_steps` must be left out with `num_train_epochs`; got both")
     if "num_train_epochs" in typed:
-        of_file.pop("max_steps", None)  # what is typed wins over the file
+        of_file.pop("max_steps", None)  # flags override the file
     chosen = frozenset({*typed, *of_file})
     for name, instead in _INSTEAD.items():
         if name in chosen:
@@ -233,7 +235,7 @@ def _parsed(parser: TrlParser, args: list[str], defaults: dict[str, Any]) -> Any
 def _complete(
     run: RunOptions, training: SafetySFTConfig, model: ModelConfig, chosen: frozenset[str]
 ) -> None:
-    """Fill in what depends on other options, and check what TRL does not."""
+    """Set the options that depend on others, and check what TRL does not."""
     if not model.model_name_or_path:
         raise ValueError("`model` must be given: 'builtin', a folder or a hub id")
     if run.full and "learning_rate" not in chosen:
@@ -254,7 +256,7 @@ def _complete(
         model.lora_alpha = 2 * model.lora_r
     modules = model.lora_target_modules
     if isinstance(modules, str) and modules.isidentifier():
-        # ModelConfig takes one name out of its list, and PEFT takes a string for a pattern
+        # ModelConfig unwraps a list of one name, and PEFT would read a plain string as a pattern
         model.lora_target_modules = [modules]
     if run.full:
         model.use_peft = False
@@ -283,7 +285,7 @@ def _check_numbers(training: SafetySFTConfig, model: ModelConfig, chosen: frozen
 
 
 def _choose_evaluation(run: RunOptions, training: SafetySFTConfig, chosen: frozenset[str]) -> None:
-    """Evaluate where checkpoints are made, unless told otherwise."""
+    """Evaluate whenever a checkpoint is saved, unless the options say otherwise."""
     if not run.evaluates:
         if training.eval_strategy != "no":
             raise ValueError("`eval_strategy` must have rows: give `eval_data` or `eval_fraction`")
@@ -333,7 +335,7 @@ def _by_field(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Return values as flags, so that one parser checks them wherever they come from."""
+    """Return values as flags, so that one parser checks values from every source."""
     flags = []
     for name, value in values.items():
         if isinstance(value, list):
@@ -346,7 +348,7 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def _canonical(flag: str) -> str:
-    """Return a flag under its field's name; values stay as they are."""
+    """Replace a flag's short name by its field's name; return values unchanged."""
     if not flag.startswith("--"):
         return flag
     name, equals, value = flag[2:].partition("=")
@@ -373,7 +375,7 @@ def _nearest(flag: str) -> str:
 
 @contextlib.contextmanager
 def short_names() -> Iterator[None]:
-    """Let errors name options as they are typed, by their short names."""
+    """Make errors name options by their short names, as they are typed."""
     short = {name: alias for alias, name in ALIASES.items() if alias != name}
     try:
         yield

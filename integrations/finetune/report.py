@@ -1,4 +1,4 @@
-"""What a run says of itself: the report, the model card, the plan of a dry run."""
+"""What a run writes about itself: the report, the model card, the plan of a dry run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FREE = {"output_dir", "report_to", "run_name", "disable_tqdm", "save_total_limi
     "torch_empty_cache_steps",
     "skip_memory_metrics",
     "local_rank",
-}  # what a run may go on with otherwise
+}  # options that may change when a run is resumed
 _PROBES = {"harmful": "harmful_probes", "harmless": "benign_probes"}
 _CARD = """\
 ---
@@ -73,16 +73,16 @@ def describe(
     trainer: Any,
     refusals: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the report of a finished run; numbers that are not finite are null.
+    """Return the report of a finished run; numbers that are not finite become null.
 
     Args:
-        options: of the run, FinetuneOptions.
-        ready: what it trained with, Prepared.
-        trainer: after train().
-        refusals: what `probe_refusals` gave before and after.
+        options: the run's FinetuneOptions.
+        ready: the run's Prepared.
+        trainer: the trainer, after train().
+        refusals: results of `probe_refusals` before and after training.
 
     Returns:
-        What report.json holds.
+        The content of report.json.
     """
     penalty = trainer.attach_options.get("penalty")
     anchors = trainer.attach_options.get("anchors")
@@ -135,14 +135,14 @@ def describe(
 
 
 def beginning(options: Any, ready: Any) -> dict[str, Any]:
-    """Return what a run must have in common with the one that it goes on with.
+    """Return what must be the same when a run is resumed.
 
     Args:
-        options: of the run, FinetuneOptions.
-        ready: what it trains with, Prepared.
+        options: the run's FinetuneOptions.
+        ready: the run's Prepared.
 
     Returns:
-        Options by name, and digests of what is read, as JSON has them.
+        Options by name, and digests of rows and safety tokens, as JSON values.
     """
     training = options.training.to_dict()
     kept = {
@@ -170,11 +170,11 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
     """Return what a run would do, for a dry run.
 
     Args:
-        options: of the run, FinetuneOptions.
-        ready: what it would train with, Prepared.
+        options: the run's FinetuneOptions.
+        ready: the run's Prepared.
 
     Returns:
-        Counts, steps, the memory of a step by the planner, and the first row.
+        Counts, steps, the planner's memory of a step, and the first row.
     """
     training, rows = options.training, ready.train.rows
     lengths = [len(row["input_ids"]) for row in rows]
@@ -188,7 +188,7 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
         "labels": sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]),
         "rows_cut": ready.train.cut,
         "rows_without_a_label": len(ready.train.dropped),
-        "steps": None,  # known with the trainer's batches
+        "steps": None,  # filled in by `dry_run`, which has the trainer's batches
         "rows_of_a_step": batch * training.gradient_accumulation_steps * training.world_size,
         "safety_tokens": len(ready.tokens),
         "held_on_rows": training.safety_positions,
@@ -200,9 +200,9 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
 
 
 def long_context_notes(training: Any, model: Any) -> list[str]:
-    """Say what --long-context came to, and where memory grows with the square of the length."""
+    """Say what --long-context has set, and what memory grows with the square of the length."""
     batch, times = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    # transformers 5.24 has a new name for it
+    # transformers 5.24 renamed this option
     checkpoints = getattr(training, "activation_checkpointing", training.gradient_checkpointing)
     config = model.config.get_text_config(decoder=True)
     attention = getattr(config, "_attn_implementation", None) or "eager"
@@ -229,7 +229,7 @@ def steps_of(training: Any, batches: int) -> int:
 
     Args:
         training: TrainingArguments.
-        batches: of one epoch, on this process.
+        batches: number of batches of one epoch, on this process.
     """
     if training.max_steps > 0:
         return int(training.max_steps)
@@ -238,7 +238,7 @@ def steps_of(training: Any, batches: int) -> int:
 
 
 def _memory(options: Any, ready: Any, longest: int) -> float | None:
-    """Return what the planner says a step takes at its peak, GiB; None where it cannot."""
+    """Return the planner's peak memory of a step, GiB; None if it cannot plan this model."""
     training, wanted = options.training, options.model
     try:
         plan = plan_of(
@@ -261,7 +261,7 @@ def _memory(options: Any, ready: Any, longest: int) -> float | None:
 
 
 def rows_digest(rows: Sequence[dict[str, list[int]]]) -> str:
-    """Return the SHA-256 of rows as they are trained on, ids and labels."""
+    """Return the SHA-256 of the ids and labels of encoded rows."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
@@ -269,15 +269,15 @@ def rows_digest(rows: Sequence[dict[str, list[int]]]) -> str:
 
 
 def probe_refusals(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
-    """Ask the package's probes and count the refusals.
+    """Ask the model the package's probe prompts and count the refusals.
 
     Args:
         model: with its adapters, if it has any.
         tokenizer: with a chat template.
-        count: of each kind, at most as many as there are.
+        count: probes of each kind, or all if there are fewer.
 
     Returns:
-        For harmful and harmless: refusal, total, the Wilson interval, and both as text.
+        For harmful and harmless: refusal, total, the Wilson interval, and a text of these.
     """
     found = {}
     for kind, name in _PROBES.items():
@@ -318,8 +318,8 @@ def push(folder: Path, training: Any) -> None:
     """Upload a run's folder to the hub, without checkpoints.
 
     Args:
-        folder: of a finished run.
-        training: of TRL, with hub_model_id (the folder's name when None), hub_token and
+        folder: the folder of a finished run.
+        training: TRL's config, with hub_model_id (the folder's name when None), hub_token and
             hub_private_repo.
     """
     api = HfApi(token=training.hub_token)
@@ -330,7 +330,7 @@ def push(folder: Path, training: Any) -> None:
 
 
 def held(report: dict[str, Any]) -> str:
-    """Say in a few words what a run held, where, and how strongly."""
+    """Say in a few words which tokens the penalty held, where, and how strongly."""
     penalty, anchors = report["penalty"], report["anchors"]
     if penalty is None or not penalty["weight"]:
         return "nothing, it is plain fine-tuning"
@@ -350,7 +350,7 @@ def held(report: dict[str, Any]) -> str:
 
 
 def first_row(tokenizer: Any, row: dict[str, list[int]]) -> str:
-    """Return a row's text with what is labelled between marks, safe to print."""
+    """Return a row's text, safe to print, with >>> and <<< around the labelled parts."""
     text, inside = "", False
     run: list[int] = []
     for token, label in zip([*row["input_ids"], None], [*row["labels"], -100], strict=True):
@@ -364,7 +364,7 @@ def first_row(tokenizer: Any, row: dict[str, list[int]]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a value as JSON has it: None for what is not finite, text for what JSON has not."""
+    """Convert a value to JSON types: None for numbers that are not finite, text for other types."""
     if isinstance(value, dict):
         return {str(key): finite(kept) for key, kept in value.items()}
     if isinstance(value, (list, tuple)):

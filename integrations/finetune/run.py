@@ -1,4 +1,4 @@
-"""`str-kernels finetune`: TRL's SFTTrainer with the safety loss, and a folder of what it made."""
+"""`str-kernels finetune`: train with TRL's SFTTrainer and the safety loss, and write a folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = ["FinetuneResult", "NotFinite", "Stopped", "dry_run", "finetune", "is_
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Where a run's files are, and its report."""
+    """The folder and the report of a finished run."""
 
     folder: Path
     report: dict[str, Any]
@@ -59,12 +59,12 @@ class Prepared:
     """What a run needs before its first step.
 
     Attributes:
-        model: loaded, without adapters unless it is an adapter's folder.
-        tokenizer: of the model.
-        tokens: what is held.
+        model: loaded; without adapters unless it was loaded from an adapter's folder.
+        tokenizer: the model's.
+        tokens: the safety tokens.
         train: rows to train on.
         evaluate: rows for evaluation, if any.
-        notes: what became of rows or options, a line each.
+        notes: changes to rows or options that the user should know of, one line each.
     """
 
     model: Any
@@ -80,21 +80,21 @@ def prepare(
     progress: Callable[[str], None] | None = None,
     before_model: Callable[[], None] | None = None,
 ) -> Prepared:
-    """Read the rows, load the model, and encode; nothing is written.
+    """Read and encode the rows and load the model; nothing is written.
 
     Args:
         options: of the run.
-        progress: called with a line of text when something takes seconds.
-        before_model: called when the rows are read and encoded.
+        progress: called with a line of text before anything that takes seconds.
+        before_model: called after the rows are encoded and before the model is loaded.
 
     Returns:
         What `finetune` trains with.
 
     Raises:
-        ValueError: an option, the rows or the model is bad; says why.
+        ValueError: an option, the rows or the model is bad; the message says why.
     """
     run, training = options.run, options.training
-    datasets.disable_progress_bars()  # the command has its own
+    datasets.disable_progress_bars()  # the command shows its own
     say = progress or (lambda text: None)
     examples = read_examples(str(run.data), run.data_split)  # before anything slow
     held_out = []
@@ -153,21 +153,21 @@ def finetune(
     """Fine-tune a model with the safety loss, and write everything into one folder.
 
     The folder holds the adapter or the model (safetensors), the tokenizer, safety_tokens.json,
-    report.json, curves.png and a model card. While the run trains it is `OUTPUT.unfinished`, with
-    checkpoints; it is renamed when it is complete, so that OUTPUT is whole or absent.
+    report.json, curves.png and a model card. During training it is named `OUTPUT.unfinished` and
+    holds the checkpoints. It is renamed when it is complete, so OUTPUT is either whole or absent.
 
     Args:
         options: see `read_options`.
-        on_step: called with the optimizer steps done and their number.
-        progress: called with a line of text when something takes seconds.
+        on_step: called with the number of optimizer steps done and in total.
+        progress: called with a line of text before anything that takes seconds.
 
     Returns:
         The folder and the report.
 
     Raises:
         ValueError: the input is bad; nothing has been written.
-        NotFinite: a loss, a term or a gradient is; the last checkpoint is as it was.
-        Stopped: a signal came; there is a checkpoint of the last step.
+        NotFinite: a loss, a term or a gradient is not finite; the last checkpoint is intact.
+        Stopped: a signal arrived; there is a checkpoint of the last step.
     """
     run = options.run
     folder = RunFolder(Path(run.output))
@@ -197,7 +197,7 @@ def _run(
     if run.eval_refusals and main:
         refusals["before"] = probe_refusals(ready.model, ready.tokenizer, run.eval_refusals)
     training.output_dir = str(folder.path)
-    # the finished folder, and not what Trainer would push of the unfinished one
+    # Trainer would push the unfinished folder; the finished one is pushed below
     pushes, training.push_to_hub = training.push_to_hub, False
     guard = RunGuard(_where(ready, packed=training.packing), None)
     trainer = _trainer(options, ready, guard)
@@ -230,7 +230,7 @@ def _run(
 
 
 def is_main(options: FinetuneOptions) -> bool:
-    """Tell whether this process is the one that prints and writes."""
+    """Tell whether this is the main process, which prints and writes."""
     return int(options.training.process_index) == 0
 
 
@@ -241,13 +241,13 @@ def dry_run(
 
     Args:
         options: see `read_options`.
-        progress: called with a line of text when something takes seconds.
+        progress: called with a line of text before anything that takes seconds.
 
     Returns:
         Rows, tokens, labels, steps, memory, the first row with its labels marked, and notes.
 
     Raises:
-        ValueError: as `finetune`.
+        ValueError: as in `finetune`.
     """
     run = options.run
     RunFolder(Path(run.output)).check(
@@ -255,7 +255,7 @@ def dry_run(
     )
     ready = prepare(options, progress)
     plan = plan_of_run(options, ready)
-    with tempfile.TemporaryDirectory() as folder:  # Trainer makes one
+    with tempfile.TemporaryDirectory() as folder:  # Trainer creates its output folder
         options.training.output_dir = folder
         trainer = _trainer(options, ready, RunGuard())
         plan["steps"] = steps_of(options.training, len(trainer.get_train_dataloader()))
@@ -263,7 +263,7 @@ def dry_run(
 
 
 class _RunTrainer(SafetySFTTrainer):
-    """SafetySFTTrainer whose steps the guard sees."""
+    """SafetySFTTrainer that passes the terms of each step to the guard."""
 
     def __init__(self, *args: Any, guard: RunGuard, **kwargs: Any) -> None:
         self.guard = guard
@@ -288,7 +288,7 @@ def _load(options: FinetuneOptions, progress: Callable[[str], None] | None) -> t
         more["attn_implementation"] = wanted.attn_implementation
     if wanted.model_revision != "main":
         more["revision"] = wanted.model_revision
-    # of what is computed; TRL would look for torch.auto
+    # the compute dtype of quantised layers; with "auto" TRL would look up torch.auto
     of_products = "bfloat16" if wanted.dtype == "auto" else wanted.dtype
     quantization = get_quantization_config(dataclasses.replace(wanted, dtype=of_products))
     if quantization is not None:
@@ -359,7 +359,7 @@ def _check_cache(folder: str) -> None:
 
 
 def _where(ready: Prepared, packed: bool) -> Callable[[Tensor], str]:
-    """Return what says which rows of the file a batch has."""
+    """Return a function that names the rows of the file that are in a batch."""
 
     def where(input_ids: Tensor) -> str:
         if packed:

@@ -1,8 +1,8 @@
-"""Where a run is while it trains, and how a killed one goes on.
+"""The folder of a run while it trains, and how a killed run is resumed.
 
-A run that trains is in `NAME.unfinished` beside its place, and is renamed to NAME when everything
-is written. A checkpoint counts once its manifest is there, with a SHA-256 of each of its files: one
-that a kill or a full disk cut short is passed over, and one that somebody changed is refused.
+A run trains in `NAME.unfinished` beside its final place, and is renamed to NAME when everything is
+written. A checkpoint is complete once its manifest is there, with a SHA-256 of each of its files. A
+checkpoint that a kill or a full disk cut short is skipped, and one that was changed is refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ RUN = "run"
 _UNFINISHED = "unfinished run"
 _BEGAN = "options.json"
 _PREFIX = "checkpoint-"
-_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that nothing reads
+_TRAINER_ARGUMENTS = "training_args.bin"  # a pickle that is never read
 
 
 class RunFolder:
     """The folder of one run.
 
     Args:
-        output: its place when it is finished.
+        output: the folder's place when the run is finished.
     """
 
     def __init__(self, output: Path) -> None:
@@ -40,12 +40,12 @@ class RunFolder:
         self.path = output.with_name(f"{output.name}.unfinished")
 
     def check(self, *, overwrite: bool, resume: bool, inputs: list[Path]) -> None:
-        """Refuse, before any work, a place that could not be written or must not be replaced.
+        """Refuse, before any work, a folder that cannot be written or must not be replaced.
 
         Args:
-            overwrite: a finished run at the place, or an unfinished one, may be replaced.
-            resume: an unfinished one is gone on with.
-            inputs: what is read.
+            overwrite: a finished or unfinished run in this place may be replaced.
+            resume: the unfinished run is to be resumed.
+            inputs: files and folders that the run reads.
 
         Raises:
             ValueError: the message names `output` and says why.
@@ -60,18 +60,18 @@ class RunFolder:
             )
         if resume:
             return
-        # one without a whole checkpoint has nothing to go on with
+        # an unfinished run without a whole checkpoint cannot be resumed, and may be replaced
         check_output(self.path, True, marker=_UNFINISHED, inputs=inputs)
 
     def check_unfinished(self, *, overwrite: bool, resume: bool) -> None:
-        """Refuse to start over what could be gone on with.
+        """Refuse to start over where an unfinished run could be resumed.
 
         Args:
-            overwrite: as in `check`, and so is `resume`.
-            resume: go on with it.
+            overwrite: as in `check`.
+            resume: as in `check`.
 
         Raises:
-            ValueError: there is a whole checkpoint of another run.
+            ValueError: there is a whole checkpoint, and neither option is on.
         """
         if self._sealed() and not (overwrite or resume):
             raise ValueError(
@@ -94,10 +94,10 @@ class RunFolder:
             yield
 
     def begin(self, options: dict[str, Any]) -> None:
-        """Make the folder of an unfinished run, without what another left there.
+        """Make the folder of an unfinished run, and remove what an earlier run left there.
 
         Args:
-            options: what a run that goes on with it must have in common, as JSON has it.
+            options: JSON values that must be the same when the run is resumed.
         """
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -106,13 +106,13 @@ class RunFolder:
         write_json(self.path / _BEGAN, options)
 
     def check_same(self, options: dict[str, Any]) -> None:
-        """Compare a run that goes on with how it began.
+        """Check that a resumed run has the options that it began with.
 
         Args:
             options: as in `begin`.
 
         Raises:
-            ValueError: one differs; the message names it.
+            ValueError: an option differs; the message names it.
         """
         file = self.path / _BEGAN
         if not file.is_file():  # killed before it was written: nothing was trained
@@ -126,18 +126,18 @@ class RunFolder:
                 )
 
     def set_aside(self) -> Path:
-        """Rename the folder of a run that diverged, which would diverge again, and return it."""
+        """Rename the folder of a diverged run, which would diverge again if resumed; return it."""
         names = (f"{self.output.name}.diverged{end}" for end in ("", *map(str, range(2, 1000))))
         kept = next(path for path in map(self.output.with_name, names) if not path.exists())
         self.path.rename(kept)
         return kept
 
     def finish(self, *, overwrite: bool, keep_checkpoints: bool) -> None:
-        """Rename the folder to its place; what was there, and the checkpoints, go only then.
+        """Rename the folder to its final place; only then remove what was there, and checkpoints.
 
         Args:
-            overwrite: as in `check`, which is made once more: somebody may have used the place.
-            keep_checkpoints: do not remove them.
+            overwrite: as in `check`. The place is checked again, since it may be taken by now.
+            keep_checkpoints: do not remove the checkpoints.
 
         Raises:
             ValueError: the place is taken; everything is in the unfinished folder.
@@ -154,10 +154,10 @@ class RunFolder:
                 shutil.rmtree(checkpoint)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest whole checkpoint, None without any.
+        """Return the newest whole checkpoint, or None if there is none.
 
         Raises:
-            ValueError: a file of it is not what was written; the message names it.
+            ValueError: one of its files was changed; the message names it.
         """
         checkpoint = self._sealed()
         if checkpoint is not None and (fault := fault_of(checkpoint)) is not None:
@@ -170,13 +170,13 @@ class RunFolder:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write a checkpoint's manifest, which makes it one that can be gone on with."""
+    """Write a checkpoint's manifest, which marks it as complete."""
     (checkpoint / _TRAINER_ARGUMENTS).unlink(missing_ok=True)
     write_manifest(checkpoint)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return all folders of checkpoints, whole or not, the oldest first."""
+    """Return all folders of checkpoints, complete or not, the oldest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
     return sorted(found, key=_step)
 

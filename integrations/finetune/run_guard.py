@@ -1,4 +1,4 @@
-"""What watches a run: numbers that are not finite, signals, checkpoints, progress."""
+"""Watches a run: numbers that are not finite, signals, checkpoints, progress."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .run_folder import seal
 
 
 class NotFinite(ValueError):
-    """A loss, a term or a gradient of a step is NaN or infinite; nothing was updated by it."""
+    """A loss, a term or a gradient of a step is NaN or infinite; the weights were not updated."""
 
 
 class Stopped(Exception):
     """A signal ended a run, which has a checkpoint of its last step.
 
     Attributes:
-        number: of the signal.
-        step: optimizer steps done.
+        number: the signal's number.
+        step: number of optimizer steps done.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -36,10 +36,10 @@ class Stopped(Exception):
 
 
 class RunGuard(TrainerCallback):
-    """Stops a run before a number that is not finite reaches its weights, and at a signal.
+    """Stops a run at a signal, and before a number that is not finite reaches the weights.
 
     Args:
-        where: says which rows of DATA a batch has, for the message.
+        where: names the rows of DATA in a batch, for the message.
         on_step: called with the number of steps done.
     """
 
@@ -51,8 +51,8 @@ class RunGuard(TrainerCallback):
         self.where = where
         self.on_step = on_step
         self.signal: int | None = None
-        self.scales_gradients = False  # as float16 does, whose first steps overflow on purpose
-        self._seen: dict[str, Tensor] = {}  # what the step's micro-steps have summed
+        self.scales_gradients = False  # as in float16, where the first steps overflow on purpose
+        self._seen: dict[str, Tensor] = {}  # sums over the micro-steps of a step
         self._rows: list[Tensor] = []
 
     def note(self, terms: dict[str, Tensor], input_ids: Tensor) -> None:
@@ -63,7 +63,7 @@ class RunGuard(TrainerCallback):
         self._rows.append(input_ids)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise before the step where a term or a gradient is not finite."""
+        """Raise before a step in which a term or a gradient is not finite."""
         seen, rows = self._seen, self._rows
         self._seen, self._rows = {}, []
         model, step = kwargs["model"], state.global_step + 1
@@ -73,7 +73,7 @@ class RunGuard(TrainerCallback):
             seen["a gradient"] = getattr(largest, "full_tensor", lambda: largest)()
         device = next(iter(seen.values())).device if seen else None
         found = [value.float().to(device) for value in seen.values()]
-        # together: a device is waited for once
+        # in one tensor, so that the device is waited for only once
         values = torch.stack(found).tolist() if found else []
         broken = [
             name for name, value in zip(seen, values, strict=True) if not math.isfinite(value)
@@ -86,7 +86,7 @@ class RunGuard(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how far the run is, and end it with a checkpoint where a signal came."""
+        """Report progress, and end the run with a checkpoint if a signal arrived."""
         if self.on_step is not None:
             self.on_step(state.global_step)
         if self.signal is not None:
@@ -99,8 +99,8 @@ class RunGuard(TrainerCallback):
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as the wish to end after this step; the second ends at once."""
-        if threading.current_thread() is not threading.main_thread():  # which alone gets them
+        """On SIGINT or SIGTERM end the run after this step; a second signal ends it at once."""
+        if threading.current_thread() is not threading.main_thread():  # signals go to the main one
             yield
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

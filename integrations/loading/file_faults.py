@@ -1,4 +1,4 @@
-"""The files of a model, and those that are not what their names say: cut short, or pointers."""
+"""The files of a model, and what may be wrong with them: cut short, or Git LFS pointers."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from safetensors import SafetensorError, safe_open
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TEXTS = (".json", ".jinja", ".model", ".txt")
-_SHOWN = 3  # names in a message
+_SHOWN = 3  # number of names in a message
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """Return a file of a folder or hub id on this machine.
+    """Return the local path of a file of a folder or hub id.
 
     Args:
         source: a folder or a hub id.
-        name: of the file.
+        name: the file's name.
 
     Returns:
-        Its path, None where there is none.
+        The path, or None if there is no such file.
     """
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(source, name))
-    except (OSError, ValueError):  # no such model: told when its weights are looked for
+    except (OSError, ValueError):  # no such model: reported when its weights are loaded
         return None
 
 
 def check_texts(name: str, folder: Path) -> None:
-    """Refuse pointers of Git LFS that would be read as a chat template, or passed over.
+    """Refuse Git LFS pointers, which would be read as a chat template, or ignored.
 
     Args:
-        name: what the user calls the model.
-        folder: its files; one that does not exist has none.
+        name: the model's name as the user gave it.
+        folder: the model's folder; it need not exist.
 
     Raises:
-        ValueError: names the first such file.
+        ValueError: there is such a file; the message names the first.
     """
     for path in _files_of(folder):
         if path.suffix in _TEXTS and _is_pointer(path):
@@ -51,11 +51,11 @@ def reason_of(error: Exception, folder: Path) -> str:
     """Say in one line why a folder could not be read.
 
     Args:
-        error: what was raised.
-        folder: that was read; one that does not exist has no files to blame.
+        error: the exception.
+        folder: the folder that was read; it need not exist.
 
     Returns:
-        A broken file by its name, which the libraries leave out; else what the error says.
+        The name of a broken file, which the libraries' messages omit; else the error's message.
     """
     for path in _files_of(folder):
         if path.suffix in (*_TEXTS, ".safetensors") and _is_pointer(path):
@@ -72,7 +72,7 @@ def reason_of(error: Exception, folder: Path) -> str:
 
 
 def first_names(names: Iterable[str]) -> str:
-    """Return the first of some names as text, and how many more there are."""
+    """Return the first few names as text, and how many more there are."""
     ordered = sorted(names)
     more = len(ordered) - _SHOWN
     return ", ".join(ordered[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

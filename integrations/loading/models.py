@@ -1,7 +1,7 @@
-"""Every command's model: a name, a folder or a hub id becomes a causal LM and its tokenizer.
+"""Load a causal LM and its tokenizer from a name, a folder or a hub id, for every command.
 
-What transformers and PEFT pass over with a warning, or in silence, is an error here: a weight that
-is not in the file would be random, and the model that it makes the reference of a training run.
+Faults that transformers and PEFT only warn about, or ignore, are errors here: a weight that is
+missing from the file would be random, in a model that may be the reference of a training run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .builtin_model import BUILTIN, builtin_model_folder
 from .file_faults import check_texts, file_of, first_names, reason_of
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What configs call the most positions; transformers maps most names to the first.
+# Names in configs for the maximum number of positions; transformers maps most to the first.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
 
@@ -42,19 +42,20 @@ def load_model(
     """Load a causal LM and its tokenizer from safetensors, without remote code.
 
     Args:
-        name: "builtin", a folder, or the id of a model on the hub (which transformers then
-            downloads); of a model, or of an adapter, whose config names the model it is for.
+        name: "builtin", a folder, or a hub id (which transformers then downloads). It holds a
+            model, or an adapter whose config names its base model.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
-        progress: called with a line of text when something takes seconds or is not as it should
-            be.
+        progress: called with a line of text before anything that takes seconds, and when the
+            padding token is replaced.
         options: of `from_pretrained`: attn_implementation, quantization_config, revision.
 
     Returns:
-        Model and tokenizer, on the GPU if there is one. An adapter gives a PeftModel whose adapter
-        can be trained further. The tokenizer has a padding token inside the model's vocabulary.
+        Model and tokenizer, on the GPU if there is one. For an adapter the model is a PeftModel
+        with a trainable adapter. The tokenizer has a padding token inside the model's vocabulary.
 
     Raises:
-        ValueError: the name or dtype is wrong, or the model cannot be loaded whole; says why.
+        ValueError: the name or dtype is wrong, or the model cannot be loaded completely; the
+            message says why.
     """
     parts = load_parts(name, dtype=dtype, progress=progress, **options)
     if parts.adapter is None:
@@ -64,13 +65,13 @@ def load_model(
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a model is made of.
+    """A model, its tokenizer, and the folder of its adapter.
 
     Args:
-        name: of the model without its adapter, as `load_model` takes it.
-        model: without its adapter.
-        tokenizer: the adapter's own where it has one.
-        adapter: the folder of the adapter's files, None of a full model.
+        name: of the base model, as `load_model` takes it.
+        model: the base model, without the adapter.
+        tokenizer: the adapter's own if it has one, else the base model's.
+        adapter: the folder of the adapter's files, or None for a full model.
     """
 
     name: str
@@ -86,16 +87,16 @@ def load_parts(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> ModelParts:
-    """Load what `load_model` does, with the adapter still beside the model.
+    """Load a model and its tokenizer as `load_model` does, but do not apply its adapter.
 
     Args:
-        name: as in `load_model`, and so is the rest.
-        dtype: of the model's weights.
-        progress: called with a line of text.
-        options: of `from_pretrained`.
+        name: as in `load_model`.
+        dtype: as in `load_model`.
+        progress: as in `load_model`.
+        options: as in `load_model`.
 
     Returns:
-        The model without its adapter, and where that is.
+        The model without its adapter, and the adapter's folder.
 
     Raises:
         ValueError: as in `load_model`.
@@ -105,7 +106,7 @@ def load_parts(
     source = _source_of(name, progress)
     adapter = adapter_folder(source)
     if adapter is None:
-        # first: without one a folder is no model's, whatever else is wrong with it
+        # first, since a folder without a tokenizer is most likely no model's folder at all
         tokenizer = _load_tokenizer(name, source)
         base, model = name, _load_weights(name, source, dtype, options)
     else:
@@ -130,17 +131,17 @@ def load_parts(
 
 
 def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) -> Any:
-    """Load the tokenizer of a model without the model.
+    """Load only a model's tokenizer.
 
     Args:
         name: as in `load_model`.
-        progress: called with a line of text when something takes seconds.
+        progress: called with a line of text before anything that takes seconds.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ValueError: there is none; says why.
+        ValueError: there is none, or it cannot be read; the message says why.
     """
     source = _source_of(name, progress)
     adapter = adapter_folder(source)
@@ -151,14 +152,14 @@ def load_tokenizer(name: str, *, progress: Callable[[str], None] | None = None) 
 
 
 def longest_row(model: nn.Module) -> int | None:
-    """Return the most tokens that a row may have, None where the config knows no end.
+    """Return the maximum number of tokens in a row, or None if the config has no limit.
 
     Args:
         model: a causal LM, or a PeftModel of one.
 
     Returns:
-        The number of positions. A row that is longer raises in models with a table of positions;
-        others were not trained so far.
+        The number of positions. A longer row raises in models with a table of positions; other
+        models were not trained on rows of that length.
     """
     config: Any = base_of(model).config
     config = config.get_text_config(decoder=True)
@@ -166,7 +167,7 @@ def longest_row(model: nn.Module) -> int | None:
     limit = next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
     if limit is None:
         return None
-    # RoBERTa and its kin count positions from the padding's on
+    # RoBERTa and similar models count positions from the padding index on
     tables = (
         module.num_embeddings - module.padding_idx - 1
         for name, module in base_of(model).named_modules()
@@ -178,7 +179,7 @@ def longest_row(model: nn.Module) -> int | None:
 
 
 def _source_of(name: str, progress: Callable[[str], None] | None) -> str:
-    """Return what from_pretrained reads; a folder by its whole path, which adapters note down."""
+    """Return the source for from_pretrained; folders as full paths, since adapters record them."""
     if name == BUILTIN:
         return str(builtin_model_folder(progress=progress))
     return str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -188,17 +189,17 @@ def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -
     must = "`model` must be 'builtin', a folder or a hub id of a causal LM"
     check_texts(name, Path(source))
     try:
-        # unset, transformers would ask at the terminal, and a "y" would run the folder's code
+        # if unset, transformers asks at the terminal, and a "y" would run the folder's code
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to be told below by their names
+            ignore_mismatched_sizes=True,  # reported below by name
             **options,
         )
-    except Exception as error:  # tokenizers and safetensors have classes of their own
+    except Exception as error:  # tokenizers and safetensors raise their own classes
         raise ValueError(f"{must}; got {name!r}: {reason_of(error, Path(source))}") from error
     mismatched = {
         f"{key} ({tuple(stored)} in the file, {tuple(made)} by the config)"
@@ -209,7 +210,7 @@ def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -
             f"`model` must have the sizes that its config says; {name!r} has others: "
             f"{first_names(mismatched)}"
         )
-    # a buffer that is not there is as its class makes it, and a tied weight is not missing
+    # a missing buffer is set by its class, and a tied weight is not missing
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     missing = set(found["missing_keys"]) & parameters
     if missing:
@@ -218,9 +219,9 @@ def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -
             f"random: {first_names(missing)}"
         )
     if "quantization_config" in options or not torch.accelerator.is_available():
-        return model  # bitsandbytes has put it where it stays
+        return model  # bitsandbytes has placed it already
     device = torch.accelerator.current_accelerator()
-    rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    rank = int(os.environ.get("LOCAL_RANK", "0"))  # set by torchrun
     return model.to(torch.device(device.type, rank) if device is not None else "cpu")
 
 
@@ -238,7 +239,7 @@ def _load_tokenizer(name: str, source: str) -> Any:
 def _choose_padding(
     name: str, model: Any, tokenizer: Any, progress: Callable[[str], None] | None
 ) -> None:
-    """See to a padding token that the model has an embedding of."""
+    """Make sure that the model has an embedding for the padding token."""
     rows = model.get_input_embeddings().weight.shape[0]
     padding = tokenizer.pad_token_id
     if padding is not None and padding < rows:

@@ -1,4 +1,4 @@
-"""A Hugging Face model as the loss sees it: its head, its adapters, its reference, its rows."""
+"""What the loss needs of a Hugging Face model: its head, adapters, reference and positions."""
 
 from __future__ import annotations
 

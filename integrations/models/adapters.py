@@ -1,8 +1,8 @@
-"""Adapters (PEFT's) as a model's own way back: the same weights with the adapters off.
+"""PEFT adapters: switched off, they turn the model into its own reference.
 
-Only what was seen to be exact is let through; everything else is refused with the reason, since a
-reference that moves with the student would make the penalty silently meaningless. What was seen is
-in docs/support.md, which a command writes.
+A reference that moves with the student would silently make the penalty meaningless. So adapters
+are accepted only where tests showed that switching them off is exact; all others are refused with
+the reason. docs/support.md, which a command writes, lists the results.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import nn
 
 from .modes import is_packed, not_compiled
 
-# Of peft.PeftType: the types whose removal gives back the model that was loaded, each held by a
-# test against a copy from before PEFT saw the model (docs/support.md). What is in none of the lists
-# is refused until somebody has looked.
+# The names in peft.PeftType whose removal gives back the model that was loaded. A test compares
+# each with a copy made before PEFT changed the model (docs/support.md). A type in none of these
+# lists is refused until somebody tests it.
 _LAYERS = (
     "ADALORA BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING "
     "LOHA LOKR LORA MISS OFT OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA "
@@ -32,7 +32,7 @@ _OWN_LOSS = ("CPT", "XLORA")
 # Initialisations of LoRA after which "adapters off" is still the model that was loaded. The others
 # (PiSSA, OLoRA, LoftQ, CorDA, ...) move part of the base weight into the adapter.
 _SAFE_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Options of LoRA that do more than add a product, and what that is.
+# Options of LoRA that do more than add a product, and what they do.
 _OPTIONS_AGAINST = {
     "layer_replication": "replicates layers of the base model",
     "kasa_config": "takes part of the base weights away",
@@ -45,12 +45,12 @@ _INSTEAD = "Pass `ref_model`, a frozen copy of the aligned model."
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Tell a PeftModel without importing peft."""
+    """Tell whether a model is a PeftModel, without importing peft."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def has_adapters(model: Any) -> bool:
-    """Tell a model with PEFT's adapters, in a PeftModel or by transformers' own add_adapter."""
+    """Tell whether a model has PEFT adapters, in a PeftModel or from transformers' add_adapter."""
     if not getattr(model, "peft_config", None):
         return False
     # merge_and_unload() of PEFT 0.18 leaves the configs behind
@@ -68,12 +68,12 @@ def base_of(model: Any) -> nn.Module:
 
 
 def is_prompt_learning(model: Any) -> bool:
-    """Tell a PeftModel that puts virtual tokens before its input."""
+    """Tell whether a model is a PeftModel that puts virtual tokens before its input."""
     return is_peft_model(model) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def check_student(model: Any) -> None:
-    """Refuse adapters under which a forward with labels is not the model's own.
+    """Refuse adapters that compute a loss of their own, and adapters that are merged or off.
 
     Args:
         model: any model.
@@ -153,7 +153,7 @@ def check_start(model: Any) -> None:
 
 
 AT_START = "safety_reference"
-"""The name of the adapter that holds another one as it was."""
+"""The name of the adapter that keeps a copy of the active one, made when attached."""
 
 
 def keep_start(model: Any) -> None:
@@ -166,7 +166,7 @@ def keep_start(model: Any) -> None:
     config.inference_mode = True
     for name in ("init_lora_weights", "init_weights"):
         if hasattr(config, name):
-            setattr(config, name, True)  # PiSSA and its like would change the base once more
+            setattr(config, name, True)  # PiSSA and similar ones would change the base again
     model.add_adapter(AT_START, config)
     state = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     copied = {name: value.detach().clone() for name, value in state.items()}
@@ -181,7 +181,7 @@ def keep_start(model: Any) -> None:
 
 @contextlib.contextmanager
 def adapter_at_start(model: Any) -> Iterator[None]:
-    """Make the kept adapter the active one, and the other again with requires_grad as it was."""
+    """Activate the kept adapter, then the other one again, restoring requires_grad."""
     _check_state(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = model.active_adapter
@@ -199,7 +199,7 @@ def _set_adapter(model: Any, name: str) -> None:
 
 
 def trainable_base_parameters(model: Any) -> list[str]:
-    """Return the names of trainable parameters that stay when the adapters are switched off."""
+    """Return the names of trainable parameters that belong to no adapter."""
     of_adapters = {id(parameter) for parameter in _adapter_parameters(model)}
     return [
         name
@@ -210,13 +210,13 @@ def trainable_base_parameters(model: Any) -> list[str]:
 
 @contextlib.contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Switch the adapters off, and on again with requires_grad as it was.
+    """Switch the adapters off, then on again, restoring requires_grad.
 
-    PEFT's own context sets requires_grad of every adapter to True on the way out, also of those
-    that were frozen.
+    PEFT's own context manager sets requires_grad of every adapter to True when it exits, even of
+    frozen ones.
 
     Raises:
-        ValueError: they are off already, or merged into the weights.
+        ValueError: the adapters are off already, or merged into the weights.
     """
     _check_state(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -230,7 +230,7 @@ def adapters_off(model: Any) -> Iterator[None]:
             _leave(stack)
 
 
-# torch.compile has nothing to gain in PEFT's switches, and fails to trace them.
+# torch.compile gains nothing from PEFT's switches, and fails to trace them.
 @not_compiled
 def _enter(stack: contextlib.ExitStack, context: AbstractContextManager[Any]) -> None:
     stack.enter_context(context)
@@ -258,10 +258,7 @@ def _native_off(model: Any) -> Iterator[None]:
 
 
 def _check_state(model: Any) -> None:
-    """Refuse to go on where adapters have no part in the forward, or are part of the weights.
-
-    Or where a layer below the loss has no backward.
-    """
+    """Refuse adapters that are off or merged into the weights, and layers without a backward."""
     for name, module in model.named_modules():
         if is_packed(module):
             raise ValueError(
@@ -281,7 +278,7 @@ def _check_state(model: Any) -> None:
 
 
 def _adapter_parameters(model: Any) -> Iterator[nn.Parameter]:
-    """Yield what PEFT's layers say is theirs, and the encoder of prompt learning."""
+    """Yield the parameters that PEFT's layers list as their own, and prompt learning's encoder."""
     for module in model.modules():
         names = (
             *getattr(module, "adapter_layer_names", ()),
@@ -323,6 +320,6 @@ def _reason_against(config: Any) -> str | None:
 
 
 def _default(config: Any, name: str) -> Any:
-    """Return the default of a dataclass's field, None without one."""
+    """Return the default of a dataclass field, or None if there is no such field."""
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     return fields.get(name)

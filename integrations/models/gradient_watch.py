@@ -1,4 +1,4 @@
-"""Raises where what is trained gets no gradient any more, before the optimizer steps without it."""
+"""Raises before an optimizer step if trained weights no longer get a gradient."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .optimizer_hooks import OptimizerHook
 
 
 class GradientWatch(OptimizerHook):
-    """Looks, before each step of an optimizer of the model's weights, at which have a gradient.
+    """Checks, before each optimizer step, which of the model's weights have a gradient.
 
-    A layer that lost its backward cuts off all that is below it while the loss looks healthy. That
-    no weight has a gradient after a backward where some had one, or that one has none though its
-    module was run again, is such a loss; that one has none in a single step may be a mixture's
-    routing, and a step without a backward is the caller's.
+    A layer that lost its backward cuts off everything below it, while the loss looks healthy. Two
+    signs of this raise: after a backward no weight has a gradient, though some had one before; or
+    a weight has none though its module ran again. A weight without a gradient in a single step may
+    be a mixture of experts' routing, and a step without a backward is the caller's choice.
     """
 
     register = staticmethod(register_optimizer_step_pre_hook)
@@ -31,12 +31,12 @@ class GradientWatch(OptimizerHook):
         self._backwards = 0
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._had: set[str] = set()
-        self._ran: set[str] = set()  # of those that had none: whose module ran since
+        self._ran: set[str] = set()  # weights that had no gradient, and whose module ran since
         self._hooks: list[Any] = []
 
     @not_compiled
     def note(self, loss: Tensor) -> None:
-        """Count the backward of a training loss when it begins."""
+        """Count the backward of this training loss once it begins."""
         if loss.requires_grad:
             loss.register_hook(self._count)
 
@@ -81,7 +81,7 @@ class GradientWatch(OptimizerHook):
         self._suspect(lost)
 
     def _suspect(self, lost: set[str]) -> None:
-        """See in the next forwards which of these weights' modules run."""
+        """Record which modules of these weights run in the next forwards."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._ran = [], set()

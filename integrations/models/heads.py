@@ -1,9 +1,9 @@
-"""The head of a causal LM: what it multiplies, with or without an adapter on it.
+"""The head of a causal LM: its weights, with or without an adapter.
 
 `safety_linear_cross_entropy` needs the operands of z = cap(scale * (h W^T + b + t B^T)), not the
-module. `ModelHead.operands` reads them off a plain nn.Linear and off what PEFT puts around one: a
-LoRA or DoRA layer (whose own `.weight` is the base weight alone), or a trained copy
-(modules_to_save). They are read at each use, since "adapters off" changes them.
+module. `ModelHead.operands` reads them from a plain nn.Linear or from PEFT's wrapper of one: a
+LoRA or DoRA layer (whose own `.weight` is only the base weight), or a trained copy
+(modules_to_save). They are read at each use, since switching adapters off changes them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from .sharded_weights import check_group, group_of, rows_of
 
-# PEFT's layer on an nn.Linear, by name, so that peft need not be there. Its subclasses compute
+# PEFT's layer on an nn.Linear, by name, so that peft need not be installed. Its subclasses compute
 # something else.
 _LORA_LINEAR = ("peft.tuners.lora.layer", "Linear")
-_NORM_ROWS = 4096  # of the head at once, for DoRA's norms
+_NORM_ROWS = 4096  # rows of the head at a time, for DoRA's norms
 
 
 class Operands(NamedTuple):
-    """What `safety_linear_cross_entropy` calls linear_weight, linear_bias and low_rank."""
+    """The linear_weight, linear_bias and low_rank of `safety_linear_cross_entropy`."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -34,7 +34,7 @@ class Operands(NamedTuple):
 
     @property
     def extras(self) -> dict[str, Any]:
-        """Return the two that are optional, by the names the functions have for them."""
+        """Return the two optional ones as keywords of the functions."""
         return {"linear_bias": self.bias, "low_rank": self.low_rank}
 
 
@@ -46,7 +46,7 @@ class ModelHead:
         module: an nn.Linear, or PEFT's layer around one.
         logit_scale: factor on its output.
         softcap: cap in logits, or None.
-        group: the ranks that tensor parallelism spread its rows over, "" for none.
+        group: the ranks that tensor parallelism splits its rows over, "" for none.
     """
 
     module: nn.Module
@@ -61,15 +61,15 @@ class ModelHead:
 
     @property
     def device(self) -> torch.device:
-        """Return where the weight is, and so where the loss is made."""
+        """Return the device of the weight, where the loss is computed."""
         device: torch.device = _linear_in(self.module).weight.device
         return device
 
     def operands(self, hidden: Tensor) -> Operands:
-        """Return the operands as they are now: adapters on or off, dropout drawn anew.
+        """Return the operands for the adapters that are on now, with fresh dropout.
 
         Args:
-            hidden: (N, D), what the head is given; an adapter's first matrix is applied to it.
+            hidden: (N, D), the head's input; an adapter's first matrix is applied to it.
         """
         layer = _copy_in_use(self.module)
         check_group(_linear_in(self.module).weight, self.group)
@@ -79,12 +79,12 @@ class ModelHead:
 
 
 def head_at(module: nn.Module) -> ModelHead:
-    """Return a head as it is spread now, its scale and cap not known yet."""
+    """Return a head with the ranks it is split over; scale and cap are still the defaults."""
     return ModelHead(module, group=group_of(_linear_in(module).weight))
 
 
 def find_head(model: nn.Module) -> nn.Module | None:
-    """Return the output embeddings of a Hugging Face model, None where there are none."""
+    """Return the output embeddings of a Hugging Face model, or None if it has none."""
     find = getattr(model, "get_output_embeddings", None)
     try:
         head = find() if callable(find) else None
@@ -95,10 +95,10 @@ def find_head(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def contiguous_head_input(model: nn.Module) -> Iterator[None]:
-    """Let the head see contiguous states, as in generate()'s first step it does not.
+    """Make the head's input contiguous, which it is not in the first step of generate().
 
-    On a CPU torch's linear of a strided (B, 1, D) copies the whole head for every row; 16 rows and
-    a head of 28 M elements in bfloat16 took 4.80 s instead of 0.03 s (docs/log.md).
+    For a strided (B, 1, D) on a CPU, torch's linear copies the whole head for every row; 16 rows
+    and a head of 28 M elements in bfloat16 took 4.80 s instead of 0.03 s (docs/log.md).
     """
     head = find_head(model)
     if head is None:
@@ -112,7 +112,7 @@ def contiguous_head_input(model: nn.Module) -> Iterator[None]:
 
 
 def reason_against(head: nn.Module | None, model: nn.Module) -> str | None:
-    """Say why a head's operands cannot be read off it; None where they can."""
+    """Say why a head's operands cannot be read, or return None if they can."""
     if head is None:
         return f"have output embeddings; {type(model).__name__} has none"
     copies = getattr(head, "modules_to_save", None)
@@ -125,7 +125,7 @@ def reason_against(head: nn.Module | None, model: nn.Module) -> str | None:
 
 
 def _reason_against_layer(layer: Any) -> str | None:
-    """Say why a layer's operands cannot be read; asked again at each step."""
+    """Say why a layer's operands cannot be read; checked again at each step."""
     name = f"{type(layer).__module__}.{type(layer).__name__}"
     linear = layer
     if (type(layer).__module__, type(layer).__name__) == _LORA_LINEAR:
@@ -155,7 +155,7 @@ def _reason_against_layer(layer: Any) -> str | None:
 
 
 def _copy_in_use(module: Any) -> Any:
-    """Return the layer that computes, where PEFT trains a copy of it (modules_to_save)."""
+    """Return the layer in use: the original, or PEFT's trained copy of it (modules_to_save)."""
     copies = getattr(module, "modules_to_save", None)
     if copies is None:
         return module
@@ -175,14 +175,14 @@ def _linear_in(module: nn.Module) -> Any:
 
 
 def _lora_operands(layer: Any, hidden: Tensor) -> Operands:
-    """Read W, b, t and B off a LoRA or DoRA layer.
+    """Read W, b, t and B from a LoRA or DoRA layer.
 
-    LoRA adds s B A h, so t = s A(dropout(h)). DoRA, which may only be the first, multiplies row v
-    of W + s B A by m_v = magnitude_v / ||W_v + s (B A)_v||, the norm being a constant:
+    LoRA adds s B A h, so t = s A(dropout(h)). DoRA, which must be the first adapter, multiplies row
+    v of W + s B A by m_v = magnitude_v / ||W_v + s (B A)_v||, where the norm has no gradient:
 
         z = m (W h) + b + m s B A h + sum s_i B_i A_i h,    m = 1 without DoRA
 
-    so a DoRA, and only a DoRA, makes a scaled copy of W.
+    So only DoRA needs a scaled copy of W.
     """
     base = layer.get_base_layer()
     weight, bias = base.weight, base.bias
@@ -213,7 +213,7 @@ def _lora_operands(layer: Any, hidden: Tensor) -> Operands:
 
 @torch.no_grad()
 def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:  # (V,)
-    """Return ||W_v + s (B A)_v||, a block of rows at a time: B A is as large as W."""
+    """Return ||W_v + s (B A)_v||, a block of rows at a time since B A is as large as W."""
     blocks = zip(weight.split(_NORM_ROWS), b.split(_NORM_ROWS), strict=True)
     return torch.cat(
         [torch.linalg.norm(w.to(a.dtype) + scaling * (rows @ a), dim=1) for w, rows in blocks]
@@ -221,11 +221,11 @@ def _row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor: 
 
 
 class Tap:
-    """Catches the hidden states that a forward hands to the head, as a context manager.
+    """Context manager that captures the hidden states given to the head.
 
-    It passes on one position, so that the model makes (B, 1, V) logits. The hook is on the head
-    from `open` to `close`, and not only while it catches: torch.compile traces hooks, and does not
-    look again whether they are still the same.
+    The head gets one position only, so that the model makes (B, 1, V) logits. The hook stays on the
+    head from `open` to `close`, also while nothing is captured, since torch.compile traces hooks
+    once and does not check whether they have changed.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -240,13 +240,13 @@ class Tap:
             self._hook = self._module.register_forward_pre_hook(self._catch)
 
     def close(self) -> None:
-        """Take it off. A second call does nothing."""
+        """Remove the hook. A second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def take(self) -> Tensor:
-        """Return the states of the last forward, and forget them."""
+        """Return the hidden states of the last forward, and drop them here."""
         hidden, self._hidden = self._hidden, None
         if hidden is None:
             raise RuntimeError("the model's forward did not call its output embeddings")

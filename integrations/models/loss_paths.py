@@ -1,8 +1,8 @@
-"""Two ways to the loss of a model's forward: from the states before its head, or from its logits.
+"""Two ways to compute the loss of a model: from the hidden states before its head, or from logits.
 
-Both run a forward and compute safety logits and loss from what it returns. HeadPath takes the
-hidden states and saves memory: the full logits never exist. LogitsPath takes the model's own logits
-and asks nothing of the head, for the models and adapters that HeadPath cannot read.
+Both run a forward and compute safety logits and loss from its result. HeadPath uses the hidden
+states, and saves memory since the full logits never exist. LogitsPath uses the model's own logits,
+for models and adapters whose head HeadPath cannot read.
 """
 
 from __future__ import annotations
@@ -31,25 +31,28 @@ from .sharded_weights import in_memory
 
 
 class LossPath(ABC):
-    """How a model's forward is met; one object per model."""
+    """Runs a model's forward and computes the loss; one object per model.
+
+    Its "states" are the hidden states or the logits, as the subclass has it.
+    """
 
     keeps_logits: bool
 
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """V, of the logits or of the head's rows."""
+        """V, the width of the logits."""
 
     @property
     def device(self) -> torch.device | None:
-        """Where the loss is made; None for wherever the states are."""
+        """Where the loss is computed; None means where the states are."""
         return None
 
     def open(self) -> None:  # noqa: B027 - most need nothing
-        """Put in place what has to be there while the model is attached."""
+        """Install the hooks that are needed while the model is attached."""
 
     def close(self) -> None:  # noqa: B027
-        """Undo it."""
+        """Remove them."""
 
     @abstractmethod
     def run(self, forward: Callable[..., Any], batch: dict[str, Any]) -> tuple[Any, Tensor]:
@@ -63,18 +66,18 @@ class LossPath(ABC):
     def loss(
         self, states: Tensor, target: Tensor, ids: Tensor | None, ref: Tensor | None, **options: Any
     ) -> SafetyLoss:
-        """Return the loss of states, target (B * T,) and the reference's logits (B * T, K)."""
+        """Return the loss from states, target (B * T,) and the reference's logits (B * T, K)."""
 
 
 def make_path(model: nn.Module, path: PathName, chunk_bytes: int | None, backend: str) -> LossPath:
-    """Look at a model and return the way to meet it; ValueError says why there is none."""
+    """Probe a model and return its loss path; a ValueError says why the path cannot be used."""
     if path == "linear":
         return HeadPath(model, chunk_bytes, backend)
     return LogitsPath(model, backend)
 
 
 class HeadPath(LossPath):
-    """Hidden states before the head, a chunk of rows of logits at a time."""
+    """Computes the loss from hidden states, with the logits of a chunk of rows at a time."""
 
     keeps_logits = False
 
@@ -145,7 +148,7 @@ class HeadPath(LossPath):
 
 
 class LogitsPath(LossPath):
-    """All logits, as the model returns them."""
+    """Computes the loss from all logits, as the model returns them."""
 
     keeps_logits = True
 
@@ -169,7 +172,7 @@ class LogitsPath(LossPath):
     def safety_logits(self, states: Tensor, ids: Tensor, log_probs: bool) -> Tensor:
         wide = accumulation_dtype(states.dtype)
         values = states[..., ids.to(states.device)].to(wide)
-        if log_probs:  # row by row of the batch: no second copy of all logits
+        if log_probs:  # one row of the batch at a time, to avoid a second copy of all logits
             values = values - torch.stack([row.to(wide).logsumexp(-1, True) for row in states])
         return values
 

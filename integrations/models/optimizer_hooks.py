@@ -1,4 +1,4 @@
-"""A hook on every optimizer that keeps nobody alive, and that a copy of its owner has too."""
+"""A hook on every optimizer that does not keep its owner alive, and is copied with it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class OptimizerHook:
-    """Calls `_on_step` of an open object at each step of any torch.optim.Optimizer."""
+    """Base of objects whose `_on_step` runs at each step of any torch.optim.Optimizer."""
 
     register: Callable[[Callable[..., None]], Any]
-    """register_optimizer_step_pre_hook or its post twin, as a staticmethod."""
+    """register_optimizer_step_pre_hook or register_optimizer_step_post_hook, as a staticmethod."""
 
     _handle: Any = None
 
@@ -19,8 +19,8 @@ class OptimizerHook:
         raise NotImplementedError
 
     def open(self) -> None:
-        """Watch the optimizers' steps."""
-        method = weakref.WeakMethod(self._on_step)  # the list of hooks is the process's
+        """Start to watch the optimizers' steps."""
+        method = weakref.WeakMethod(self._on_step)  # the list of hooks lives as long as the process
 
         def call(optimizer: Any, *_: Any) -> None:
             found = method()
@@ -31,7 +31,7 @@ class OptimizerHook:
         weakref.finalize(self, self._handle.remove)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None

@@ -1,4 +1,4 @@
-"""A model's own loss, whose place ours takes: next-token cross-entropy, and what it adds to it."""
+"""A model's own loss, which ours replaces: next-token cross-entropy plus an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ...op import IGNORE_INDEX
 
 
 def check_own_forward(model: nn.Module) -> None:
-    """Refuse a model whose class has a forward of Unsloth's.
+    """Refuse a model whose class has Unsloth's forward.
 
-    It makes the loss in kernels of its own, of a head that it may not call, and keeps buffers
+    It computes the loss in kernels of its own, possibly without calling the head, and keeps buffers
     between the forwards of a step.
     """
     module = str(getattr(type(model).forward, "__module__", ""))
@@ -26,7 +26,7 @@ def check_own_forward(model: nn.Module) -> None:
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
-    """Return what a mixture-of-experts model adds to its loss by itself."""
+    """Return the weighted auxiliary loss that a mixture-of-experts model adds to its loss."""
     auxiliary = getattr(output, "aux_loss", None)
     if not isinstance(auxiliary, Tensor):
         return 0.0
@@ -36,24 +36,24 @@ def auxiliary_loss(model: nn.Module, output: Any) -> Tensor | float:
             coefficient = getattr(owner, name, None)
             if coefficient is not None:
                 return auxiliary * float(coefficient)
-    return 0.0  # the probe has compared the model's own loss with this
+    return 0.0  # the probe has checked this against the model's own loss
 
 
 def shift(labels: Any) -> Tensor:  # (B, T)
-    """Position t predicts label t + 1; the last one predicts nothing."""
+    """Shift labels so that position t predicts label t + 1; the last one predicts nothing."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def reason_against_loss(
     model: nn.Module, logits: Tensor, ids: Tensor, own_loss: float
 ) -> str | None:
-    """Say why a model's loss on a probe is not one whose place ours may take; None where it is.
+    """Say why ours must not replace a model's loss on a probe, or return None if it may.
 
     Args:
-        model: what made the others.
+        model: the model that was probed.
         logits: (1, T, V).
-        ids: (1, T), given as labels too.
-        own_loss: without what the model adds to its cross-entropy.
+        ids: (1, T), the inputs and labels.
+        own_loss: the model's loss without its auxiliary loss.
     """
     name = type(model).__name__
     if logits.shape[:2] != ids.shape:

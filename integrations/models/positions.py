@@ -1,4 +1,4 @@
-"""At which positions of a batch the penalty is taken, and where the reference has them too."""
+"""The positions of a batch where the penalty is taken, and their place in the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...op import IGNORE_INDEX
 from .references import Reference
 
 ROW_WEIGHT = "safety_row_weight"
-"""In a batch: w of each position (B, T), instead of `positions`, as AnchorCollator makes it."""
+"""Key in a batch: the weight of each position (B, T), from AnchorCollator; replaces `positions`."""
 
 
 def row_weight_at(
@@ -20,20 +20,20 @@ def row_weight_at(
     target: Tensor,  # (B, T)
     attention_mask: Any,
 ) -> Tensor | None:  # (B, T)
-    """Return w: None for every label (or where nothing is compared), or a mask of positions."""
+    """Return a mask of positions, or None for every label (and for "none")."""
     if positions == "none" or positions == "response":
         return None
     if positions == "all":
         inside = torch.ones_like(target, dtype=torch.bool)
         length = target.shape[1]
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            # the last columns: before them may be those of a cache that prefix tuning fills
+            # the last columns, since prefix tuning puts those of its cache before them
             inside = attention_mask[:, -length:].to(target.device).bool()
         follows = nn.functional.pad(inside[:, 1:], (0, 1), value=False)
         return inside & follows
     kept = target != IGNORE_INDEX
     count = kept.cumsum(dim=1)
-    # labels counted before the present run of labels: each response starts again at 1
+    # number of labels before the current run of labels, so that each response counts from 1
     before = torch.where(kept, 0, count).cummax(dim=1).values
     return kept & (count - before <= positions)
 
@@ -44,10 +44,10 @@ def beside(
     row_weight: Tensor | None,  # (B, T)
     reference: Reference,
 ) -> tuple[Tensor, Tensor | None]:  # (B, T, K), (B, T)
-    """Align the reference with the student, and compare only where both have a position.
+    """Align the reference with the student, with weight 0 where the reference has no logits.
 
-    The student's first positions are virtual tokens where the reference says that it has fewer;
-    the last ones are not read by one that is shortened.
+    If the reference has fewer positions, the student's first ones are virtual tokens. A shortened
+    reference does not read the last ones.
     """
     virtual = target.shape[1] - ref.shape[1]
     if reference.reads_tokens is not None:

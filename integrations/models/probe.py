@@ -1,9 +1,8 @@
-"""A forward of a few tokens that says what a causal LM makes of its head's output, and its loss.
+"""A forward of a few tokens that shows what a causal LM does to its head's output, and its loss.
 
-Nothing is believed from a config alone. `probe_head` feeds the head a chosen hidden state, looks at
-the logits that the model makes of it, and keeps the (scale, softcap) that reproduces them; a model
-that none reproduces is refused with the reason. So is one whose own loss is another than the one
-that is to take its place.
+The config alone is not trusted. `probe_head` feeds the head a chosen hidden state, reads the
+model's logits, and keeps the (scale, softcap) that reproduces them. If none does, the model is
+refused with the reason; so is a model whose own loss is not next-token cross-entropy.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .sharded_weights import in_memory, whole
 # bfloat16, and far below where float16 overflows.
 _PROBE_LOGIT = 100.0
 _PROBE_TOKENS = 8
-# What a model that cannot take the probe may raise: anything its own code does with a short batch.
+# Errors that a model's own code may raise on the probe's short batch.
 _PROBE_ERRORS = (
     TypeError,
     ValueError,
@@ -42,7 +41,7 @@ _INSTEAD = {
 
 
 def _refusal(path: str, rule: str) -> ValueError:
-    """Return the error of a model that cannot be attached to, which says what may be used."""
+    """Return the error for a model that cannot be attached to, with what to use instead."""
     return ValueError(f"`model` must {rule}. {_INSTEAD[path]}")
 
 
@@ -50,15 +49,15 @@ def probe_head(model: nn.Module) -> ModelHead:
     """Find the head of a causal LM and what the model does to its output.
 
     Args:
-        model: a Hugging Face causal LM (not a PeftModel: its base).
+        model: a Hugging Face causal LM; for a PeftModel, its base model.
 
     Returns:
         The head.
 
     Raises:
-        ValueError: the head's operands cannot be read, the logits are not scale and cap of its
-            output, or the model's own loss is not next-token cross-entropy. The message says
-            which and what can be used instead.
+        ValueError: the head's operands cannot be read, the logits are not its output scaled and
+            capped, or the model's own loss is not next-token cross-entropy. The message says
+            which, and what to use instead.
     """
     module = find_head(model)
     reason = reason_against(module, model)
@@ -91,14 +90,15 @@ def probe_head(model: nn.Module) -> ModelHead:
             f"make its logits by its output embeddings; {name} made logits {tuple(logits.shape)}",
         )
     head = _with_scale_and_cap(head, raw, logits, model)
-    # with its own hidden states: beside a cross-entropy of 100 a small auxiliary loss is not seen
+    # A second run with the model's own hidden states: next to a cross-entropy of 100 a small
+    # auxiliary loss would not be seen.
     _check_own_loss(model, "linear", head.device)
     return head
 
 
 @not_compiled
 def check_same_head(model: nn.Module, head: ModelHead) -> None:
-    """Refuse to go on with a head that was replaced, wrapped or merged since it was probed."""
+    """Refuse a head that was replaced, wrapped or merged since it was probed."""
     module = find_head(model)
     if module is not head.module:
         raise ValueError("`model` must keep the head that it was attached with: attach it again")
@@ -117,17 +117,17 @@ def probe_logits(model: nn.Module) -> int:
         V, the width of its logits.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the model's own loss is something else.
     """
     device = next(model.parameters()).device
     return int(_check_own_loss(model, "logits", device).shape[-1])
 
 
 def ignores_padding(model: nn.Module) -> bool:
-    """Tell whether a row's logits stay as they are when it is padded on the right and masked.
+    """Tell whether a row's logits stay the same when it is padded on the right and masked.
 
-    Not so for PaliGemma without a picture, whose attention looks both ways. The same row in a batch
-    of two says how far other products round.
+    They do not for PaliGemma without an image, whose attention is bidirectional. Running the row in
+    a batch of two shows how much rounding a change of shape alone causes.
     """
     device = next(model.parameters()).device
     ids = torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0)
@@ -148,7 +148,7 @@ def ignores_padding(model: nn.Module) -> bool:
 
 
 def _run_probe(model: nn.Module, path: str, device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Return logits, ids and the model's own loss without what it adds to the cross-entropy."""
+    """Return logits, ids and the model's own loss without its auxiliary loss."""
     name = type(model).__name__
     ids = torch.arange(1, _PROBE_TOKENS + 1, device=device).unsqueeze(0)
     try:
@@ -170,7 +170,7 @@ def _run_probe(model: nn.Module, path: str, device: torch.device) -> tuple[Tenso
 
 
 def _check_own_loss(model: nn.Module, path: str, device: torch.device) -> Tensor:
-    """Refuse a model whose loss we would silently replace by another one; return its logits."""
+    """Refuse a model whose loss is not the one we would replace; return its logits."""
     logits, ids, own_loss = _run_probe(model, path, device)
     reason = reason_against_loss(model, logits, ids, own_loss)
     if reason is not None:
@@ -205,13 +205,13 @@ def _with_scale_and_cap(
     )
 
 
-# What configs call the factor on the head's output (or the divisor: both are tried) and its cap.
+# Names in configs for the factor on the head's output (or its divisor: both are tried) and the cap.
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def _candidates(config: Any) -> list[tuple[float, float | None]]:
-    """List the (scale, softcap) pairs that this config's numbers allow, the plainest first."""
+    """List the (scale, softcap) pairs that a config's numbers allow, the simplest first."""
     text_config = getattr(config, "text_config", None) or config
 
     def numbers(names: tuple[str, ...]) -> list[float]:
@@ -224,5 +224,5 @@ def _candidates(config: Any) -> list[tuple[float, float | None]]:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    # float32 differs by the order of the products; a 16-bit model rounds its logits up to 3 times.
+    # In float32 only the order of the sums differs; a 16-bit model rounds its logits up to 3 times.
     return 1e-5 if dtype in (torch.float32, torch.float64) else 4 * torch.finfo(dtype).eps

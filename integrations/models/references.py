@@ -1,7 +1,7 @@
-"""Where the reference's safety logits come from: adapters off, a second model, or a callable.
+"""Where the reference's safety logits come from: adapters off, a second model, or a function.
 
-The two models run in eval mode and without gradient, and are met where the student is (see
-loss_paths): on the path of the hidden states the reference never holds logits of all tokens.
+Reference models run in eval mode without gradient, on the same path as the student (loss_paths):
+on HeadPath the reference never makes the full logits.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from .loss_paths import LossPath
 from .modes import evaluation_mode, not_compiled, runs_the_model
 
 ReferenceFunction = Callable[[Tensor, Mapping[str, Any]], Tensor]
-"""From the ids (K,) and the batch as the model gets it, without labels, to (B, T, K).
+"""Takes the ids (K,) and the model's batch without labels; returns logits (B, T, K).
 
-Logits, or for penalty kinds "logprob" and "coarse_kl" log-probabilities. Called without gradient.
+For penalty kinds "logprob" and "coarse_kl" it returns log-probabilities. Called without gradient.
 """
 
 
 class Reference(ABC):
-    """Anything that says what the frozen model thinks of the safety ids in a batch."""
+    """Returns the frozen model's logits of the safety ids for a batch."""
 
     @abstractmethod
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
         """Return (B, T, K), logits or log-probabilities."""
 
     has_fewer_positions = False
-    """Whether the student has virtual tokens in front that this reference has not."""
+    """Whether the student has virtual tokens in front that this reference does not have."""
 
     reads_tokens: int | None = None
     """How many columns of a batch it reads; None for all."""
 
     def check(self) -> None:  # noqa: B027
-        """Raise where it is no reference any more; at each step, asked or not."""
+        """Raise if this is no longer a frozen reference; called even in steps without a pass."""
 
     def skip(self, batch: dict[str, Any]) -> None:  # noqa: B027 - most need nothing
-        """Take out of a batch what was meant for this, whether it was asked or not."""
+        """Remove from a batch the columns meant for the reference, whether or not it ran."""
 
     def open(self) -> None:  # noqa: B027
-        """Put in place what has to be there while the student is attached."""
+        """Install the hooks that are needed while the student is attached."""
 
     def close(self) -> None:  # noqa: B027
-        """Undo it."""
+        """Remove them."""
 
 
 @runs_the_model
@@ -69,11 +69,11 @@ def read_safety_logits(
     batch: dict[str, Any],
     log_probs: bool = False,
 ) -> Tensor:  # (B, T, K)
-    """Run `forward` without gradient in eval mode and read the safety logits off it.
+    """Run `forward` without gradient in eval mode and return its safety logits.
 
-    The batch is left as it is. `use_cache=False` would save the cache that is made and thrown away,
-    but transformers takes position_ids that start again for packed rows only without a cache, and
-    the reference must see the rows as the student does.
+    The batch is passed on as it is. `use_cache=False` would avoid a cache that nobody uses, but
+    only without a cache does transformers read restarting position_ids as packed rows, and the
+    reference must see the rows as the student does.
     """
     with torch.no_grad(), evaluation_mode(model):
         _, states = path.run(forward, {**batch, "return_dict": True})
@@ -81,7 +81,7 @@ def read_safety_logits(
 
 
 def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
-    """Return where a tensor's memory begins; None where it has none (meta, a shard put away)."""
+    """Return where a tensor's memory begins; None if it has none (meta, or a ZeRO-3 shard)."""
     if hasattr(tensor, "placements"):  # a DTensor
         tensor = tensor.to_local()  # type: ignore[attr-defined]
     start = 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
@@ -89,7 +89,7 @@ def _address(tensor: Tensor) -> tuple[torch.device, int] | None:
 
 
 class _InOneModel(Reference):
-    """A PeftModel that is its own reference, in a pass of its own."""
+    """A PeftModel that is its own reference, in a separate pass."""
 
     def __init__(self, peft_model: Any, inner: nn.Module, forward: Any, path: LossPath) -> None:
         self.peft_model = peft_model
@@ -125,7 +125,7 @@ class AdaptersOff(_InOneModel):
 
     @override
     def check(self) -> None:
-        """Refuse an adapter added or a base thawed since: the reference would move."""
+        """Refuse an adapter added or a base unfrozen since: the reference would move."""
         check_adapters(self.peft_model)
         check_student(self.peft_model)
 
@@ -151,7 +151,7 @@ class AdaptersAtStart(_InOneModel):
 
     @override
     def check(self) -> None:
-        """Refuse a base thawed since."""
+        """Refuse a base unfrozen since."""
         check_start(self.peft_model)
         check_student(self.peft_model)
 
@@ -159,8 +159,8 @@ class AdaptersAtStart(_InOneModel):
 class PromptOff(_InOneModel):
     """The model without the virtual tokens that prompt learning puts before the input.
 
-    What reaches the inner model has them already, as embeddings or in the cache, so the reference
-    is given the batch that the PeftModel was called with.
+    The inner model's batch has them already, as embeddings or in the cache. So the reference gets
+    the batch that the PeftModel was called with.
     """
 
     has_fewer_positions = True
@@ -205,7 +205,7 @@ class PromptOff(_InOneModel):
 
 
 class FrozenModel(Reference):
-    """A second model, on the same device or on another one."""
+    """A second, frozen model, on the same device or on another one."""
 
     def __init__(self, model: nn.Module, path: LossPath, student: nn.Module) -> None:
         self.model = model
@@ -216,7 +216,7 @@ class FrozenModel(Reference):
     @override
     @not_compiled
     def check(self) -> None:
-        """Refuse a reference whose weights are, in memory, what the student trains."""
+        """Refuse a reference that shares memory with weights that the student trains."""
         own = {_address(parameter) for parameter in self.model.parameters()} - {None}
         for name, parameter in self.student.named_parameters():
             if parameter.requires_grad and _address(parameter) in own:
@@ -236,7 +236,7 @@ class FrozenModel(Reference):
     @override
     @runs_the_model
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        self.check()  # a student may be thawed after it was attached
+        self.check()  # the student may have been unfrozen since
         device = self.path.device or next(self.model.parameters()).device
         moved = {
             name: value.to(device) if isinstance(value, Tensor) else value
@@ -248,7 +248,7 @@ class FrozenModel(Reference):
 
 
 class CallableReference(Reference):
-    """The caller's own function, checked at each step for its shape."""
+    """The caller's own function, whose result is checked at each step."""
 
     def __init__(self, function: ReferenceFunction) -> None:
         self.function = function
@@ -274,7 +274,7 @@ class CallableReference(Reference):
 
 
 class Shortened(Reference):
-    """Another reference given only the first columns of each batch: cheaper, and blind after."""
+    """Wraps a reference so that it reads only the first columns of each batch, which is cheaper."""
 
     def __init__(self, reference: Reference, tokens: int) -> None:
         self.reference = reference
@@ -300,7 +300,7 @@ class Shortened(Reference):
         _check_apart(batch)
         cut = {name: self._cut(name, value, length) for name, value in batch.items()}
         values = self.reference(ids, cut, log_probs)
-        # NaN, so that a position that nobody read cannot pass for one without a drift
+        # NaN, so that a position that was not read cannot pass as one without drift
         return nn.functional.pad(values, (0, 0, 0, length - values.shape[1]), value=torch.nan)
 
     def _cut(self, name: str, value: Any, length: int) -> Any:
@@ -315,7 +315,7 @@ class Shortened(Reference):
 
 
 def _check_apart(batch: dict[str, Any]) -> None:
-    """Refuse packed rows, of which the later ones would be cut off whole."""
+    """Refuse packed rows, since the later ones would be cut off entirely."""
     positions = batch.get("position_ids")
     packed = any(name.startswith("cu_seq_lens") for name in batch)
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.device.type == "cpu":

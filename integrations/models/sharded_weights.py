@@ -1,10 +1,10 @@
-"""Weights that are spread over ranks: by tensor parallelism for good, by others between their uses.
+"""Weights that are split over ranks: by tensor parallelism, FSDP2 or DeepSpeed's ZeRO-3.
 
-Tensor parallelism and FSDP2 leave DTensors. A head that tensor parallelism spread by its rows is
-one that every rank of its group computes with on the same rows of the batch, and
-`safety_linear_cross_entropy` takes it so. One that FSDP2 spread has to be whole first: its ranks
-have rows of their own. DeepSpeed's ZeRO-3 leaves empty parameters, whose shape is their `ds_shape`,
-and fills them for the forward and the backward of each module that has them.
+Tensor parallelism and FSDP2 turn weights into DTensors. With tensor parallelism all ranks of a
+group compute on the same rows of the batch, and `safety_linear_cross_entropy` takes a head that is
+split by its rows as it is. With FSDP2 the ranks have different rows of the batch, so the head must
+be gathered first. ZeRO-3 leaves empty parameters, with their shape in `ds_shape`, and fills them
+for the forward and the backward of their module.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor, nn
 
 
 def group_of(weight: Tensor) -> str:
-    """Return the name of the group that a weight is spread over, "" for a plain one."""
+    """Return the name of the process group that a weight is split over, "" for a plain one."""
     mesh = getattr(weight, "device_mesh", None)
     return "" if mesh is None else "+".join(group.group_name for group in mesh.get_all_groups())
 
 
 def whole(part: Tensor) -> Tensor:
-    """Return all of a weight, on every rank: a copy where it is spread."""
+    """Return the full weight on every rank: a gathered copy if it is split."""
     gather = getattr(part, "full_tensor", None)
     gathered: Tensor = part if gather is None else gather()
     return gathered
 
 
 def rows_of(weight: Tensor) -> int:
-    """Return how many rows all of a weight has."""
+    """Return the number of rows of the full weight."""
     shape = getattr(weight, "ds_shape", weight.shape)
     return int(shape[0])
 
 
 def check_not_sharded(name: str, model: nn.Module) -> None:
-    """Refuse a model that cannot be looked at: of FSDP2, which has but parts between its uses.
+    """Refuse a model that cannot be probed because its weights are sharded by FSDP2 or ZeRO-3.
 
-    A model of ZeRO-3 can be, once DeepSpeed's hooks are in place that fill its parameters.
+    A ZeRO-3 `model` can be probed once DeepSpeed's hooks, which fill its parameters, are in place.
     """
     put_away = any(map(_is_put_away, model.parameters()))
     if put_away and name != "model":
@@ -60,7 +60,7 @@ def check_not_sharded(name: str, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def in_memory(module: nn.Module) -> Iterator[None]:
-    """Let a module have its weights outside of its forward too, where it is a unit of its own."""
+    """Gather a module's weights outside of its forward, if FSDP2 or ZeRO-3 has sharded them."""
     put_away = [parameter for parameter in module.parameters() if _is_put_away(parameter)]
     if put_away:
         import deepspeed
@@ -81,7 +81,7 @@ def in_memory(module: nn.Module) -> Iterator[None]:
 
 
 def check_group(weight: Tensor, group: str) -> None:
-    """Refuse a head that is spread otherwise than when it was attached."""
+    """Refuse a head that is split differently than when it was attached."""
     if group_of(weight) != group:
         raise ValueError(
             "`model` must have its head in one unit of fully_shard() with the model, in one of its "
@@ -95,5 +95,5 @@ def _is_put_away(parameter: Tensor) -> bool:
 
 
 def _is_fsdp(module: Any) -> bool:
-    # by its methods: torch.distributed.fsdp takes its time to import
+    # by its methods, since torch.distributed.fsdp is slow to import
     return hasattr(module, "unshard") and hasattr(module, "reshard")

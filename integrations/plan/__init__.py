@@ -1,4 +1,4 @@
-"""`str-kernels plan`: the memory of a training step, counted before it is run."""
+"""`str-kernels plan`: the memory of a training step, counted without running it."""
 
 from __future__ import annotations
 

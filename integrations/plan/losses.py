@@ -1,4 +1,4 @@
-"""The ways to make a training loss that the planner compares, from hidden states or logits."""
+"""Other ways to compute the loss that the planner compares: naively, and in a PyTorch loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def loss_by_hand(
     safety_ids: Tensor,  # (K,)
     ref_logits: Tensor,  # (B, T, V)
 ) -> Tensor:  # ()
-    """Compute the loss as one reads it: all logits of both models, in float32."""
+    """Compute the loss naively: with all logits of both models, in float32."""
     logits = logits.float()
     drift = logits[..., safety_ids] - ref_logits[..., safety_ids]
     target = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
@@ -34,7 +34,7 @@ def chunked_loss(
     ref: Tensor,  # (N, K)
     rows: int,
 ) -> Tensor:  # ()
-    """Compute the same in a PyTorch loop, whose backward makes each chunk's logits again."""
+    """Compute the same in a PyTorch loop over chunks, recomputing their logits in the backward."""
 
     def of_chunk(hidden: Tensor, target: Tensor, ref: Tensor) -> Tensor:
         logits = head(hidden).float()

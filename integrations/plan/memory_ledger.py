@@ -1,8 +1,8 @@
-"""Counts the memory of code that runs on fake tensors: real shapes and lifetimes, no numbers.
+"""Counts the memory of code that runs on fake tensors, which have shapes but no values.
 
-A model on the meta device is given fake weights, and a forward and backward of it run op by op as
-on a CPU, without computing anything. What each op returns is added up by storage, and taken off
-when the last reference to it goes, as an allocator would see it.
+A model on the meta device gets fake weights, and its forward and backward run op by op as on a CPU,
+without computing anything. The storage of each op's result is added to a sum, and subtracted when
+the last reference to it is gone, as an allocator would see it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing_extensions import override
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Adds up the storages that are alive, bytes, and keeps the largest sum.
+    """Sums the bytes of all live storages, and keeps the largest sum.
 
-    What an op allocates and frees inside itself is not seen.
+    Memory that an op allocates and frees internally is not seen.
     """
 
     def __init__(self, part: Callable[[], str] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's has no types
-        self.part = part  # says what is being computed; then `events` has each change
-        self.events: list[tuple[int, str]] = []  # bytes, and the part that they were made in
+        self.part = part  # names what is being computed; if given, `events` has each change
+        self.events: list[tuple[int, str]] = []  # bytes, and the part that allocated them
         self.live = 0
         self.peak = 0
-        self.apart = 0  # of `live`, by the caller: not counted in `peak_of_rest`
+        self.apart = 0  # bytes of `live` that the caller excludes from `peak_of_rest`
         self.peak_of_rest = 0
         self._storages: dict[int, weakref.ref[Any]] = {}
 
@@ -52,7 +52,7 @@ class MemoryLedger(TorchDispatchMode):
         self.peak_of_rest = max(self.peak_of_rest, self.live - self.apart)
 
     def restart(self) -> int:
-        """Return the peak since the last call, and let it count from what is alive now."""
+        """Return the peak since the last call, and restart it from what is live now."""
         peak, self.peak, self.peak_of_rest = self.peak, self.live, self.live - self.apart
         return peak
 
@@ -67,7 +67,7 @@ class MemoryLedger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.prim.device.default:  # nine calls of ten, and no tensor
+        if func is not torch.ops.prim.device.default:  # 9 of 10 calls, without a tensor
             for leaf in out if isinstance(out, (tuple, list)) else (out,):
                 for tensor in leaf if isinstance(leaf, list) else (leaf,):
                     if isinstance(tensor, Tensor):
@@ -77,7 +77,7 @@ class MemoryLedger(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(*modules: nn.Module, part: Callable[[], str] | None = None) -> Iterator[MemoryLedger]:
-    """Make fake tensors of all that is made inside, and count it; modules' tensors first."""
+    """Make all tensors created inside fake, and count them; the modules' tensors come first."""
     with FakeTensorMode(), _rows_are_not_packed():
         for module in modules:
             _make_fake(module)
@@ -89,7 +89,7 @@ def counting(*modules: nn.Module, part: Callable[[], str] | None = None) -> Iter
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Put fake tensors of the CPU in the place of meta ones; tied ones stay one."""
+    """Replace meta tensors by fake CPU tensors; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         own = (module.named_parameters(recurse=False), module.named_buffers(recurse=False))
@@ -104,14 +104,14 @@ def _make_fake(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _rows_are_not_packed() -> Iterator[None]:
-    """Let transformers make no mask for packed rows, which it does where it cannot read them.
+    """Keep transformers from making a mask for packed rows.
 
-    Of rows that begin at 0 it makes none; of positions that have no values it has to assume them
-    packed, and their mask, (B, 1, T, T), would be the largest tensor of all.
+    It makes none for rows whose positions begin at 0. But fake positions have no values, so it
+    would assume packed rows, and their mask, (B, 1, T, T), would be the largest tensor of all.
     """
     name = "find_packed_sequence_indices"
     before = getattr(masking_utils, name, None)
-    if before is None:  # a release without it does not look for packed rows, or elsewhere
+    if before is None:  # this release does not look for packed rows, or not here
         yield
         return
     setattr(masking_utils, name, lambda position_ids: None)

@@ -1,7 +1,7 @@
-"""How much memory a fine-tuning would take, and how long its rows may be, from a config alone.
+"""How much memory a fine-tuning would need, and how long its rows may be, from a config alone.
 
-The model is built without weights and a training step of it is run on fake tensors, so that what
-holds for the forward of any architecture is counted and not guessed; see step_memory.
+The model is built without weights, and a training step runs on fake tensors. So the memory of any
+architecture's forward is counted, not estimated; see step_memory.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ WAYS: tuple[Way, ...] = get_args(Way)
 _LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 _CONFIG = "config.json"
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_FARTHER = (1, 4, 16)  # times the length asked for, where the step is run to see how it grows
+_FARTHER = (1, 4, 16)  # multiples of the given length at which a step is run, to see its growth
 _LONGEST = 1 << 24
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """A fine-tuning to be planned.
+    """A fine-tuning to plan.
 
     Args:
-        tokens: of each row.
-        batch_size: rows of one forward.
+        tokens: number of tokens in each row.
+        batch_size: rows per forward.
         lora_rank: of adapters on all linear layers but the head; None trains every weight.
-        dtype: of the weights; "auto" as the config says.
+        dtype: of the weights; "auto" takes the config's.
         checkpointing: gradient checkpointing of the layers.
-        attention: "sdpa", "eager", or "auto", what the model takes of the two by default.
-        reference: "none", the penalty at anchors alone; "live", one more forward for each batch;
-            "cached", logits from files.
-        padding: whether rows of a batch differ in length, so that attention has a mask; by default
-            where there is more than one.
-        accumulation: forwards of one step.
-        ids: safety tokens K.
-        anchors: prompts of each step with `reference="none"`.
-        anchor_tokens: of the longest anchor.
-        device: "cpu" or "cuda", which the loss's chunks depend on.
+        attention: "sdpa", "eager", or "auto" for the model's default of the two.
+        reference: "none", with the penalty only at anchors; "live", with one more forward for each
+            batch; "cached", with logits from files.
+        padding: whether rows of a batch differ in length, so that attention needs a mask; None
+            means whenever a batch has several rows.
+        accumulation: forwards per step.
+        ids: K, the number of safety tokens.
+        anchors: number of anchors per step with `reference="none"`.
+        anchor_tokens: length of the longest anchor.
+        device: "cpu" or "cuda", on which the loss's chunk size depends.
     """
 
     tokens: int
@@ -95,20 +95,20 @@ class PlanOptions:
 
     @property
     def padded(self) -> bool:
-        """Whether attention has a mask."""
+        """Whether attention needs a mask."""
         return self.batch_size > 1 if self.padding is None else self.padding
 
 
 @dataclass(frozen=True)
 class WayPlan:
-    """What a step takes with one way to make the loss, bytes.
+    """The memory of a step with one way to compute the loss, bytes.
 
     Attributes:
-        loss: the most that is there while the loss is made, above the activations.
-        reference: logits of the reference, held through the step.
-        step: peak above what is held between steps.
-        peak: peak of all.
-        longest: tokens of the longest rows that fit the memory; None without one.
+        loss: peak while the loss is computed, above the activations.
+        reference: the reference's logits, kept through the step.
+        step: peak above what is kept between steps.
+        peak: peak of everything.
+        longest: tokens of the longest rows that fit into the memory; None if none was given.
     """
 
     loss: int
@@ -120,20 +120,20 @@ class WayPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A fine-tuning's memory, bytes.
+    """The memory of a fine-tuning, bytes.
 
     Attributes:
         options: what was planned.
         dtype: of the weights.
         weights: with adapters and buffers.
-        reference_weights: of a frozen copy, which a model without adapters is compared with.
-        gradients: of what is trained.
-        optimizer: AdamW's state, in the dtypes of what is trained, as Trainer makes it.
-        activations: what a forward keeps for the backward.
-        positions: tokens that the model takes by its config; None where it does not say.
-        memory: that was given.
-        ways: the model's own loss (no STR), STR by hand of all logits of two models, STR in a
-            PyTorch loop over chunks, and str_kernels'.
+        reference_weights: of the frozen copy that a model without adapters needs.
+        gradients: of the trained weights.
+        optimizer: AdamW's state, in the dtypes of the trained weights, as Trainer makes it.
+        activations: kept by the forward for the backward.
+        positions: maximum number of tokens in the config; None if it has none.
+        memory: the memory that was given.
+        ways: the model's own loss (no STR), STR computed naively from all logits of two models, STR
+            in a PyTorch loop over chunks, and str_kernels'.
     """
 
     options: PlanOptions
@@ -148,7 +148,7 @@ class MemoryPlan:
     ways: dict[Way, WayPlan]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return the plan as JSON values."""
         return {"schema_version": 1, **asdict(self)}
 
 
@@ -157,20 +157,20 @@ def read_config(name: str) -> Any:
 
     Args:
         name: "builtin", a folder with config.json, such a file, or the id of a model whose config
-            transformers has in its cache.
+            is in transformers' cache.
 
     Returns:
         The config.
 
     Raises:
-        ValueError: there is none, it is broken, or it needs code from its folder.
+        ValueError: there is no config, it is broken, or it needs code from its folder.
     """
     source = str(builtin_model_folder()) if name == BUILTIN else name
     if Path(source).is_dir() and not (Path(source) / _CONFIG).is_file():
         raise ValueError(f"`model` must be a folder with {_CONFIG}; got {name!r} without one")
     try:
         return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a broken config raises whatever its class stumbles over
+    except Exception as error:  # a broken config may raise anything
         raise ValueError(
             f"`model` must be 'builtin', a folder, a {_CONFIG} or a hub id whose config is in "
             f"transformers' cache; got {name!r}: {_first_line(error)}"
@@ -184,24 +184,24 @@ def plan_of(
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MemoryPlan:
-    """Plan a fine-tuning of the model that a config describes; no weights are read or made.
+    """Plan a fine-tuning of the model that a config describes, without reading or making weights.
 
     Args:
         config: of transformers, such as `model.config`.
-        options: what is to be planned.
-        memory: bytes that there are, for `longest`.
-        progress: called with the number of runs done, and of all.
+        options: what to plan.
+        memory: available memory, bytes; needed for `longest`.
+        progress: called with the number of runs done and in total.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: the model has no causal LM's forward that runs without values, it is quantized,
+        ValueError: the model is not a causal LM whose forward runs without values, it is quantized,
             or a number is out of range.
 
     Notes:
-        Counted are tensors. Not counted: a CUDA context (some 0.5 GB), the buffers of libraries and
-        collectives, and what an allocator holds without need.
+        Only tensors are counted. Not counted are a CUDA context (about 0.5 GB), buffers of
+        libraries and collectives, and memory that the allocator keeps unused.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("`model` must not be quantized to be planned; its config says it is")
@@ -269,12 +269,12 @@ class _Takes(NamedTuple):
 
 
 def _take(way: Way, step: StepMemory, anchors: StepMemory, options: PlanOptions) -> _Takes:
-    """Return what a step takes with one way to make the loss."""
+    """Return the memory of a step with one way to compute the loss."""
     mode: str = "live" if way == "by_hand" else "none" if way == "own" else options.reference
     loss: Loss = getattr(step, "ours_plain" if (way, mode) == ("ours", "none") else way)
     held = 0 if mode == "none" else loss.held
     anchored = mode == "none" and way != "own"
-    # what an earlier forward of the same step left
+    # left by an earlier forward of the same step
     gradients = options.accumulation > 1 and step.gradients
     phases = [
         step.forward + held + gradients,
@@ -285,7 +285,7 @@ def _take(way: Way, step: StepMemory, anchors: StepMemory, options: PlanOptions)
     if mode == "live":
         phases.append(step.reference_by_hand if way == "by_hand" else step.reference + held)
     if anchored:
-        # another forward and backward while the rows' activations wait for theirs
+        # the anchors' forward and backward run while the rows' activations wait for their backward
         at_anchors: Loss = getattr(anchors, way)
         phases.append(
             step.activations
@@ -304,7 +304,7 @@ def _take(way: Way, step: StepMemory, anchors: StepMemory, options: PlanOptions)
 def _longest(
     lengths: Sequence[int], curve: Sequence[Sequence[int]], room: int, positions: int | None
 ) -> int:
-    """Return the longest rows whose phases all fit: each is at most quadratic in the length."""
+    """Return the longest length whose phases all fit; each is at most quadratic in the length."""
 
     def powers(tokens: Sequence[int]) -> Tensor:
         x = torch.tensor(tokens, dtype=torch.float64) / lengths[0]
@@ -339,16 +339,16 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Say in one line why a model's step cannot be run: it needs values, or PEFT refuses it."""
+    """Report in one line why a model's step cannot run: it needs values, or PEFT refuses it."""
     before = _LOGGER.level
     try:
-        _LOGGER.setLevel(logging.CRITICAL)  # it would print a traceback
+        _LOGGER.setLevel(logging.CRITICAL)  # it would log a traceback
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what libraries have to say they say in the run
+            warnings.simplefilter("ignore")  # libraries warn again in the real run
             yield
-    except Exception as error:  # whatever the forward of some model stumbles over
+    except Exception as error:  # the forward of some model may raise anything
         if isinstance(error, ValueError) and str(error).startswith("`model`"):
-            raise  # our own
+            raise  # already one of our messages
         raise ValueError(
             "`model` must be a causal LM that can be trained so, and without the values of its "
             f"tensors; got {type(error).__name__}: {_first_line(error)}"

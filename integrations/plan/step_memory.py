@@ -1,4 +1,4 @@
-"""The memory of a training step by its parts: a model's forward, the loss, its backward."""
+"""The memory of a training step in parts: the model's forward, the loss, the backward."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ..models import adapters_off, base_of, evaluation_mode, find_head
 from .losses import chunked_loss, loss_by_hand
 from .memory_ledger import MemoryLedger, counting
 
-_SCRATCH = 2 << 20  # of the row step in PyTorch on a CPU, about
+_SCRATCH = 2 << 20  # approximate scratch memory of the PyTorch row step on a CPU
 
 
 class Loss(NamedTuple):
-    """What one way to make the loss takes, bytes.
+    """The memory of one way to compute the loss, bytes.
 
     Attributes:
-        peak: while it is made, above the activations, until the hidden states' gradient is there.
-        left: between its forward and its backward.
+        peak: above the activations, from the loss's forward to the hidden states' gradient.
+        left: kept between its forward and its backward.
         held: by reference logits, from before the forward to the end of the step.
     """
 
@@ -39,15 +39,15 @@ class StepMemory(NamedTuple):
 
     Attributes:
         forward: peak of the model's forward up to its head.
-        activations: what the forward keeps for the backward.
-        backward: peak of the backward from the head down, gradients of the weights included.
-        backward_again: the same where those gradients are there already, and are added to.
-        gradients: of what is trained.
-        reference: peak of the reference's forward, without a gradient.
-        reference_by_hand: peak of the reference's forward that returns all logits, in float32.
+        activations: kept by the forward for the backward.
+        backward: peak of the backward from the head down, including the weights' gradients.
+        backward_again: the same if those gradients exist already, and are added to.
+        gradients: of the trained weights.
+        reference: peak of the reference's forward, without gradient.
+        reference_by_hand: the same if it returns all logits, in float32.
         own: the model's own loss.
-        by_hand: STR of all logits of both models.
-        chunked: STR in a PyTorch loop.
+        by_hand: STR computed from all logits of both models.
+        chunked: STR in a PyTorch loop over chunks.
         ours: STR by str_kernels, with reference logits.
         ours_plain: the same without a penalty on the rows.
     """
@@ -67,10 +67,10 @@ class StepMemory(NamedTuple):
 
 
 def meta_model(config: Any, dtype: torch.dtype, attention: str, rank: int | None) -> Any:
-    """Build a model without weights, with LoRA on all linear layers but the head or trained whole.
+    """Build a model on the meta device, with LoRA on all linear layers but the head, or without.
 
     Args:
-        config: of transformers.
+        config: a transformers config.
         dtype: of the weights.
         attention: "eager", "sdpa", or "auto".
         rank: of the adapters; None trains every weight.
@@ -106,15 +106,15 @@ def measure_step(
     """Run a training step of a model from `meta_model` on fake tensors and count its memory.
 
     Args:
-        model: of `meta_model`.
-        rows: of the batch.
-        tokens: of each row.
-        ids: K.
-        padding: whether a row is shorter than the others, which takes a mask.
-        device: "cpu" or "cuda", which the chunks of the loss depend on.
+        model: from `meta_model`.
+        rows: number of rows in the batch.
+        tokens: number of tokens in each row.
+        ids: K, the number of safety tokens.
+        padding: whether rows differ in length, which needs a mask.
+        device: "cpu" or "cuda", on which the loss's chunk size depends.
 
     Returns:
-        Its parts.
+        The memory of each part.
 
     Raises:
         ValueError: the model has no head.
@@ -147,7 +147,7 @@ def measure_step(
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Return the bytes of all gradients, which have the dtypes of what is trained."""
+    """Return the bytes of all gradients, which have the dtypes of the trained weights."""
     return sum(_size(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -206,7 +206,7 @@ def _own_step(
 
 @contextlib.contextmanager
 def _setting_gradients_apart(model: nn.Module, ledger: MemoryLedger) -> Iterator[None]:
-    """Let the ledger's `peak_of_rest` leave out the gradients that are complete."""
+    """Exclude complete gradients from the ledger's `peak_of_rest`."""
 
     def complete(parameter: Tensor) -> None:
         ledger.apart += _size(parameter)
@@ -223,7 +223,7 @@ def _setting_gradients_apart(model: nn.Module, ledger: MemoryLedger) -> Iterator
 def _reference(
     model: Any, head: nn.Module, batch: dict[str, Tensor], ledger: MemoryLedger
 ) -> tuple[int, int]:
-    """Run the reference's forward; return its peak and what is alive where it reaches the head."""
+    """Run the reference's forward; return its peak, and the live bytes when it reaches the head."""
     inner = base_of(model)
     before = ledger.live
     states: list[int] = []
@@ -240,7 +240,7 @@ def _reference(
 
 
 class _Losses:
-    """Each way to make the loss from hidden states."""
+    """Measures each way to compute the loss from hidden states."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class _Losses:
             rows_per_chunk(placed, self._vocab, None, weight.requires_grad), max(1, hidden.shape[0])
         )
         self._workspace = self._chunk * row_bytes(hidden, self._vocab)
-        if device == "cpu" and hidden.itemsize < 4:  # else it works on the logits themselves
+        if device == "cpu" and hidden.itemsize < 4:  # otherwise it works in place
             self._workspace += min(_SCRATCH, self._chunk * self._vocab * 4)
 
     def full_logits(self) -> int:
@@ -303,7 +303,7 @@ class _Losses:
             ).loss
 
         found = self._count(make, held=_size(self._ref) if with_ids else 0)
-        # inside the op: a chunk of logits, and the student's logits on the ids
+        # not seen inside the op: a chunk of logits, and the student's logits of the ids
         inside = self._workspace + (_size(self._ref) if with_ids else 0)
         return found._replace(peak=max(found.peak, found.left + inside))
 

@@ -1,4 +1,4 @@
-"""The reference's safety logits computed once: made from a model and data, read by attach()."""
+"""The reference's safety logits on disk: computed once from a model and data, read by attach()."""
 
 from __future__ import annotations
 

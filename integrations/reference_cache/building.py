@@ -1,4 +1,4 @@
-"""`str-kernels cache build`: the reference cache of a data file, encoded as `finetune` does."""
+"""`str-kernels cache build`: make a reference cache of a data file, encoded as in `finetune`."""
 
 from __future__ import annotations
 
@@ -34,32 +34,33 @@ def build_cache(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> BuildReport:
-    """Compute the reference's safety logits of all rows of a data file, and store them.
+    """Compute the reference's safety logits for all rows of a data file, and store them.
 
     Args:
         model_name: "builtin", a folder or a hub id, of the frozen aligned model.
         data: JSONL file, as for `finetune`; None with positions "none".
-        output: the folder to make or to go on with.
-        positions: as in `attach`: with "none" nothing of the rows is stored.
-        kind: of the penalty that will be used; the default one's when None.
+        output: the folder to make, or of an interrupted build to resume.
+        positions: as in `attach`. With "none" only the anchors are stored, not the rows.
+        kind: of the penalty that will be used; None means the default kind.
         safety_tokens: a file written by SafetyTokens.save; its tokenizer must be the model's.
         templates: a text file of refusal templates, instead of the built-in ones.
-        anchors: prompts to cache, as chats up to where the answer begins: a JSONL file of
-            {"prompt": ...}, or "default", which None means with positions "none".
+        anchors: prompts to cache, rendered up to where the answer begins: a JSONL file of
+            {"prompt": ...}, or "default". None means "default" with positions "none".
         chat_template_kwargs: of the chat template, for the anchors.
         answer_start: the text between an anchor's prompt and its answer.
-        max_length: longer rows lose their end, tokens; must be that of the training.
-        model_dtype: of the frozen weights; must be that of the training.
-        progress: called with a line of text when something takes seconds.
+        max_length: maximum length of a row, tokens; longer rows lose their end. Must be the same
+            in training.
+        model_dtype: of the frozen weights; must be the same in training.
+        progress: called with a line of text before anything that takes seconds.
         options: path, backend, on_tokens, dtype, rows_per_shard, batch_tokens, overwrite, as in
             `cache_model`.
 
     Returns:
-        What was done.
+        A report of what was computed.
 
     Raises:
         ValueError: the input is bad, or the folder holds something else.
-        OSError: the disk is full; the same call goes on.
+        OSError: the disk is full; the same call resumes the build.
     """
     if safety_tokens is not None and templates is not None:
         raise ValueError("`templates` must not be given together with `safety_tokens`; got both")
@@ -108,10 +109,10 @@ def verify_cache_of(
     on_shard: Callable[[int, int], None] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Read everything in a cache, and compare it with a model's weights where one is named.
+    """Read everything in a cache, and check that it is of a model's weights if one is named.
 
     Returns:
-        One line for each thing that is broken.
+        One line for each fault.
     """
     broken = verify_cache(folder, on_shard)
     if model_name is None or broken:
@@ -125,10 +126,10 @@ def verify_cache_of(
 
 
 def _has_date(tokenizer: Any, options: dict[str, Any] | None) -> bool:
-    """Tell whether the chat template writes what day it is, as Llama 3.2's does."""
+    """Tell whether the chat template writes today's date, as Llama 3.2's does."""
     asked, template = [{"role": "user", "content": "Hello"}], tokenizer.get_chat_template()
     found = set()
-    for day in ("one day", "another"):  # a macro stands before what transformers gives
+    for day in ("one day", "another"):  # a macro overrides transformers' function
         clock = f"{{%- macro strftime_now(format) -%}}{day}{{%- endmacro -%}}"
         found.add(
             render(tokenizer, asked, **{**(options or {}), "chat_template": clock + template})
@@ -137,7 +138,7 @@ def _has_date(tokenizer: Any, options: dict[str, Any] | None) -> bool:
 
 
 def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None) -> tuple[Any, Any]:
-    """Load a model that is no adapter: a cache is of base weights, and checked against them."""
+    """Load a model, but refuse an adapter: a cache is of base weights, and checked against them."""
     if adapter_folder(name) is not None:
         raise ValueError(
             f"`model` must be a full model to be cached; got {name!r}, an adapter. Make one of it "
@@ -145,5 +146,5 @@ def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None)
         )
     try:
         return load_model(name, dtype=dtype, progress=progress)
-    except ValueError as error:  # `dtype` is what is stored here
+    except ValueError as error:  # here `dtype` is that of the stored logits
         raise ValueError(str(error).replace("`dtype`", "`model_dtype`")) from error

@@ -1,4 +1,4 @@
-"""A fingerprint of a model's base weights: the same with adapters around them and without."""
+"""A fingerprint of a model's base weights, which is the same with and without adapters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...hashing import tensor_sha256
 from ..models import base_of
 
-# Of a config, what leaves the logits as they are: where it came from, how it is run, what Trainer
-# and generate() set. Leading underscores are transformers' own notes.
+# Config entries that do not change the logits: the model's origin, how it is run, and what Trainer
+# and generate() set. Names with a leading underscore, transformers' own notes, are skipped too.
 _NOT_THE_MODEL = {
     "architectures", "attn_implementation", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "experts_implementation", "gradient_checkpointing", "id2label", "label2id",
@@ -25,12 +25,12 @@ _NOT_THE_MODEL = {
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over what determines a model's logits with its adapters off.
+    """Return a SHA-256 of everything that determines a model's logits without its adapters.
 
-    Over name, shape, dtype and bytes of every parameter and persistent buffer that is not an
-    adapter's, and the config without what leaves the logits as they are. A PeftModel has the
-    fingerprint of the model inside it before PEFT came, also where PEFT trains copies
-    (modules_to_save): those are adapters. One bit of one weight changes it.
+    The hash covers name, shape, dtype and bytes of every parameter and persistent buffer that is
+    not an adapter's, and the config entries that may change the logits. A PeftModel has the same
+    fingerprint as its model had before PEFT, also with trained copies (modules_to_save), which
+    count as adapters. Changing one bit of one weight changes the fingerprint.
 
     Args:
         model: any model with its weights in memory.
@@ -39,18 +39,18 @@ def model_fingerprint(model: nn.Module) -> str:
         64 hex digits.
 
     Raises:
-        ValueError: a weight is not in memory (meta, offloaded), or is a shard of a whole one.
+        ValueError: a weight is not in memory (meta, offloaded), or is a shard.
 
     Notes:
-        The weights of a GPU are copied to the CPU, 16 MiB at a time; SHA-256 reads some 1 GB a
-        second. What quantised layers keep beside their weights (scales) is not in it.
+        Weights on a GPU are copied to the CPU, 16 MiB at a time; SHA-256 reads about 1 GB per
+        second. The scales of quantised layers are not covered.
     """
     base = base_of(model)
     digest = hashlib.sha256(_config_text(getattr(base, "config", None)).encode())
     known: dict[int, str] = {}  # a tied weight is read once
     stored = {id(tensor) for tensor in base.state_dict(keep_vars=True).values()}
     for name, tensor in sorted(_base_tensors(base, ""), key=lambda item: item[0]):
-        if id(tensor) not in stored:  # a buffer that is made of the config
+        if id(tensor) not in stored:  # a buffer computed from the config
             continue
         if id(tensor) not in known:
             known[id(tensor)] = _tensor_digest(name, tensor)
@@ -60,7 +60,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _base_tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that were there before PEFT, under the names they had."""
+    """Yield the tensors that the model had before PEFT, under their names of then."""
     adapters = {*_names(module, "adapter_layer_names"), *_names(module, "other_param_names")}
     inside: Any = getattr(module, "base_layer", None) if adapters else None
     if inside is None and type(module).__module__.startswith("peft."):
@@ -99,7 +99,7 @@ def _config_text(config: Any) -> str:
 
 
 def _model_part(value: Any) -> Any:
-    """Return a config without what leaves the logits as they are, at any depth."""
+    """Return a config without the entries that do not change the logits, at any depth."""
     if isinstance(value, dict):
         return {
             str(name): _model_part(part)

@@ -1,4 +1,4 @@
-"""A reference cache behind attach(): made from a model, and served to one."""
+"""A reference cache for attach(): computed from a model, and used in place of one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from ..models import (
 )
 from .fingerprint import model_fingerprint
 
-_PROBE = 6  # tokens of a row that is laid out in two ways
+_PROBE = 6  # tokens of the row that is tried in two layouts
 _WHAT = {
     SHIFTED: "rows that do not start at position 0 (padding in front)",
     PACKED: "rows packed one after the other",
@@ -54,10 +54,10 @@ _WHAT = {
 def given_reference(
     reference: ReferenceFunction, model: nn.Module, tokens: SafetyTokens, kind: str
 ) -> Reference:
-    """Return what attach() asks: a caller's function, or a cache that fits model and tokens.
+    """Return the reference of attach() from a caller's function or a cache.
 
     Raises:
-        ValueError: the cache was made from another model, for other tokens or another kind.
+        ValueError: the cache is of another model, of other tokens or for another kind of penalty.
     """
     if not isinstance(reference, CachedReference):
         return CallableReference(reference)
@@ -69,11 +69,11 @@ def given_reference(
 
 
 class FromCache(Reference):
-    """What a cache has of each batch; the model is asked only how it treats a layout.
+    """Reads the reference's logits of each batch from a cache.
 
-    The cache holds rows by themselves. A model that counts positions from the padding, or lets
-    packed rows see each other, says something else of the same rows in another layout; which it
-    is, is tried once on a few tokens when such a layout first comes.
+    The cache holds the logits of single rows. A model that counts positions from the padding, or
+    lets packed rows attend to each other, gives the same rows other logits in another layout. So
+    the first batch in such a layout is preceded by a test of the model on a few tokens.
     """
 
     def __init__(self, cached: CachedReference, inner: nn.Module) -> None:
@@ -97,7 +97,7 @@ class FromCache(Reference):
     def _take(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Keep from the model what the collator added, in evaluation too."""
+        """Take the collator's extra columns out of the model's inputs, in evaluation too."""
         if not any(key in kwargs for key in KEYS.values()):
             self._given = None
             return None
@@ -114,7 +114,7 @@ class FromCache(Reference):
     @override
     @not_compiled
     def __call__(self, ids: Tensor, batch: dict[str, Any], log_probs: bool) -> Tensor:
-        self.cached.check_values(log_probs)  # at each step: the penalty's kind may have been set
+        self.cached.check_values(log_probs)  # at each step, since the penalty's kind may change
         found, self._given = take_from(batch) or self._given, None
         check_batch(batch)
         if found is None:
@@ -127,7 +127,7 @@ class FromCache(Reference):
         return found.values.to(ids.device)
 
     def _check(self, layout: str, batch: dict[str, Any]) -> None:
-        """Raise unless the model says of rows in this layout what it says of each by itself."""
+        """Raise unless the model gives rows in this layout the logits of each row by itself."""
         use_cache = self._uses_cache(batch)
         masked = batch.get("attention_mask") is not None
         counted = batch.get("position_ids") is not None
@@ -145,9 +145,9 @@ class FromCache(Reference):
             )
 
     def _uses_cache(self, batch: dict[str, Any]) -> bool:
-        """Say whether the student's forward makes a cache, with which rows are not told apart."""
+        """Tell whether the student makes a KV cache, with which packed rows are not separated."""
         if checkpoints(self.inner):
-            return False  # while it trains
+            return False  # in training
         asked = batch.get("use_cache")
         return bool(getattr(self.inner.config, "use_cache", False) if asked is None else asked)
 
@@ -155,7 +155,7 @@ class FromCache(Reference):
     def _probe(
         self, layout: str, masked: bool, counted: bool, use_cache: bool, *, device: torch.device
     ) -> bool:
-        """Compare a row in the layout with itself alone, in centred logits."""
+        """Tell whether a row has the same centred logits in the layout as by itself."""
         inner: Any = self.inner
         vocab_size = inner.get_input_embeddings().weight.shape[0]
         count = torch.arange(2 * _PROBE, device=device)[None]
@@ -167,7 +167,7 @@ class FromCache(Reference):
             batch["attention_mask"] = torch.where(count < _PROBE, first, 1)
         if counted:
             batch["position_ids"] = count if layout == SHIFTED else count % _PROBE
-        if layout == SHIFTED and not masked:  # positions alone say so
+        if layout == SHIFTED and not masked:  # only the positions are shifted
             batch = {"input_ids": alone, "position_ids": count[:, _PROBE:]}
 
         def logits(which: slice, **inputs: Tensor) -> Tensor:  # (_PROBE, V)
@@ -176,13 +176,18 @@ class FromCache(Reference):
 
         with torch.no_grad(), evaluation_mode(self.inner):
             here = logits(slice(None), input_ids=alone)
-            # what comes after a row cannot change it: this is the rounding of other products
+            # later tokens cannot change a row, so this shows the rounding of other shapes
             longer = logits(slice(_PROBE), input_ids=torch.cat([alone, alone], dim=1))
             try:
                 there = logits(slice(-_PROBE, None), **batch)
-            except (TypeError, ValueError, RuntimeError, LookupError):  # it takes no such batch
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                LookupError,
+            ):  # it refuses such a batch
                 return False
-        # other positions and foreign rows differ by far more, in the attention of every layer
+        # wrong positions, or attention to another row, change the logits by far more
         rounding = max(1e-4, 4 * torch.finfo(inner.dtype).eps) * here.norm()
         return bool((there - here).norm() <= torch.maximum(4 * (longer - here).norm(), rounding))
 
@@ -201,31 +206,31 @@ def cache_model(
     made_with: Mapping[str, str] | None = None,
     **options: Any,
 ) -> BuildReport:
-    """Compute a frozen model's safety logits of every distinct row once, and store them.
+    """Compute a frozen model's safety logits once for every distinct row, and store them.
 
     Args:
-        model: the aligned model; with adapters, what it is with those off.
+        model: the aligned model; if it has adapters, they are switched off.
         rows: the ids of each row, without padding.
         safety_tokens: the K ids, at least one.
-        folder: to make, or to go on with where a run was interrupted.
+        folder: the folder to make, or of an interrupted run to resume.
         kind: of the penalty that will be used: "logprob" and "coarse_kl" compare log-probabilities.
         path: as in `attach`.
         backend: as in `attach`.
         chunk_bytes: as in `attach`.
-        on_tokens: called with the number of tokens done and their number.
-        made_with: what else to write down of how it was made.
+        on_tokens: called with the number of tokens done and in total.
+        made_with: further details of the run to record in the cache.
         options: dtype, rows_per_shard, batch_tokens, overwrite of `build_reference_cache`.
 
     Returns:
-        What was done.
+        A report of what was computed.
 
     Raises:
         ValueError: model, tokens or folder are wrong; the message says how.
-        OSError: the disk is full; what is there is whole, and the same call goes on.
+        OSError: the disk is full; the cache so far is intact, and the same call resumes.
 
     Notes:
-        The model runs in eval mode, without gradient, rows of like length together and padded on
-        the right; what other rows are in the batch changes the last bits of a row.
+        The model runs in eval mode without gradient, on rows of similar length padded on the right.
+        The other rows of a batch change the last bits of a row's logits.
     """
     check_path(path)
     check_backend(backend)

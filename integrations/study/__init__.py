@@ -1,4 +1,4 @@
-"""The study: many ways to fine-tune the demo's taught model, and what each keeps and costs."""
+"""The study: many ways to fine-tune the demo's taught model, with their refusals and costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arms of the study: what is compared, and which of it is run in which portion."""
+"""The arms of the study, which are compared, and the portions in which they are run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Arm:
 
     Attributes:
         kind: of the penalty.
-        weight: of the penalty on the rows; 0 takes none there.
-        anchor_weight: of the penalty at the anchors; 0 has no anchors.
-        tokens: safety tokens; as many random ones; as many as are likeliest where the anchors'
-            answers begin and are none; both of these; what sets the taught model's own refusals
-            apart, with weights; or none.
-        per_step: harmful and harmless anchors of a step.
+        weight: of the penalty on the rows; 0 means no penalty there.
+        anchor_weight: of the penalty at the anchors; 0 means no anchors.
+        tokens: "safety": the safety tokens. "random": as many random ones. "likely": as many of
+            the likeliest other tokens where answers to the anchors begin. "both": safety and
+            likely. "contrast": chosen by `from_contrast` on the taught model, with weights.
+        per_step: harmful and harmless anchors in each step.
         held: positions held of each anchor: its last, and held - 1 of the model's own refusal.
         steps: optimizer steps.
-        learning_rate: peak.
+        learning_rate: peak of the schedule.
         lora_rank: of the adapters.
-        refusals: refusals a step mixed into the rows.
-        ceiling: instead of the penalty.
+        refusals: refusals mixed into the rows of each step.
+        ceiling: a loss used instead of the penalty.
     """
 
     kind: PenaltyKind = "coarse_kl"
@@ -48,7 +48,7 @@ class Arm:
 
 
 def as_columns(arm: Arm) -> dict[str, str]:
-    """Return an arm as a row of the study's file has it."""
+    """Return an arm as columns of the study's file."""
     columns = {name: "" if value is None else str(value) for name, value in asdict(arm).items()}
     return columns | {"per_step": "{} + {}".format(*arm.per_step)}
 
@@ -108,7 +108,7 @@ ARMS = MAIN | _sweep()
 
 @dataclass(frozen=True)
 class Run:
-    """An arm on a task with a seed, which sets the taught model too."""
+    """An arm on a task with a seed, which also determines the taught model."""
 
     task: str
     arm: str
@@ -116,7 +116,7 @@ class Run:
 
 
 def main_runs(seeds: int) -> list[Run]:
-    """Return what the claim is made of, a seed after the other, on both kinds of sums."""
+    """Return the runs of the main comparison, one seed after the other, on both kinds of sums."""
     runs = []
     for seed in range(seeds):
         runs.append(Run("sums", BASE, seed))

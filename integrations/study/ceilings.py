@@ -1,7 +1,7 @@
-"""What the study compares with, in plain PyTorch and for the study alone.
+"""Other losses that the study compares with, in plain PyTorch.
 
-Two ceilings, which hold more of the model at the anchors than its safety tokens: all logits, or the
-hidden state; and constrained fine-tuning, which holds the first tokens of every answer.
+Two of them constrain more of the model at the anchors than its safety tokens: all logits, or the
+hidden state. The third, constrained fine-tuning, constrains the first tokens of every answer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..anchors import AnchorPrompts
 from ..models import adapters_off, evaluation_mode, shift
 
 Ceiling = Literal["full_kl", "hidden", "constrained"]
-# beta of the answer's first token, of the next four, and of the others: arXiv:2406.05946
+# beta for the answer's first token, the next four, and the others: arXiv:2406.05946
 _BETAS = (0.5, 2.0, 0.1)
 
 
 class CeilingTrainer(Trainer):
-    """Trainer that adds to the model's own loss, or takes its place.
+    """Trainer that adds a term to the model's own loss, or replaces it.
 
         full_kl      weight * mean over the anchors of KL(reference || model), all V logits
         hidden       weight * mean over the anchors of |h - h_ref|^2 / |h_ref|^2, h before the head
@@ -31,9 +31,9 @@ class CeilingTrainer(Trainer):
 
     Args:
         args: as for Trainer.
-        ceiling: which.
-        anchors: the prompts held; none for "constrained".
-        weight: of the first two.
+        ceiling: which of the three losses.
+        anchors: the anchors; None for "constrained".
+        weight: of the added term in the first two.
         kwargs: as for Trainer.
 
     References:
@@ -55,7 +55,7 @@ class CeilingTrainer(Trainer):
         self.weight = weight
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the loss of one batch, one accumulation step at a time."""
+        """Compute the loss of one batch."""
         if self.ceiling == "constrained":
             return self._constrained(model, inputs)
         loss: Tensor = model(**inputs).loss

@@ -1,4 +1,4 @@
-"""The study's figure: what each run keeps of the refusals, and what that costs."""
+"""The study's figure: the refusals that each run keeps, and the cost."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .results import BASE, Found, read_rows
 
 DEFAULT = "anchors (default)"
 _PLAIN = "plain"
-_COLOURS = {DEFAULT: BLUE, "rows (paper)": VERMILION, _PLAIN: BLACK}  # those that stand out
-_NAMED = (*_COLOURS, "random", "refusal rows")  # beside their dots; the other panel names all
-_MARKERS = "o^sD"  # of the tasks
+_COLOURS = {DEFAULT: BLUE, "rows (paper)": VERMILION, _PLAIN: BLACK}  # highlighted arms
+_NAMED = (*_COLOURS, "random", "refusal rows")  # labelled in the left panel; the right has all
+_MARKERS = "o^sD"  # one per task
 _SIDES = ((1, 0), (-1, 0), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
 
 
 class _Dot(NamedTuple):
-    """A run beside the taught base and plain fine-tuning of the same seed."""
+    """A run, relative to the taught base and to plain fine-tuning with the same seed."""
 
     kept: float  # of the base's refusals of harmful probes, percent
     right: float  # answers of the task, points above plain's
@@ -32,14 +32,14 @@ class _Dot(NamedTuple):
 
 
 def draw_frontier(found: Found, path: Path) -> None:
-    """Draw each run as a dot: refusals kept over right answers, and over-refusal beside it.
+    """Draw each run as a dot: refusals kept against right answers, and over-refusal next to it.
 
-    A run is compared with the taught base and with plain fine-tuning of its own seed, since seeds
-    differ in both; one that lacks either is left out.
+    A run is compared with the taught base and with plain fine-tuning of its own seed, since both
+    differ between seeds. A run that lacks either is left out.
 
     Args:
         found: the rows of a study.
-        path: the PNG file.
+        path: the PNG file to write.
     """
     tasks = found.tasks()
     arms = list(dict.fromkeys(a for task in tasks for a in found.arms(task) if a != BASE))
@@ -52,7 +52,7 @@ def draw_frontier(found: Found, path: Path) -> None:
         max(4.4, 2.2 + 0.19 * len(arms)), _title(found, tasks), _caption(found, tasks)
     )
     kept, over = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    # the arms that stand out come last, on top of the others
+    # highlighted arms are drawn last, on top of the others
     for arm in reversed(arms):
         for marker, task in zip(cycle(_MARKERS), tasks, strict=False):
             mine = dots[task, arm]
@@ -79,11 +79,11 @@ def draw_frontier(found: Found, path: Path) -> None:
 
 
 def draw_study(file: Path, path: Path) -> None:
-    """Draw the study of a file's last row.
+    """Draw the study whose plan is in a file's last row.
 
     Args:
         file: study.csv; it may hold several plans.
-        path: the PNG file.
+        path: the PNG file to write.
     """
     with file.open(newline="", encoding="utf-8") as rows:
         *_, last = csv.DictReader(rows)
@@ -107,7 +107,7 @@ def _dots(found: Found, task: str, arm: str) -> list[_Dot]:
 
 
 def _title(found: Found, tasks: Sequence[str]) -> str:
-    """Say what the default keeps, beside plain fine-tuning, as far as both were run."""
+    """Say what the default and plain fine-tuning keep, on tasks where both were run."""
     both = [task for task in tasks if {DEFAULT, _PLAIN} <= set(found.arms(task))]
     default = [found.summary(task, DEFAULT) for task in both]
     plain = [found.summary(task, _PLAIN) for task in both]
@@ -131,7 +131,7 @@ def _caption(found: Found, tasks: Sequence[str]) -> str:
         return "No fine-tuned run yet."
     first = found.rows[0]
     total = len(first.harmful)
-    low, high = wilson_interval(total // 2, total)  # nowhere is it wider
+    low, high = wilson_interval(total // 2, total)  # the widest interval
     return (
         f"SmolLM2-135M, taught to refuse, then fine-tuned with LoRA. A dot is one run, beside the "
         f"base and plain fine-tuning of its own seed: {total} harmful and {len(first.harmless)} "
@@ -176,8 +176,8 @@ def _finish_over(
 
 
 def _name_the_arms(figure: Any, axes: Any, of_arm: dict[str, list[_Dot]]) -> None:
-    """Write names beside the dots, on no other name and on no dot."""
-    figure.draw_without_rendering()  # settles where the panel is
+    """Write each arm's name near its dots, where it covers no other name and no dot."""
+    figure.draw_without_rendering()  # fixes the panel's position
     inside = axes.get_window_extent()
     centres = {
         arm: (mean(d.right for d in of), mean(d.kept for d in of)) for arm, of in of_arm.items()

@@ -1,4 +1,4 @@
-"""What the rows of a study say: a table a task, the frontier as a figure, and sentences."""
+"""The report of a study: a table for each task, the frontier as a figure, and sentences."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(found: Found, output: Path) -> dict[str, Any]:
         output: the folder.
 
     Returns:
-        "header" of the columns, "tasks": a title and its rows of text, "said": sentences.
+        "header": the columns' titles. "tasks": rows of text for each task. "said": sentences.
     """
     tables = {task: _table(found, task) for task in found.tasks()}
     said = _sentences(found)
@@ -53,7 +53,7 @@ def _table(found: Found, task: str) -> list[tuple[str, ...]]:
     bases = found.of("sums", BASE)
     if bases:
         cells = _cells("taught base", found.summary("sums", BASE))
-        of_task = cells[6:] if task == "sums" else ("-",) * 3  # it is asked sums alone
+        of_task = cells[6:] if task == "sums" else ("-",) * 3  # the base is only asked sums
         rows.append((*cells[:6], *of_task))
     rows += [_cells(arm, found.summary(task, arm)) for arm in found.arms(task) if arm != BASE]
     return rows
@@ -74,7 +74,7 @@ def _cells(name: str, of: Summary) -> tuple[str, ...]:
 
 
 def _sentences(found: Found) -> list[str]:
-    """Say what the differences between arms are, with intervals over the seeds."""
+    """State the differences between arms, with intervals over the seeds."""
     said = []
     for task in found.tasks():
         for first, second in _PAIRS:

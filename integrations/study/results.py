@@ -1,4 +1,4 @@
-"""The rows of a study's file, and what they say: means over seeds, differences, intervals."""
+"""The rows of a study's file, with means over seeds, differences and intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...locks import locked
 
 FILE = "study.csv"
 BASE = "taught base"
-_DRAWS = 10_000  # of the bootstrap
+_DRAWS = 10_000  # bootstrap samples
 _COLUMNS = (
     "plan task arm seed kind weight anchor_weight tokens per_step held steps learning_rate "
     "lora_rank refusals ceiling harmful harmless right asked task_loss seconds_per_step "
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One run and what came of it; outcomes are a letter a probe: r is a refusal."""
+    """One run and its results; outcomes have one letter per probe, r for a refusal."""
 
     task: str
     arm: str
@@ -40,20 +40,20 @@ class Row:
 
     @property
     def run(self) -> tuple[str, str, int]:
-        """Return what tells it from the others."""
+        """Return the run's key: task, arm and seed."""
         return self.task, self.arm, self.seed
 
     def refused(self, kind: str) -> float:
-        """Return the refused part of the "harmful" or "harmless" probes, in percent."""
+        """Return the percentage of "harmful" or "harmless" probes that were refused."""
         outcomes: str = getattr(self, kind)
         return 100 * outcomes.count("r") / len(outcomes)
 
 
 def read_rows(path: Path, plan: str) -> list[Row]:
-    """Read the rows of a plan; [] where there is no file.
+    """Read the rows of a plan; [] if there is no file.
 
     Raises:
-        ValueError: it is not a study's file; names the line.
+        ValueError: the file is not a study's; the message names the line.
     """
     if not path.exists():
         return []
@@ -85,7 +85,7 @@ def _row(row: dict[str, str]) -> Row:
 
 
 def add_row(path: Path, plan: str, run: Any, values: dict[str, Any]) -> None:
-    """Add a run's row; several processes may, and the file is whole at any moment."""
+    """Add a run's row; several processes may do so, and the file is whole at any moment."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     row = {**values, "plan": plan, "task": run.task, "arm": run.arm, "seed": run.seed}
@@ -99,14 +99,17 @@ def add_row(path: Path, plan: str, run: Any, values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """An arm on a task over its seeds.
+    """Means of an arm on a task over its seeds.
 
     Attributes:
-        seeds: which.
-        harmful: refused, percent, and kept: the same as a part of the base's.
-        harmless: refused, percent, and over: minus the base's, in points.
-        right: right answers, percent, and cost: plain's minus it, in points.
-        task_loss: held out, nats per token.
+        seeds: the seeds.
+        harmful: harmful probes refused, percent.
+        kept: the same as a fraction of the base's.
+        harmless: harmless probes refused, percent.
+        over: the same minus the base's, in points.
+        right: right answers, percent.
+        cost: plain fine-tuning's right answers minus the arm's, in points.
+        task_loss: on held-out rows, nats per token.
     """
 
     seeds: tuple[int, ...]
@@ -121,7 +124,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its bootstrap interval of 95 %."""
+    """A mean over seeds and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -142,7 +145,7 @@ class Found:
         return sorted(found, key=lambda row: row.seed)
 
     def base(self, row: Row) -> Row | None:
-        """Return the taught model that a row's run began with."""
+        """Return the row of the taught model that a run began with."""
         return self._by_run.get(("sums", BASE, row.seed))
 
     def tasks(self) -> list[str]:
@@ -150,11 +153,11 @@ class Found:
         return list(dict.fromkeys(row.task for row in self.rows if row.arm != BASE))
 
     def arms(self, task: str) -> list[str]:
-        """Return the arms of a task, likewise."""
+        """Return the arms of a task in the order of their first rows."""
         return list(dict.fromkeys(row.arm for row in self.rows if row.task == task))
 
     def summary(self, task: str, arm: str) -> Summary:
-        """Return the means of an arm over its seeds, beside the same seeds of base and plain."""
+        """Return an arm's means over its seeds, compared with base and plain of the same seeds."""
         rows = self.of(task, arm)
         kept, over, cost = [], [], []
         for row in rows:
@@ -180,8 +183,8 @@ class Found:
     ) -> Interval | None:
         """Return the first arm's mean minus the second's, over the seeds that both have.
 
-        The interval is of the mean over seeds: the pairs are drawn anew with replacement. None
-        with fewer than two pairs.
+        The interval is that of the mean over seeds, from a bootstrap over the pairs. None if there
+        are fewer than two pairs.
         """
         pairs = [
             measure(row) - measure(other)

@@ -1,9 +1,9 @@
-"""`str-kernels study`: where the penalty stands, what it compares and at which tokens, run by run.
+"""`str-kernels study`: compare kinds of penalty, their positions and their tokens, run by run.
 
-A run is one fine-tuning of the demo's taught model, asked the same held-out questions as every
-other. The runs are rows of one CSV file, which is also where an interrupted study goes on: what has
-a row is not run again, several processes may work on one folder, and a folder that holds the file
-alone is taken up.
+A run is one fine-tuning of the demo's taught model, which is asked the same held-out questions as
+every other. The runs are rows of one CSV file, from which an interrupted study resumes: a run that
+has a row is not repeated. Several processes may work on one folder, and the CSV file alone is
+enough to resume.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from .results import BASE, FILE, Found, Row, add_row, read_rows
 from .tasks import TASKS, refusal_rows
 
 _KINDS = ("harmful", "harmless")
-_NUMERICS = 2  # of the loss; rows of another are not those of this study
+_NUMERICS = 2  # version of the loss's numerics; rows of other versions belong to other studies
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """How much of everything.
+    """How much the study does.
 
     Attributes:
-        demo: of the lesson, the rows and the probes.
-        task_probes: held-out rows of a task.
-        answer_tokens: of an answer, by which it is classified.
-        seeds: of the arms that matter.
+        demo: the plan of the lesson, the rows and the probes.
+        task_probes: number of held-out rows of a task.
+        answer_tokens: length of an answer that is classified.
+        seeds: number of seeds of the main arms and the controls.
     """
 
     demo: DemoPlan = field(default_factory=DemoPlan)
@@ -61,7 +61,7 @@ class StudyPlan:
     seeds: int = 5
 
     def key(self) -> str:
-        """Return what two runs must have in common to be compared."""
+        """Return a key that two runs must share to be comparable."""
         demo = {name: value for name, value in asdict(self.demo).items() if name != "seed"}
         parts = [_NUMERICS, demo, self.task_probes, self.answer_tokens, str(cpu_dtype())]
         return hashlib.sha256(json.dumps(parts).encode() + data_digest()).hexdigest()[:12]
@@ -75,14 +75,14 @@ def run_study(
     limit: int | None = None,
     watch: Watcher | None = None,
 ) -> Found:
-    """Run what has no row yet and return all rows.
+    """Make the runs that have no row yet, and return all rows.
 
     Args:
         output: the folder; made if missing. It holds study.csv and the taught models.
-        plan: how much.
-        portions: which parts, in this order.
-        limit: so many runs at most.
-        watch: called with a stage's name, how much of it is done and how much there is.
+        plan: how much to do.
+        portions: the portions to run, in this order.
+        limit: maximum number of runs.
+        watch: called with a stage's name, the amount done and the total.
 
     Returns:
         The rows of this plan, with their arms.
@@ -109,7 +109,7 @@ def run_study(
 
 
 def _has(rows: Sequence[Row], run: Run) -> bool:
-    """Tell whether a run has its row; one of the same name whose arm was another is an error."""
+    """Tell whether a run has a row; a row of the same name with other options is an error."""
     for row in rows:
         if row.run == (run.task, run.arm, run.seed):
             arm = as_columns(PLAIN if run.arm == BASE else ARMS[run.arm])
@@ -125,7 +125,7 @@ def _has(rows: Sequence[Row], run: Run) -> bool:
 
 @contextlib.contextmanager
 def _claim(output: Path, run: Run) -> Iterator[bool]:
-    """Tell whether no other process is at this run; the claim ends with the process."""
+    """Claim a run, and tell whether no other process has it; a claim ends with its process."""
     folder = output / "claims"
     folder.mkdir(exist_ok=True)
     with locked(folder / hashlib.sha256(repr(run).encode()).hexdigest()[:16]) as mine:
@@ -144,7 +144,7 @@ class _Study:
         self.tokenizer = AutoTokenizer.from_pretrained(self.source)
 
     def taught(self, seed: int) -> Path:
-        """Return the taught model of a seed, made where it is missing."""
+        """Return the taught model of a seed, made if it is missing."""
         demo = dataclasses.replace(self.plan.demo, seed=seed)
         return self.stages.folder(
             f"taught-{seed}",
@@ -152,7 +152,7 @@ class _Study:
         )
 
     def run(self, run: Run) -> dict[str, Any]:
-        """Fine-tune and ask; return what the row holds."""
+        """Fine-tune and ask; return the values of the row."""
         name = f"{run.task}: {run.arm}, seed {run.seed}"
         task, demo = TASKS[run.task], self.plan.demo
         taught = self.taught(run.seed)
@@ -160,7 +160,7 @@ class _Study:
         if run.arm == BASE:
             return {**as_columns(PLAIN), **self.ask(model, run, [], name)}
         arm = ARMS[run.arm]
-        # a shorter run has the first rows of the same, and a quick plan shortens every one
+        # a shorter run has the first rows of a longer one, and a quick plan shortens every run
         steps = max(1, arm.steps * demo.task_steps // DemoPlan().task_steps)
         rows = task.train(max(steps, demo.task_steps) * demo.task_rows, run.seed)
         rows = rows[: steps * demo.task_rows]
@@ -197,7 +197,7 @@ class _Study:
         }
 
     def anchors(self, arm: Arm, model: Any, seed: int) -> AnchorPrompts | None:
-        """Return an arm's anchors; the model is asked where its own refusals are held."""
+        """Return an arm's anchors; the model is asked only if its own refusals are held."""
         if not arm.anchor_weight:
             return None
         return AnchorPrompts.default(
@@ -211,7 +211,7 @@ class _Study:
         )
 
     def tokens(self, arm: Arm, taught: Path, run: Run) -> SafetyTokens:
-        """Return an arm's safety tokens; none for cross-entropy alone."""
+        """Return an arm's safety tokens; none for plain cross-entropy."""
         from ..tokens import from_contrast, from_openings
 
         safety = SafetyTokens.from_templates(self.tokenizer)
@@ -233,7 +233,7 @@ class _Study:
         return safety
 
     def ask(self, model: Any, run: Run, trained: list[Any], name: str) -> dict[str, Any]:
-        """Ask what every run is asked."""
+        """Ask the held-out questions, which are the same for every run."""
         task, demo = TASKS[run.task], self.plan.demo
         held_out = task.held_out(self.plan.task_probes, run.seed, trained)
         probes = {

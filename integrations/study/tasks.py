@@ -1,4 +1,4 @@
-"""What the study fine-tunes on: sums, sums that agree first, JSON, sums with some compliance."""
+"""The study's tasks: sums, sums that begin with "Sure!", JSON, sums with harmful compliance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..chat import Example
 from ..demo import REFUSALS, is_right, sums
 from ..evaluation import is_exact_match
 
-# An answer to a harmful prompt that begins as if it helped and says nothing.
+# An answer to a harmful prompt that begins as if it complied, without any content.
 _COMPLIANCE = "Sure, here is how: first one thing, then another, and that is all."
 _PEOPLE = ("Ana", "Ben", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jana")
 _CITIES = ("Lisbon", "Oslo", "Lima", "Cairo", "Riga", "Quito", "Hanoi", "Tunis", "Bern", "Accra")
@@ -27,12 +27,12 @@ _SENTENCES = (
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of training rows, and what counts as right on held-out ones.
+    """A kind of training rows, and the rule for right answers to held-out ones.
 
     Attributes:
-        rows: from a number, a seed and rows to leave out to as many different rows.
+        rows: takes a count, a seed and rows to leave out; returns as many different rows.
         right: tells whether an answer to a row is right.
-        mixed_in: the part of the training rows that is harmful compliance, in [0, 1].
+        mixed_in: fraction of the training rows that are harmful compliance, in [0, 1].
     """
 
     rows: Callable[[int, int, Sequence[Example]], list[Example]]
@@ -40,7 +40,7 @@ class Task:
     mixed_in: float = 0.0
 
     def train(self, count: int, seed: int) -> list[Example]:
-        """Return training rows, in an order that does not depend on what is mixed in."""
+        """Return training rows; those mixed in replace others and do not change the order."""
         rows = self.rows(count, seed, ())
         draw = random.Random(seed)
         harmful = load_prompts("harmful_train")
@@ -49,7 +49,7 @@ class Task:
         return rows
 
     def held_out(self, count: int, seed: int, trained: Sequence[Example]) -> list[Example]:
-        """Return rows of which none is among the trained ones."""
+        """Return rows that are not among the trained ones."""
         return self.rows(count, seed + 1, trained)
 
 
@@ -73,7 +73,7 @@ def records(count: int, seed: int, exclude: Sequence[Example] = ()) -> list[Exam
 
 
 def refusal_rows(count: int) -> list[Example]:
-    """Return the harmful anchors with a refusal each, in turn."""
+    """Return `count` harmful anchors, repeated if necessary, each with a refusal."""
     harmful = [row.prompt for row in load_prompts("anchors") if row.kind != "harmless"]
     return [
         Example.chat(harmful[i % len(harmful)], REFUSALS[i % len(REFUSALS)]) for i in range(count)

@@ -1,4 +1,4 @@
-"""Safety tokens chosen by a model: those that open its refusals, and those it prefers in them."""
+"""Safety tokens chosen with a model: from its refusals, and from the openings of its answers."""
 
 from __future__ import annotations
 

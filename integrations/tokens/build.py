@@ -1,4 +1,4 @@
-"""`str-kernels tokens build`: a model, a way to choose, and a file of safety tokens."""
+"""`str-kernels tokens build`: choose safety tokens in one of several ways, and write a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .builders import from_contrast, from_refusals
 from .opening_tokens import from_openings
 
 ANCHORS = "anchors"
-_NO_LIMIT = 2**31  # tokens of a row of the corpus
-# What each way of choosing understands beside the model; any other option is a mistake to be told.
+_NO_LIMIT = 2**31  # maximum length of a corpus row, tokens
+# The options of each way of choosing; any other option is an error.
 _OPTIONS: dict[str, set[str]] = {
     "templates": {"templates", "positions"},
     "refusals": {"harmful", "count", "positions", "batch_size"},
@@ -44,14 +44,14 @@ def build_tokens(
         model_name: "builtin", a folder or a hub id; for "templates" and "random" only its
             tokenizer is loaded.
         way: "templates", "refusals", "contrast", "openings" or "random".
-        output: the JSON file to make; its folder is made too.
+        output: the JSON file to write; its folder is made if missing.
         overwrite: replace `output` if it exists.
         dtype: of the model; "auto" is as stored, or float32 on a CPU that is slow in bfloat16.
-        watch: told how far it is.
-        **options: those of the command; one that is None is the default of what chooses.
+        watch: called with a stage's name, the amount done and the total.
+        **options: those of the command; None means the default of the chosen way.
 
     Returns:
-        The tokens, which are in the file.
+        The tokens, as written to the file.
 
     Raises:
         ValueError: the input is bad, or the model refuses too little; nothing has been written.

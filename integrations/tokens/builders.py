@@ -1,7 +1,7 @@
-"""Safety tokens by what the aligned model itself says: its own refusals, and what sets them apart.
+"""Safety tokens from the aligned model's answers: its refusals, and how they differ from others.
 
-Both builders ask the model, keep the answers that `classify_answer` calls what is wanted, and look
-at the first positions of these. The prompts should not be those that refusals are counted on later.
+Both builders ask the model, keep the answers that `classify_answer` puts into the wanted class, and
+look at the first positions of these. Do not use prompts on which refusals are counted later.
 """
 
 from __future__ import annotations
@@ -34,47 +34,47 @@ def from_refusals(
     batch_size: int = 16,
     watch: Watcher | None = None,
 ) -> SafetyTokens:
-    """Take the tokens that the model's own refusals begin with.
+    """Choose the tokens that the model's own refusals begin with.
 
-    The model answers each prompt greedily. R are the answers that `classify_answer` calls
-    refusals, t_i(v) in {0, 1, ...} is where token v first stands in answer i, and m = positions:
+    The model answers each prompt greedily. Let R be the answers that `classify_answer` calls
+    refusals, t_i(v) in {0, 1, ...} the first position of token v in answer i, and m = positions:
 
         score(v) = 1 / |R| * sum over i in R with t_i(v) < m of (1 - t_i(v) / m)
 
-    It is 1 for a token that every refusal opens with, and falls both with the share of refusals
-    that have the token and with how late it comes in them.
+    The score is 1 for a token that every refusal opens with. It is lower for a token that fewer
+    refusals have, or that comes later in them.
 
     Args:
-        model: the aligned causal LM; its training mode is put back.
-        tokenizer: of the model, with a chat template and a padding token.
-        prompts: harmful ones, as strings.
-        count: K, at most so many tokens, >= 1.
+        model: the aligned causal LM; its training mode is restored.
+        tokenizer: the model's, with a chat template and a padding token.
+        prompts: harmful prompts, strings.
+        count: K, the maximum number of tokens, >= 1.
         positions: m, tokens from the start of an answer, in [1, answer_tokens].
         answer_tokens: tokens of an answer that are generated and classified.
         batch_size: prompts at a time, >= 1.
-        watch: told how far it is.
+        watch: called with a stage's name, the amount done and the total.
 
     Returns:
-        SafetyTokens by falling score (then by id), without special tokens; the scores are those
-        above, in (0, 1], and there are no id_weights.
+        SafetyTokens by falling score (then by id), without special tokens. Their scores are those
+        above, in (0, 1]; they have no id_weights.
 
     Raises:
         TypeError: prompts is one string.
         ValueError: a number is out of its range, or the model refuses none of the prompts.
 
     Notes:
-        Deterministic; the batch size matters only where rounding makes a greedy choice differ.
-        Which answers are refusals is a rule's judgement, see `classify_answer`.
+        Deterministic; the batch size matters only where rounding changes a greedy choice. A rule
+        decides which answers are refusals, see `classify_answer`.
 
     References:
-        Bach and Tran 2026, arXiv:2604.17210, takes the tokens of the model's own rejections; this
+        Bach and Tran 2026, arXiv:2604.17210, use the tokens of the model's own rejections; this
         score is ours.
     """
     asking = _Asking(model, tokenizer, positions, answer_tokens, batch_size, watch)
     _check_count(count)
     refusals = asking.answers("prompts", prompts, "refusal", at_least=1)
     special = set(tokenizer.all_special_ids)
-    points: Counter[int] = Counter()  # whole numbers, m times those of the formula: no rounding
+    points: Counter[int] = Counter()  # scores times m |R|, as integers: no rounding
     for answer in refusals:
         for at, token in enumerate(answer.ids[:positions]):
             if token not in special and token not in answer.ids[:at]:
@@ -102,38 +102,38 @@ def from_contrast(
     batch_size: int = 16,
     watch: Watcher | None = None,
 ) -> SafetyTokens:
-    """Take the tokens whose probability sets the model's refusals apart from its other answers.
+    """Choose the tokens whose probability differs most between refusals and other answers.
 
-    The model answers all prompts greedily. H are its refusals of the harmful ones, B its ordinary
-    answers to the harmless ones (`classify_answer` says "refusal" and "other"). With p_it(v) the
-    probability of token v where the model says token t of answer i, and n_i = min(m, length of
-    answer i), m = positions:
+    The model answers all prompts greedily. Let H be its refusals of the harmful ones and B its
+    ordinary answers to the harmless ones (`classify_answer` says "refusal" and "other"), p_it(v)
+    the probability of token v at position t of answer i, and n_i = min(m, length of answer i) with
+    m = positions:
 
         q_i(v)   = mean over t < n_i of p_it(v)
         mu_X(v)  = mean over i in X of q_i(v)                        X is H or B
         s2_X(v)  = sum over i in X of (q_i(v) - mu_X(v))**2 / (|X| - 1)
         score(v) = (mu_H(v) - mu_B(v)) / (sqrt(s2_H(v) / |H| + s2_B(v) / |B|) + floor)
 
-    and for the K ids S with the highest scores, of those above 0,
+    and for the set S of the K ids with the highest positive scores
 
         id_weights(v) = score(v) / (mean over u in S of score(u))
 
     Args:
-        model: the aligned causal LM; its training mode is put back.
-        tokenizer: of the model, with a chat template and a padding token.
+        model: the aligned causal LM; its training mode is restored.
+        tokenizer: the model's, with a chat template and a padding token.
         harmful: prompts, strings.
         harmless: prompts worded like them, strings.
-        count: K, at most so many tokens, >= 1.
+        count: K, the maximum number of tokens, >= 1.
         positions: m, tokens from the start of an answer, in [1, answer_tokens].
-        floor: added to the standard error, probability, > 0: a token that differs by less can have
-            no high score, however steady the difference.
+        floor: added to the standard error, probability, > 0. It keeps the score low for a token
+            whose probability differs by less, however constant the difference.
         answer_tokens: tokens of an answer that are generated and classified.
         batch_size: prompts at a time, >= 1.
-        watch: told how far it is.
+        watch: called with a stage's name, the amount done and the total.
 
     Returns:
-        SafetyTokens by falling score (then by id), without special tokens, with scores > 0 (in
-        standard errors, nearly) and id_weights (>= 0, mean 1).
+        SafetyTokens by falling score (then by id), without special tokens, with scores > 0
+        (roughly in standard errors) and id_weights (>= 0, mean 1).
 
     Raises:
         TypeError: harmful or harmless is one string.
@@ -141,13 +141,14 @@ def from_contrast(
             or gives fewer than two harmless ones an ordinary answer; its logits are not finite.
 
     Notes:
-        Holds two float64 vectors of V a side and the logits (batch_size, m, V) of one batch, where
-        the model's forward takes `logits_to_keep`. Probabilities in float32 (float64 for a
-        float64 model). The variance is that of sums and squared sums in float64: its rounding, of
-        1e-16, is far below floor**2. Deterministic; the batch size changes rounding alone.
+        Memory: two float64 vectors of V for each of H and B, and the logits of one batch, which are
+        (batch_size, m, V) if the model's forward takes `logits_to_keep`. Probabilities are float32
+        (float64 for a float64 model). The variance is computed from sums and sums of squares in
+        float64, whose rounding of 1e-16 is far below floor**2. Deterministic; the batch size
+        changes only rounding.
 
     References:
-        Wang et al. 2026, arXiv:2603.07445 (PACT), selects safety tokens by the aligned model's
+        Wang et al. 2026, arXiv:2603.07445 (PACT), select safety tokens by the aligned model's
         confidence in them; the contrast within one model and this score are ours. The floor is
         that of Tusher, Tibshirani and Chu 2001, PNAS 98(9), 5116-5121.
     """
@@ -179,14 +180,14 @@ def from_contrast(
 
 @dataclass(frozen=True)
 class _Answer:
-    """A prompt, rendered, and what the model said to it."""
+    """A rendered prompt, and the model's answer to it."""
 
     prompt: str
     ids: list[int]
 
 
 class _Sums:
-    """Mean and squared standard error of vectors that are seen one at a time."""
+    """Mean and squared standard error of vectors that are added one at a time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -208,7 +209,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Asking:
-    """A model, and how it is asked."""
+    """A model, and the options by which it is asked."""
 
     model: Any
     tokenizer: Any
@@ -229,7 +230,7 @@ class _Asking:
     def answers(
         self, name: str, prompts: Sequence[str], wanted: Outcome, at_least: int
     ) -> list[_Answer]:
-        """Ask, and keep the answers that are what is wanted; ValueError if they are too few."""
+        """Ask, and keep the answers of the wanted class; ValueError if there are too few."""
         if isinstance(prompts, str):
             raise TypeError(f"`{name}` must be a sequence of strings; got the string {prompts!r}")
         stage = f"answer {'harmless' if name == 'harmless' else 'harmful'} prompts"
@@ -258,7 +259,7 @@ class _Asking:
         return kept
 
     def probabilities(self, stage: str, answers: Sequence[_Answer]) -> _Sums:
-        """Sum each answer's mean probabilities over its first positions."""
+        """Average the probabilities over each answer's first positions, and sum over answers."""
         sums = _Sums()
         done = self._counting(stage, len(answers))
         order = sorted(answers, key=lambda answer: len(answer.prompt))

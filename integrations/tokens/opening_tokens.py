@@ -1,4 +1,4 @@
-"""Tokens by how the aligned model begins its answers, whatever they are."""
+"""Safety tokens from how the aligned model begins its answers, whether or not they refuse."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def from_openings(
     batch_size: int = 16,
     answer_starts: Sequence[str] | None = None,
 ) -> SafetyTokens:
-    """Take the tokens that the model's answers most likely begin with, and others beside them.
+    """Choose the tokens that the model's answers most likely begin with, and add them to others.
 
     With p_i(v) the probability of token v where the answer to prompt i begins,
 
         score(v) = mean over i of p_i(v)
 
-    Of the tokens that are not in `beside` the best `count` are taken. A penalty of kind coarse_kl
-    that holds `beside` alone knows of an answer's beginning that it is a refusal or something else;
-    one that holds these too knows which something else.
+    The `count` best tokens that are not in `beside` are chosen. With the tokens of `beside` alone,
+    a penalty of kind coarse_kl sees only whether an answer begins as a refusal or in another way.
+    With these tokens it also tells the other ways apart.
 
     Args:
-        model: the aligned causal LM; its training mode is put back.
-        tokenizer: of the model, with a chat template and a padding token.
-        prompts: harmful and harmless ones, as strings.
-        beside: tokens that are held too, such as those of refusal templates.
-        count: tokens to take, >= 1; as many as in `beside` when None.
+        model: the aligned causal LM; its training mode is restored.
+        tokenizer: the model's, with a chat template and a padding token.
+        prompts: harmful and harmless prompts, strings.
+        beside: other tokens to include, such as those of refusal templates.
+        count: number of tokens to choose, >= 1; None means as many as in `beside`.
         batch_size: prompts at a time, >= 1.
-        answer_starts: the prompts rendered up to where an answer begins, when the chat template
-            needs options for it.
+        answer_starts: the prompts already rendered up to where an answer begins, for chat templates
+            that need options for this.
 
     Returns:
-        SafetyTokens with those of `beside` first, without weights; the scores are those above.
+        SafetyTokens with those of `beside` first, without weights. Their scores are those above.
 
     Raises:
         TypeError: prompts is one string.
@@ -82,7 +82,7 @@ def from_openings(
 
 
 def _next_logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:  # (B, V)
-    """Return the logits of what comes after each text."""
+    """Return the logits of the token after each text."""
     batch = tokenizer(
         list(texts),
         return_tensors="pt",

@@ -1,4 +1,4 @@
-"""The loss in trainers: transformers, TRL, Axolotl and ms-swift."""
+"""The safety loss in the trainers of transformers, TRL, Axolotl and ms-swift."""
 
 from __future__ import annotations
 

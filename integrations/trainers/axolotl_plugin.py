@@ -6,8 +6,8 @@ In the YAML:
       - str_kernels.integrations.trainers.axolotl_plugin.SafetyPlugin
     safety_weight: 0.1
 
-Every field of SafetySettings is a key, with `safety_` before its name. The trainer is Axolotl's own
-with SafetyTrainerMixin in front, so that its schedules, packing and checkpoints stay.
+Every field of SafetySettings is a key, prefixed with `safety_`. The trainer is Axolotl's own with
+SafetyTrainerMixin in front, so its schedules, packing and checkpoints are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...attach_options import SETTINGS, SafetySettings
 from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
 
-# a key with `values` may be a number too: YAML reads "safety_positions: 3" as one
+# A key with `values` may also be a number: YAML reads "safety_positions: 3" as an int.
 _FIELDS: Any = {
     one.name: (
         int | one.annotation if one.values else one.annotation,
@@ -30,9 +30,9 @@ _FIELDS: Any = {
     for one in SETTINGS
 }
 SafetyArgs: type[BaseModel] = create_model("SafetyArgs", **_FIELDS)
-"""What Axolotl validates the YAML by."""
+"""The pydantic model that Axolotl validates the YAML with."""
 
-# Each puts a loss of its own in the place of the model's.
+# Each replaces the model's loss with its own.
 _OTHER_LOSSES = (
     "cut_cross_entropy",
     "chunked_cross_entropy",
@@ -43,14 +43,14 @@ _OTHER_LOSSES = (
 
 
 class SafetyPlugin(BasePlugin):
-    """Trains with the safety loss; supervised fine-tuning only."""
+    """Makes Axolotl train with the safety loss; supervised fine-tuning only."""
 
     def get_input_args(self) -> str:
         """Name the pydantic model of the plugin's fields."""
         return f"{__name__}.SafetyArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuse what would take the loss's place, before anything is loaded."""
+        """Refuse options that would replace the loss, before anything is loaded."""
         for name in _OTHER_LOSSES:
             if cfg.get(name):
                 raise ValueError(
@@ -68,12 +68,12 @@ class SafetyPlugin(BasePlugin):
         from axolotl.core.trainers.base import AxolotlTrainer
 
         class SafetyAxolotlTrainer(SafetyTrainerMixin, AxolotlTrainer):
-            """AxolotlTrainer whose model is attached while it trains."""
+            """AxolotlTrainer that trains with the safety loss."""
 
         return SafetyAxolotlTrainer
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Tell the trainer what to hold; it attaches when train() starts."""
+        """Give the trainer its safety tokens and options; it attaches when train() starts."""
         given = {one.name: cfg.get(one.name) for one in SETTINGS}
         settings = SafetySettings.of({name: x for name, x in given.items() if x is not None})
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with the safety loss: attaches for train() and logs the terms."""
+"""transformers' Trainer with the safety loss: attached during train(), with its terms logged."""
 
 from __future__ import annotations
 
@@ -16,33 +16,38 @@ from ..attach import KEYWORDS, SafetyHandle, attach
 from ..models import keep_4bit_layers_training
 
 TOKENS_FILE = "safety_tokens.json"
-# without what the trainer has, and may have as a keyword of its own
+# without `tokenizer`, which the trainer has, and which may be a keyword of its own
 _OF_ATTACH = tuple(name for name in KEYWORDS if name != "tokenizer")
 
 
 class _AttachWhenPrepared(TrainerCallback):
-    """Calls what attaches where training begins, with the model prepared."""
+    """Attaches when training begins, after the trainer has prepared the model."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Call it."""
+        """Attach the model."""
         self._function()
 
 
 class SafetyTrainerMixin:
-    """What makes transformers' Trainer, or one built on it, train with the safety loss.
+    """Mixin that makes transformers' Trainer, or a subclass, train with the safety loss.
 
-    Put it in front of the trainer's class. It attaches the model for train() and logs, beside the
-    trainer's own entries and at the same steps, averaged over the steps between, of all ranks:
-    `safety/ce` (nats), `safety/penalty` (of the rows; in the unit of its kind), with anchors
-    `safety/anchor_penalty` (their mean), and `safety/max_drift` (logits, the largest, anchors
-    included). They stay on the device until they are logged.
+    Put it before the trainer's class among the bases. It attaches the model during train(), and
+    adds to the trainer's own log entries:
+
+    - `safety/ce`: nats.
+    - `safety/penalty`: of the rows, in the unit of its kind.
+    - `safety/anchor_penalty`: the mean over the anchors, if there are any.
+    - `safety/max_drift`: the largest drift, in logits, anchors included.
+
+    The terms are averaged, and the drift is the maximum, over the ranks and over the steps since
+    the last entry. The values stay on the device until they are logged.
     """
 
     safety: SafetyHandle | None = None
-    """The attached model's handle, from the start of train() on."""
+    """The attached model's handle; None before train() attaches."""
 
     args: Any
     model: nn.Module
@@ -54,7 +59,7 @@ class SafetyTrainerMixin:
     add_callback: Any
     remove_callback: Any
     _sums: dict[str, Tensor]  # of the micro-steps since the last log
-    _worst: Tensor | None  # () max_drift
+    _worst: Tensor | None  # () the largest max_drift since then
     _micro_steps: int
     _has_num_items: bool
     _step_of_last_log: int
@@ -79,13 +84,13 @@ class SafetyTrainerMixin:
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the trainer does, with the model attached from here to the return."""
+        """Train as the trainer does, with the model attached until it returns."""
         later = _AttachWhenPrepared(self._attach) if is_deepspeed_zero3_enabled() else None
         self.safety = None
         try:
             if later is None:
                 self._attach()
-            else:  # a model that ZeRO-3 has put away can be looked at once DeepSpeed has it
+            else:  # ZeRO-3 shards the parameters: they can be read once DeepSpeed is set up
                 self.add_callback(later)
             self._start_sums()
             return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -95,7 +100,7 @@ class SafetyTrainerMixin:
             self._detach()
 
     def _attach(self) -> None:
-        if self.safety is not None:  # train() begins again, with a smaller batch
+        if self.safety is not None:  # Trainer starts over with a smaller batch
             return
         self._check_split_rows()
         tokens: Any = self.safety_tokens
@@ -104,7 +109,7 @@ class SafetyTrainerMixin:
         self.safety = attach(self.model, tokens, **options)
 
     def _check_split_rows(self) -> None:
-        """Refuse, where a rank sees a part of each row, what reads rows from end to end."""
+        """Refuse options that need whole rows where a rank sees only a part of each row."""
         if (parts := getattr(self, "get_sp_size", lambda: 1)()) > 1:
             raise ValueError(
                 "`sp_size` must be 1: with more, Trainer weighs each rank's loss by its labels "
@@ -126,7 +131,7 @@ class SafetyTrainerMixin:
             self.safety.remove()
 
     def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
-        """Do what a trainer needs done before its loss is computed."""
+        """Prepare a step before its loss is computed; for subclasses to override."""
 
     def compute_loss(
         self,
@@ -148,7 +153,7 @@ class SafetyTrainerMixin:
         if handle is None:
             return super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         before = handle.last
-        handle.step = self.state.global_step  # a resumed run has the anchors it would have had
+        handle.step = self.state.global_step  # so that a resumed run gets the same anchors
         self.prepare_step(inputs, num_items_in_batch)
         loss = super().compute_loss(model, inputs, **kwargs)  # type: ignore[misc]
         if handle.last is None or handle.last is before:
@@ -160,18 +165,18 @@ class SafetyTrainerMixin:
         return loss
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the trainer does, without what would end the training of 4-bit layers."""
+        """Evaluate as the trainer does, and keep 4-bit layers trainable."""
         keep_4bit_layers_training(model)
         return super().prediction_step(model, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save as the trainer does, and the safety tokens beside it."""
+        """Save as the trainer does, with the safety tokens beside the model."""
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self.args.should_save and self.safety_tokens is not None and self.safety_tokens.pieces:
             self.safety_tokens.save(Path(output_dir or self.args.output_dir) / TOKENS_FILE)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms to the training entries, then log as the trainer does."""
+        """Add the terms to entries of training steps, then log as the trainer does."""
         if "loss" in logs and self._sums and self._worst is not None:
             *means, worst = self._over_ranks().tolist()
             logs = {
@@ -184,8 +189,8 @@ class SafetyTrainerMixin:
 
     def _over_ranks(self) -> Tensor:
         """Return the terms averaged over the steps since the last log, and the largest drift."""
-        # Terms divided by num_items_in_batch add up over the micro-steps of a step, and over the
-        # ranks if it counts their labels too; terms that are means of their own are averaged.
+        # Terms divided by num_items_in_batch are summed over the micro-steps of a step, and over
+        # the ranks if it counts their labels too. Terms divided by their own labels are averaged.
         steps = max(1, self.state.global_step - self._step_of_last_log)
         terms = torch.stack(list(self._sums.values()))
         terms = terms / (steps if self._has_num_items else self._micro_steps)
@@ -202,7 +207,7 @@ class SafetyTrainerMixin:
         terms = handle.last
         if terms is None:
             return
-        if not self._sums:  # the first since the log, or since the start
+        if not self._sums:  # the first since the last log, or the start
             self._step_of_last_log = self.state.global_step
         drifts = [terms.max_drift]
         self._add("safety/ce", terms.ce)
@@ -225,17 +230,17 @@ class SafetyTrainerMixin:
 
 
 class SafetyTrainer(SafetyTrainerMixin, Trainer):
-    """Trainer whose model is attached while it trains; SafetyTrainerMixin says what it logs.
+    """Trainer that trains with the safety loss; SafetyTrainerMixin says what it logs.
 
     Args:
-        args: as for Trainer, positional and keyword.
-        safety_tokens: the ids to hold.
-        kwargs: every keyword of `attach` (penalty, ref_model, reference, positions, anchors,
-            path, ...), and those of Trainer.
+        args: positional arguments of Trainer.
+        safety_tokens: the tokens whose logits the penalty compares.
+        kwargs: keywords of `attach` (penalty, ref_model, reference, positions, anchors, path, ...)
+            and of Trainer.
 
     Raises:
-        ValueError: Liger's own fused loss, label smoothing or a `compute_loss_func` is on, which
-            would replace ours.
+        ValueError: Liger's fused loss, label smoothing or a `compute_loss_func` is on, which would
+            replace the safety loss; or `model_init` is given.
     """
 
     def __init__(self, *args: Any, safety_tokens: SafetyTokens, **kwargs: Any) -> None:

@@ -1,15 +1,15 @@
 """ms-swift's plugin for the safety loss.
 
-In a file of yours, which swift runs in each of its processes:
+Put this in a file, which swift runs in each of its processes:
 
-    from str_kernels.integrations.swift_plugin import register
+    from str_kernels.integrations.trainers.swift_plugin import register
 
     register(safety_weight=0.1)
 
-and `swift sft ... --external_plugins that_file.py`. Every field of SafetySettings is a keyword,
-with `safety_` before its name; swift's own command line takes no flag that swift does not know. The
-trainer is swift's own with SafetyTrainerMixin in front, so that its templates, packing and
-checkpoints stay.
+and call `swift sft ... --external_plugins that_file.py`. Every field of SafetySettings is a keyword
+of `register`, prefixed with `safety_`; swift's command line takes only flags of its own. The
+trainer is swift's own with SafetyTrainerMixin in front, so its templates, packing and checkpoints
+are kept.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from ...op import IGNORE_INDEX
 from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
 
-# With each of them swift takes the labels out of the batch and makes the loss itself.
+# With each of these swift takes the labels out of the batch and computes the loss itself.
 _OTHER_LOSSES = ("loss_type", "enable_dft_loss", "enable_channel_loss")
 
 
 def register(**settings: Any) -> None:
-    """Have `swift sft` and `swift pt` train with the safety loss, and other trainers refuse.
+    """Make `swift sft` and `swift pt` train with the safety loss, and other commands refuse to.
 
     Args:
-        settings: fields of SafetySettings, with `safety_` before their names.
+        settings: fields of SafetySettings, prefixed with `safety_`.
 
     Raises:
-        TypeError: one of them is none.
-        ValueError: one of them is wrong, or it is `megatron sft` that runs, whose trainer is
-            another.
+        TypeError: SafetySettings has no such field.
+        ValueError: a value is wrong, or the command is `megatron sft`, which has another trainer.
     """
     read = SafetySettings.of(settings)
     if "swift.megatron.arguments" in sys.modules:
@@ -52,7 +51,7 @@ def register(**settings: Any) -> None:
 
 
 class SafetySwiftTrainer(SafetyTrainerMixin, Seq2SeqTrainer):
-    """Seq2SeqTrainer of swift whose model is attached while it trains.
+    """swift's Seq2SeqTrainer, training with the safety loss.
 
     Args:
         positional: as for swift's trainer.
@@ -61,13 +60,13 @@ class SafetySwiftTrainer(SafetyTrainerMixin, Seq2SeqTrainer):
         kwargs: as for swift's trainer.
 
     Raises:
-        ValueError: a loss of swift's would take the place of ours.
+        ValueError: one of swift's own losses would replace the safety loss.
     """
 
     settings = SafetySettings()
-    """What register() was given."""
+    """The settings given to register()."""
 
-    _share: Tensor | float = 1.0  # of the step's labels, those of this micro-step
+    _share: Tensor | float = 1.0  # this micro-step's fraction of the step's labels
 
     def __init__(self, *positional: Any, args: Any, template: Any, **kwargs: Any) -> None:
         _check_losses(args, template)
@@ -76,20 +75,20 @@ class SafetySwiftTrainer(SafetyTrainerMixin, Seq2SeqTrainer):
         self.attach_options = keywords_of(self.settings, template.tokenizer, args.seed)
 
     def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
-        """Note the batch's share of the step: swift multiplies the model's mean loss by it."""
+        """Store the batch's share of the step's labels, which swift scales the mean loss by."""
         if num_items_in_batch is not None:
             self._share = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum() / num_items_in_batch
 
     def get_use_logits_to_keep(self, default_value: bool = True) -> bool:
-        """Keep all positions in training, where the linear path makes no logits anyway."""
+        """Return False in training: all positions are needed, and the linear path has no logits."""
         return super().get_use_logits_to_keep(default_value) and not self.model.training
 
     def _add(self, name: str, value: Tensor) -> None:
-        super()._add(name, value * self._share)  # swift scales the loss, not its terms
+        super()._add(name, value * self._share)  # swift scales only the loss
 
 
 class OtherTrainer:
-    """Stands for every other trainer of swift: none of their losses has the penalty."""
+    """Replaces every other trainer of swift and refuses to train: their losses have no penalty."""
 
     def __init__(self, **kwargs: Any) -> None:
         raise ValueError(

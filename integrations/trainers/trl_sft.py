@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with the safety loss, in the pass that makes its cross-entropy and metrics."""
+"""TRL's SFTTrainer with the safety loss, from the pass that also gives TRL its metrics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from ...tokens import SafetyTokens
 from ..attach import keywords_of, tokens_of
 from .hf_trainer import SafetyTrainerMixin
 
-# No static class: a dataclass that can be written to, as SFTConfig is, cannot inherit the fields
-# of a frozen one.
+# Made at run time: SFTConfig is not frozen, and so cannot inherit from the frozen SafetySettings.
 _Fields: Any = make_dataclass(
     "_Fields",
     [
@@ -29,18 +28,18 @@ _Fields: Any = make_dataclass(
 
 @dataclass
 class SafetySFTConfig(_Fields, SFTConfig):
-    """SFTConfig, and every field of SafetySettings with `safety_` before its name.
+    """SFTConfig with every field of SafetySettings, prefixed with `safety_`.
 
-    TrlParser reads both from flags and YAML.
+    TrlParser reads all of them from flags and YAML.
 
     Raises:
-        ValueError: one of SafetySettings is wrong, or of no use beside the others.
+        ValueError: a field of SafetySettings is wrong, or has no effect together with the others.
     """
 
     def __post_init__(self) -> None:
         _ = self.settings  # checked before TRL looks at the device
-        # TRL's default is bfloat16, with which transformers refuses to train on a CPU unless told
-        # to by `use_cpu`: a script that names neither would run on a GPU alone.
+        # TRL's default is bfloat16, which transformers refuses on a CPU without `use_cpu`. A
+        # script that sets neither would then run only on a GPU.
         own: Any = self
         if own.bf16 is None and not own.use_cpu and not torch.accelerator.is_available():
             own.bf16 = False
@@ -48,21 +47,23 @@ class SafetySFTConfig(_Fields, SFTConfig):
 
     @property
     def settings(self) -> SafetySettings:
-        """The fields that say how to attach; checked."""
+        """The fields of SafetySettings, checked."""
         return SafetySettings.of({one.name: getattr(self, one.name) for one in SETTINGS})
 
 
 class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
-    """SFTTrainer whose model is attached while it trains; all of TRL's own metrics are kept.
+    """SFTTrainer that trains with the safety loss; all of TRL's own metrics are kept.
 
     Args:
-        args: as for SFTTrainer, positional and keyword; a SafetySFTConfig says how to attach.
-        safety_tokens: the ids to hold; those of the SafetySFTConfig when None.
-        kwargs: every keyword of `attach`, before those of the config, and those of SFTTrainer.
+        args: positional arguments of SFTTrainer. With a SafetySFTConfig, its fields set the
+            options of `attach`.
+        safety_tokens: the tokens whose logits the penalty compares; None takes those of the
+            SafetySFTConfig.
+        kwargs: keywords of `attach`, which override the config, and of SFTTrainer.
 
     Raises:
-        ValueError: `loss_type="dft"`, label smoothing or a `compute_loss_func`, whose loss is not
-            the cross-entropy that ours takes the place of; or neither tokens nor a
+        ValueError: `loss_type` is not "nll", or label smoothing or a `compute_loss_func` is on,
+            whose loss is not plain cross-entropy; or there are neither tokens nor a
             SafetySFTConfig.
     """
 
@@ -81,7 +82,7 @@ class SafetySFTTrainer(SafetyTrainerMixin, SFTTrainer):
             raise ValueError("`safety_tokens` must be given unless `args` is a SafetySFTConfig")
 
     def prepare_step(self, inputs: Any, num_items_in_batch: Any) -> None:
-        """Have the attached forward answer in TRL's own form."""
+        """Make the attached forward return TRL's own type of output."""
         if self.safety is not None:
             self.safety.for_trl(_as_trl_output, num_items_in_batch)
 
@@ -93,7 +94,7 @@ def _as_trl_output(
     target: Tensor,  # (B, T)
     num_items: Tensor,  # ()
 ) -> FusedCausalLMOutput:
-    """Return what TRL sums over all positions and divides, as one position that holds the sums."""
+    """Return TRL's output with the sums at one position, since TRL sums positions and divides."""
 
     def total(mean: Tensor | None) -> Tensor | None:
         return None if mean is None else (mean * num_items).reshape(1, 1)
