@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from str_kernels.atomic import replacing
+from str_kernels.files.atomic import replacing
 
 from .steps.providers import version_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import check_output, replacing_folder
+from ..files import check_output, replacing_folder
 from .anchors import read_prompts
 from .chat import render_prompts
 from .loading import (

@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from ..atomic import replacing
 from ..evals import printable
+from ..files import replacing
 
 _WIDTH = 8.0  # inches; a README shows it at about 800 pixels, so 8 points are 11 pixels
 _DPI = 200

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .child_process import in_child
+from .files import in_child
 from .op import safety_linear_cross_entropy
 
 _STATUS = Path("/proc/self/status")

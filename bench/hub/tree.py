@@ -20,7 +20,7 @@ import typer
 
 import str_kernels
 from str_kernels import op
-from str_kernels.atomic import check_output, replacing_folder
+from str_kernels.files.atomic import check_output, replacing_folder
 
 _MARKER = "hub"
 _PROJECT = Path(__file__).with_name("project")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from str_kernels.child_process import in_child
+from str_kernels.files.child_process import in_child
 from str_kernels.loss_memory import measure_peak
 
 from ..inputs import draw_inputs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from matplotlib.ticker import StrMethodFormatter
 
-from str_kernels.child_process import ChildFailed, in_child
+from str_kernels.files.child_process import ChildFailed, in_child
 from str_kernels.integrations.figures import (
     BLACK,
     BLUE,

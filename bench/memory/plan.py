@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from str_kernels.child_process import in_child
+from str_kernels.files.child_process import in_child
 from str_kernels.integrations.plan.planner import MemoryPlan, PlanOptions, plan_of, read_config
 
 from ..results import ROOT, Row, origin

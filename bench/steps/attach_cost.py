@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from str_kernels import AnchorPrompts, SafetyTokens, attach
-from str_kernels.child_process import in_child
+from str_kernels.files.child_process import in_child
 from str_kernels.integrations.anchors.prompts import AnchorRow
 from str_kernels.integrations.loading.builtin_model import builtin_model_folder
 from str_kernels.integrations.models.loss_paths import HeadPath

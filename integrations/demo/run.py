@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...atomic import write_json
+from ...files import Watcher, write_json
 from ...loss_memory import measure_loss_memory
-from ...stages import Watcher
 from ...tokens import SafetyTokens
 from .figure import draw_comparison
 from .report import comparison

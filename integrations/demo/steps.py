@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ... import __version__
 from ...evals import RefusalCounts, data_digest, evaluate_refusals, load_prompts
+from ...files import Stages, Watcher
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
-from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import Example, answer_prompts, encode_examples

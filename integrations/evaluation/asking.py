@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ...evals import DriftStatistics, Judge, Outcome, as_verdict, refusal_rule, wilson_interval
-from ...stages import Stages, Watcher
+from ...files import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..chat import (
     Answer,

@@ -20,7 +20,7 @@ from ...evals import (
     printable,
     wilson_interval,
 )
-from ...hashing import json_sha256
+from ...files import json_sha256
 from .options import KEPT_TOKENS, KINDS
 from .run import EVAL_FILE, SCHEMA_VERSION
 

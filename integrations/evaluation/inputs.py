@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evals import read_prompt_rows
-from ...hashing import file_sha256, json_sha256, tensor_bytes
+from ...files import file_sha256, json_sha256, tensor_bytes
 from ...tokens import SafetyTokens, tokenizer_hash
 from ..loading import (
     ADAPTER_CONFIG,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...atomic import check_output, replacing_folder, write_text
+from ...files import check_output, replacing_folder, write_text
 from .compare import JUDGE, compare_runs, read_runs
 from .document import Block, Heading, Paragraph, Picture, Table, to_markdown
 from .figures import draw_drift, draw_refusals

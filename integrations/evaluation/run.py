@@ -11,11 +11,16 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...atomic import check_output, replacing_folder, write_json
 from ...evals import UNJUDGED, Judge, RefusalCounts, counts_of, judged_counts
-from ...hashing import json_sha256
-from ...stages import Stages, Watcher
-from ...text_files import read_text_file
+from ...files import (
+    Stages,
+    Watcher,
+    check_output,
+    json_sha256,
+    read_text_file,
+    replacing_folder,
+    write_json,
+)
 from ...tokens import SafetyTokens
 from ..chat import read_examples
 from .asking import AskedModel

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 from typing_extensions import override
 
-from ...atomic import write_json, write_text
+from ...files import write_json, write_text
 from ...reference_cache import CachedReference
 from ...tokens import SafetyTokens
 from ..attach import tokens_of

@@ -14,9 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...atomic import check_output, mark_folder, move_folder, write_json
-from ...hashing import MANIFEST, fault_of, write_manifest
-from ...locks import holder, locked
+from ...files import (
+    MANIFEST,
+    check_output,
+    fault_of,
+    holder,
+    locked,
+    mark_folder,
+    move_folder,
+    write_json,
+    write_manifest,
+)
 
 RUN = "run"
 """The marker of a finished run's folder, see `atomic`."""

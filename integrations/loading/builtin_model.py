@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...hashing import file_sha256
+from ...files import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 

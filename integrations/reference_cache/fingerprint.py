@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...hashing import tensor_sha256
+from ...files import tensor_sha256
 from ..models import base_of
 
 # Config entries that do not change the logits: the model's origin, how it is run, and what Trainer

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...atomic import write_text
+from ...files import write_text
 from .frontier import DEFAULT, draw_frontier
 from .results import BASE, Found, Interval, Row, Summary
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ...atomic import write_text
-from ...locks import locked
+from ...files import locked, write_text
 
 FILE = "study.csv"
 BASE = "taught base"

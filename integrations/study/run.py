@@ -23,10 +23,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ...evals import data_digest, evaluate_refusals, load_prompts
-from ...locks import locked
+from ...files import Stages, Watcher, locked
 from ...loss_memory import cpu_dtype
 from ...op import SafetyPenalty
-from ...stages import Stages, Watcher
 from ...tokens import SafetyTokens
 from ..anchors import AnchorPrompts
 from ..chat import answer_prompts, encode_examples

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...evals import read_prompt_rows
+from ...files import Watcher
 from ...loss_memory import cpu_dtype
-from ...stages import Watcher
 from ...tokens import SafetyTokens
 from ..chat import encode_examples, read_examples
 from ..loading import load_model, load_tokenizer

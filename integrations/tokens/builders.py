@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...evals import Outcome, classify_answer
+from ...files import Watcher
 from ...op import accumulation_dtype
-from ...stages import Watcher
 from ...tokens import SafetyTokens
 from ..chat import answer_ids, render_prompts
 from ..models import base_of, contiguous_head_input, evaluation_mode

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..text_files import is_text, read_text_file
+from ..files import is_text, read_text_file
 
 PROMPT_SETS = ("harmful_train", "benign_train", "harmful_probes", "benign_probes", "anchors")
 

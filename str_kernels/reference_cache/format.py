@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..hashing import file_sha256, tensor_sha256
+from ..files import file_sha256, tensor_sha256
 
 SCHEMA_VERSION = 1
 INDEX, PLAN, TIMINGS, LOCK = "index.json", "plan.json", "timings.json", "build.lock"

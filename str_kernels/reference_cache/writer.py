@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..atomic import replacing, write_json
-from ..locks import holder, locked
+from ..files import holder, locked, replacing, write_json
 from .format import (
     DTYPES,
     INDEX,

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import write_json
+from ..files import is_text, read_text_file, write_json
 from ..op import SafetyPenalty, check_id_values
-from ..text_files import is_text, read_text_file
 from .fields import as_ids, as_scores, as_weights
 from .frequency_match import count_ids, draw_matched
 from .tokenizer import Tokenizer, tokenizer_hash

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from str_kernels import hashing
-from str_kernels.hashing import fault_of, file_sha256, tensor_sha256, write_manifest
+from str_kernels.files import hashing
+from str_kernels.files.hashing import fault_of, file_sha256, tensor_sha256, write_manifest
 
 BYTES = bytes(range(48))
 

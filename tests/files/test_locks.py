@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from str_kernels.locks import holder, locked
+from str_kernels.files.locks import holder, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def test_a_killed_process_lets_go_and_who_waits_gets_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = f"""
 from pathlib import Path
-from str_kernels.locks import locked
+from str_kernels.files.locks import locked
 with locked(Path({str(path)!r})) as mine:
     print(mine, flush=True)
     input()

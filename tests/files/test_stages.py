@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from str_kernels.stages import Stages
+from str_kernels.files.stages import Stages
 
 
 def test_a_stage_belongs_to_its_key_and_is_made_once(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from str_kernels.atomic import MARKER, check_output, replacing_folder
+from str_kernels.files.atomic import MARKER, check_output, replacing_folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import str_kernels
-from str_kernels import SafetyTokens, atomic
+from str_kernels import SafetyTokens
+from str_kernels.files import atomic
 from str_kernels.tokens.safety_tokens import SCHEMA_VERSION
 from str_kernels.tokens.tokenizer import tokenizer_hash
 

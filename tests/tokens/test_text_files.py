@@ -10,7 +10,7 @@ from test_safety_tokens import WORDS, WordTokenizer
 
 from str_kernels import SafetyTokens
 from str_kernels.evals import load_prompts
-from str_kernels.text_files import read_text_file
+from str_kernels.files.text_files import read_text_file
 
 MARK = b"\xef\xbb\xbf"
 CP1252 = "fine\nI can’t help.\n".encode("cp1252")  # noqa: RUF001

@@ -10,12 +10,12 @@ import torch
 from tiny_tokenizer import byte_tokenizer, chat_tokenizer, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from str_kernels.files.stages import Stages
 from str_kernels.integrations.chat import generation
 from str_kernels.integrations.chat.generation import ENOUGH_TOKENS, answer_prompts, end_ids
 from str_kernels.integrations.evaluation import asking as eval_asking
 from str_kernels.integrations.evaluation.inputs import NamedModel
 from str_kernels.integrations.evaluation.options import EvalOptions
-from str_kernels.stages import Stages
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|>"
 PROMPTS = ["hello", "what is 1 + 2", "good day"]

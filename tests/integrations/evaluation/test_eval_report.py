@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from str_kernels.cli import app
 from str_kernels.evals import holm_adjusted, mcnemar_exact, wilson_interval
 from str_kernels.evals.printable import as_markdown, printable
-from str_kernels.hashing import json_sha256
+from str_kernels.files.hashing import json_sha256
 from str_kernels.integrations.evaluation.compare import clip, compare_runs, read_runs
 from str_kernels.integrations.evaluation.document import Heading, Paragraph, Picture, Table
 from str_kernels.integrations.evaluation.html import to_html

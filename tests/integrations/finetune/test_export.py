@@ -13,8 +13,8 @@ from tiny_tokenizer import chat_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from str_kernels.atomic import MARKER
 from str_kernels.cli import app
+from str_kernels.files.atomic import MARKER
 from str_kernels.integrations import export as exporting
 from str_kernels.integrations.export import export
 from str_kernels.integrations.loading.models import load_model

@@ -14,7 +14,7 @@ import support_ranks
 import support_trainers
 from adapters import LAYERS, LORA, PROMPTS, Adapter
 
-from str_kernels.atomic import replacing
+from str_kernels.files.atomic import replacing
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
