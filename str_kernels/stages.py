@@ -55,7 +55,7 @@ class Stages:
         return json.loads(json.dumps(value))
 
     def folder(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Return a finished stage's folder, or make it, in one process at a time.
+        """Return a finished stage's folder, or make it; a lock lets only one process do so.
 
         Args:
             name: as in `result`.

@@ -74,9 +74,9 @@ class CachedReference:
         Sizes, names and tables are checked when the cache is opened, and each row's values by their
         SHA-256 at every look-up, so that later corruption is found too. A file that is truncated
         between the check of its size and the copy ends the process (SIGBUS).
-        Values were computed in the cache's own batches and are stored in its dtype: bfloat16 has a
-        step of 0.125 at a logit of 20. A 16-bit model rounds a little differently in each batch, so
-        the drift in the first step is small, but not exactly 0.
+        The values are those of each row by itself, in the cache's dtype: bfloat16 has a step of
+        0.125 at a logit of 20. A 16-bit model rounds a little differently in each batch, so the
+        drift in the first step is small, but not exactly 0.
         A label on the first token after left padding makes the loss NaN: it is predicted at a
         padding position, which has no cached values. Prompts have no labels there anyway.
         On a GPU, a look-up in the forward waits for the device, because it reads the ids;
