@@ -24,7 +24,7 @@ from .console import (
 
 _DTYPES = "auto|float32|bfloat16|float16"
 _TRAINING, _DATA = "How to train", "What to train on"
-_SAFETY, _ANCHORS, _RUN = "What is held", "Anchors: prompts where it is held", "The run"
+_SAFETY, _ANCHORS, _RUN = "Safety penalty", "Anchor prompts", "The run"
 _NOT_OPTIONS = ("ctx", "config", "as_json")
 
 

@@ -249,7 +249,7 @@ class LossArgs(NamedTuple):
     """Everything a loss needs besides logits or hidden states, checked and on their device.
 
     The ops' schemas are generated from these fields and those of RowOptions. Weights are tensors in
-    the accumulation dtype, so that a change between steps compiles nothing again. An inverse count
+    the accumulation dtype, so that changing one between steps does not recompile. An inverse count
     is 0 if the count is 0, which makes an empty sum 0 instead of NaN.
     """
 

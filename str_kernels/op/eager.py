@@ -25,7 +25,7 @@ def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> Sa
     safety_logits = project_head(
         hidden, head, args.safety_ids, options.logit_scale, options.softcap
     )
-    if options.kind in ON_LOG_PROBS:  # as precise as the safety logits, from which lse is taken
+    if options.kind in ON_LOG_PROBS:  # lse must be as precise as the safety logits
         wide = accumulation_dtype(hidden.dtype)
         hidden = hidden.to(wide)
         head = Head(*(None if part is None else part.to(wide) for part in head))  # type: ignore[arg-type] # as it was

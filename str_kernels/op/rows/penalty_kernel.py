@@ -40,7 +40,7 @@ def penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constexp
         q = tl.where(is_held, tl.exp(r), 0.0)
         rest = 1.0 - tl.sum(p, 0)
         ref_rest = 1.0 - tl.sum(q, 0)
-        # where keeps NaN, maximum would not
+        # tl.where keeps NaN, tl.maximum would not
         is_free = rest > LEAST_REST
         rest = tl.where(rest < LEAST_REST, LEAST_REST, rest)
         ref_rest = tl.where(ref_rest < LEAST_REST, LEAST_REST, ref_rest)
@@ -51,7 +51,7 @@ def penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constexp
         slope = a * (p - q) + p * tl.where(is_free, ratio - 1.0, 0.0)
     else:
         a = a * inv_k
-        # where keeps NaN, minimum and maximum would not
+        # tl.where keeps NaN, tl.minimum and tl.maximum would not
         if KIND == "huber":
             x = tl.where(drift > delta, delta, tl.where(drift < -delta, -delta, drift))
             phi = masked_sum(a * x * (drift - 0.5 * x), mask_k)

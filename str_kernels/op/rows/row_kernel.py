@@ -161,7 +161,7 @@ def scatter_kernel(
     offs_k = tl.arange(0, BLOCK_K)[None, :]
     y = tl.load(Target + offs_n, mask=offs_n < N, other=-1)
     s = tl.load(SafetyIds + offs_k, mask=offs_k < K, other=-1)
-    y_in_s = tl.sum((s == y).to(tl.int32), 1)[:, None] > 0  # then the safety id's value is right
+    y_in_s = tl.sum((s == y).to(tl.int32), 1)[:, None] > 0  # only the id's value is then complete
     column = tl.where(offs_k < K, s, tl.where((offs_k == K) & (y_in_s == 0), y, -1))
     mask = (offs_n < N) & (column >= 0) & (column < V)
     values = tl.load(Values + offs_n * (K + 1) + offs_k, mask=mask)

@@ -120,8 +120,7 @@ def row_step_torch(
     # Read the single columns before `grad` is written, since `grad` may be `logits`.
     z_y = _scale_and_cap_(logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype), options)
     # Each safety logit has two values: the row's own, from which lse comes, for the softmax, and
-    # the more precise one of `project` for the penalty. Mixing them would spoil p_y - 1 if y is in
-    # S.
+    # the more precise one of `project` for the penalty. Mixing them would spoil p_y - 1 at y in S.
     row_safety_logits = _scale_and_cap_(logits.index_select(1, id_columns).to(dtype), options)
     z_s = row_safety_logits if safety_logits is None else safety_logits
 
@@ -259,7 +258,7 @@ def _column(
         dz = dz + _where_nonzero(along(extra), p)
     if soft.flat is not None:
         dz = dz - along(soft.flat)
-    # where, not only a product: with a cap, a masked row's NaN makes the slope NaN
+    # torch.where, not only a product: with a cap, a masked row's NaN makes the slope NaN
     return torch.where(dz != 0, dz * _slope(z, options), 0.0)
 
 
