@@ -63,8 +63,8 @@ def build(
     anchors: Annotated[
         str | None,
         typer.Option(
-            help='Anchor prompts to cache: a JSONL file with "prompt", or "default", the default '
-            "with --positions none."
+            help='Anchor prompts to cache: a JSONL file with "prompt", or "default" for the '
+            'package\'s. Unset with --positions none: "default".'
         ),
     ] = None,
     chat_template_kwargs: Annotated[

@@ -95,7 +95,7 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Count MODEL's refusals, and measure its task accuracy, perplexity and drift.
+    """Count MODEL's refusals, and measure its task results, perplexity and drift.
 
     Writes eval.json and, if there is a reference, drift.png into the output folder. An interrupted
     run resumes where it stopped.

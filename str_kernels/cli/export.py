@@ -28,7 +28,7 @@ def export(
     """Merge the adapter of RUN into its base and write a full model.
 
     Writes safetensors, tokenizer and generation config, for any program that can load the base.
-    Before the folder gets its name, the model's logits are compared with those of base and adapter.
+    Compares the model's logits with the adapter's before the folder gets its final name.
     """
     with readable_errors():
         with needs_integrations():
