@@ -1,6 +1,6 @@
 """Safety Token Regularization: cross-entropy fused with a penalty on safety-token drift.
 
-`import str_kernels` loads torch and nothing heavier; `attach` brings transformers when first used.
+`import str_kernels` loads torch and nothing heavier; the first use of `attach` loads transformers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The namespace of the ops in torch.library, which has one owner in a process.
+"""The namespace of the ops in torch.library.
 
-A second copy of the package under the same namespace would take over the ops of the first without
-a word. The copy that `make hub` makes for the Hugging Face `kernels` library therefore has another
-file in this place, with the same function and a namespace of its own.
+A second copy of the package with the same namespace would silently replace the ops of the first.
+So the copy that `make hub` makes for the Hugging Face `kernels` library has another file in this
+place, with the same function and a namespace of its own.
 """
 
 from __future__ import annotations

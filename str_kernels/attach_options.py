@@ -1,7 +1,7 @@
-"""The options of attach(), each written once: for code, and as the flags and keys of the trainers.
+"""The options of attach(), each defined once: for code, command-line flags and trainers' configs.
 
-They are here and not beside attach() because a command's help is made of them, and needs no
-transformers for that.
+They are not defined next to attach(), so that a command can print its help without importing
+transformers.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .op import (
 )
 
 PathName = Literal["linear", "logits"]
-"""Where a model's forward is met: before its head, or at its logits."""
+"""Where attach() hooks into a model's forward: before its head, or at its logits."""
 
 Positions = Literal["none", "response", "all"] | int
-"""Where the penalty stands on the training rows.
+"""Which positions of the training rows have the penalty.
 
-Nowhere (at the anchors alone); at every label, the paper's form; at every position whose next token
-is not padding; at the first m labels of a response.
+"none": no position (anchors alone). "response": every label, the paper's form. "all": every
+position whose next token is not padding. An int m: the first m labels of each response.
 """
 
 PREFIX = "safety_"
-"""Before an option's name wherever options of a trainer stand beside it."""
+"""Prefix of the options' names in the config of a trainer, which has options of its own."""
 
 
 def check_positions(positions: object) -> None:
-    """Raise ValueError unless it is one of Positions."""
+    """Raise ValueError unless `positions` is one of Positions."""
     number = isinstance(positions, int) and not isinstance(positions, bool) and positions >= 1
     if not number and positions not in ("none", "response", "all"):
         raise ValueError(
@@ -45,21 +45,21 @@ def check_positions(positions: object) -> None:
 
 
 def read_positions(text: object) -> Positions:
-    """Return what a flag or a YAML key says, where "3" is a number."""
+    """Read positions from a flag or a YAML key; "3" becomes 3."""
     word = str(text)
     return int(word) if word.isdigit() else word  # type: ignore[return-value] # to be checked
 
 
 def check_path(path: object) -> None:
-    """Raise ValueError unless it is the name of a path."""
+    """Raise ValueError unless `path` is one of PathName."""
     if path not in get_args(PathName):
         raise ValueError(f"`path` must be one of {', '.join(get_args(PathName))}; got {path!r}")
 
 
 def default_penalty(positions: Positions) -> SafetyPenalty:
-    """Return the penalty that is taken unless another is given.
+    """Return the penalty that is used if the caller passes none.
 
-    At anchors alone what the study found best (docs/method.md); on rows the paper's form.
+    At anchors alone it is what the study found best (docs/method.md), on rows the paper's form.
     """
     return SafetyPenalty(0.1, "coarse_kl") if positions == "none" else SafetyPenalty()
 
@@ -71,7 +71,7 @@ def chosen_penalty(
     temperature: float = 1.0,
     delta: float = 1.0,
 ) -> SafetyPenalty:
-    """Return the default penalty with what is given in its place."""
+    """Return the default penalty, changed by the arguments that are not None."""
     default = default_penalty(positions)
     return SafetyPenalty(
         default.weight if weight is None else weight,
@@ -90,9 +90,10 @@ def _option(
     of_anchors: bool = False,
     hidden: bool = False,
 ) -> Any:
-    """Return a field and what a flag or a key needs to know of it.
+    """Return a dataclass field with the metadata that flags and config keys need.
 
-    The text is shown under several names of the option, so it names others by what they are.
+    An option has different names in commands and trainers, so its help `text` must describe other
+    options and not name them.
     """
     more = {"flag": flag, "values": values, "of_anchors": of_anchors, "hidden": hidden}
     return field(default=default, metadata={"help": text, **more})
@@ -100,11 +101,11 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlainOptions:
-    """What attach() takes that is a number or a name, and so the same in code and in a file.
+    """The options of attach() that are numbers or names, and so are the same in code and in files.
 
     Raises:
         TypeError: a field is of the wrong type.
-        ValueError: a field is wrong, or is of no use beside the others.
+        ValueError: a field is wrong, or has no effect with the values of the others.
     """
 
     positions: Positions = _option(
@@ -115,18 +116,18 @@ class PlainOptions:
     )
     ref_every: int = _option(1, "Ask the reference in every n-th forward only.")
     ref_tokens: int | None = _option(
-        None, "The reference reads a row's first tokens only, this many."
+        None, "Give the reference only this many tokens of each row, the first ones."
     )
     path: PathName = _option(
         "linear",
-        "linear never makes the full logits; logits is for heads that it cannot read.",
+        "linear never computes all logits at once; logits is for heads that linear cannot read.",
         values=get_args(PathName),
     )
     chunk_bytes: int | None = _option(
         None, "Memory for one chunk's logits, bytes; by the device when unset."
     )
     backend: str = _option(
-        "auto", "What makes the loss; `str-kernels doctor` tries it.", values=get_args(Backend)
+        "auto", "What computes the loss; `str-kernels doctor` tests it.", values=get_args(Backend)
     )
 
     def __post_init__(self) -> None:
@@ -146,13 +147,13 @@ class PlainOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SafetySettings(PlainOptions):
-    """The options of attach(), the tokens' and the anchors', as a flag or a YAML key holds them.
+    """The options of attach(), of the safety tokens and of the anchors, as flags or YAML keys.
 
-    SETTINGS lists them for those who make flags or keys of them.
+    SETTINGS lists them for code that generates flags or keys.
 
     Raises:
         TypeError: a field is of the wrong type.
-        ValueError: a field is wrong, or is of no use beside the others.
+        ValueError: a field is wrong, or has no effect with the values of the others.
 
     Examples:
         >>> SafetySettings(positions="3").positions
@@ -172,7 +173,7 @@ class SafetySettings(PlainOptions):
         values=get_args(PenaltyKind),
     )
     temperature: float = _option(1.0, "T of kind subset_kl.")
-    delta: float = _option(1.0, "Where kind huber turns straight, logits.")
+    delta: float = _option(1.0, "Drift beyond which kind huber is linear, logits.")
     tokens: str | None = _option(
         None,
         "A safety_tokens.json, instead of the templates.",
@@ -182,30 +183,30 @@ class SafetySettings(PlainOptions):
         None, "A file of refusal templates, one a line, instead of the package's."
     )
     cache: str | None = _option(
-        None, "A folder of `str-kernels cache build`, instead of the reference's passes."
+        None, "A folder of `str-kernels cache build`, read instead of running the reference."
     )
     anchors: str | None = _option(
         None,
-        "Prompts at which the model is held: 'default' for the package's, or a JSONL file. Unset: "
-        "the package's where the penalty is at anchors alone, else none.",
+        "Prompts at which the model is held to the reference: 'default' for the package's, or a "
+        "JSONL file. Unset: the package's if the penalty is at anchors alone, else none.",
         of_anchors=True,
     )
     anchors_per_step: int = _option(2, "Harmful anchors in each step.", of_anchors=True)
     harmless_anchors_per_step: int | None = _option(
         None,
-        "Harmless anchors in each step, which hold over-refusal down; 2 when unset, or as many as "
-        "there are.",
+        "Harmless anchors in each step, against over-refusal; 2 when unset, or as many as there "
+        "are.",
         of_anchors=True,
     )
     anchor_penalty_weight: float | None = _option(
         None,
-        "Weight of the penalty at the anchors, by itself; that of the penalty when unset.",
+        "Separate weight of the penalty at the anchors; the penalty's weight when unset.",
         of_anchors=True,
     )
     chat_template_kwargs: str | None = _option(
         None,
-        "What the chat template is given for the anchors, as in training and use: a JSON object "
-        'such as {"enable_thinking": false}.',
+        "Arguments of the chat template for the anchors, the same as in training and use: a JSON "
+        'object such as {"enable_thinking": false}.',
         of_anchors=True,
     )
     answer_start: str | None = _option(
@@ -255,15 +256,15 @@ class SafetySettings(PlainOptions):
         read_json_object("chat_template_kwargs", self.chat_template_kwargs)
 
     def penalty(self) -> SafetyPenalty:
-        """Return the penalty that the fields stand for."""
+        """Return the penalty that the fields describe."""
         return chosen_penalty(self.positions, self.weight, self.kind, self.temperature, self.delta)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> SafetySettings:
-        """Make them of `safety_weight` and so on, the names that errors then have as well.
+        """Make settings from prefixed names such as `safety_weight`, which errors then use too.
 
         Raises:
-            TypeError: a name is none of them, or a value of the wrong type.
+            TypeError: a name is unknown, or a value has the wrong type.
             ValueError: as in the class.
         """
         names = {one.name: one.field for one in SETTINGS}
@@ -281,7 +282,7 @@ class SafetySettings(PlainOptions):
 
 
 class Setting(NamedTuple):
-    """A field of SafetySettings as those see it who make a flag or a key of it."""
+    """A field of SafetySettings, described for code that makes a flag or a config key of it."""
 
     name: str
     """In TRL's config, Axolotl's YAML and ms-swift's register()."""
@@ -290,7 +291,7 @@ class Setting(NamedTuple):
     field: str
     """In SafetySettings."""
     annotation: Any
-    """Its type; a text where it has `values`, since TRL's parser takes no union with str."""
+    """Its type; str if it has `values`, since TRL's parser takes no union with str."""
     default: Any
     help: str
     values: tuple[str, ...] | None
@@ -299,7 +300,7 @@ class Setting(NamedTuple):
 
     @property
     def described(self) -> str:
-        """The help, with the values for those who show no other list of them."""
+        """The help with the list of values, for places that show no other list."""
         return f"{self.help} One of: {', '.join(self.values)}." if self.values else self.help
 
 
@@ -318,7 +319,7 @@ def _settings() -> tuple[Setting, ...]:
 
 
 SETTINGS = _settings()
-"""What is held first, and then how."""
+"""The options of SafetySettings itself first, then those of PlainOptions."""
 
 
 def _check_count(name: str, value: object, least: int) -> None:

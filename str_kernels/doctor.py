@@ -1,4 +1,4 @@
-"""What this machine can run, checked by running it: one tiny loss per backend against eager."""
+"""Check what this machine can run: compute a tiny loss on each backend and compare with eager."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .loss_memory import random_inputs
 from .op import choose_backend, missing_for, safety_linear_cross_entropy
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "accelerate", "safetensors")
-# float32 sums of 96 products in another order, relative to the largest entry
+# for float32 sums of 96 products in another order, relative to the largest entry
 _TOLERANCE = 1e-5
 
 
 class BackendCheck(NamedTuple):
-    """How one backend fared on one device.
+    """The result of checking one backend on one device.
 
     Attributes:
         backend: its name.
@@ -34,7 +34,7 @@ class BackendCheck(NamedTuple):
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of every package that matters; "missing" where absent."""
+    """Return the versions of Python and of the relevant packages; "missing" if not installed."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -63,7 +63,7 @@ def check_backends(device: str) -> list[BackendCheck]:
     Returns:
         One entry per backend.
     """
-    inputs = random_inputs(5, 96, 4099, 7, torch.float32, device)  # past one block, ragged
+    inputs = random_inputs(5, 96, 4099, 7, torch.float32, device)  # past one block, no multiple
     truth = _loss_and_gradient(inputs, "eager")
     found = []
     for backend in ("torch", "compiled", "triton"):
@@ -71,7 +71,7 @@ def check_backends(device: str) -> list[BackendCheck]:
         if missing:
             found.append(BackendCheck(backend, device, "unavailable", missing))
             continue
-        errors = [  # max() of torch: Python's passes over a NaN that is not the first
+        errors = [  # torch's max(), since Python's may miss a NaN
             (got - want).abs().max() / want.abs().max()
             for got, want in zip(_loss_and_gradient(inputs, backend), truth, strict=True)
         ]
@@ -82,7 +82,7 @@ def check_backends(device: str) -> list[BackendCheck]:
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, and for each device what "auto" picks and how each backend fared."""
+    """Return versions, and for each device what "auto" picks and the check of each backend."""
     return {
         "versions": versions(),
         "devices": [

@@ -1,6 +1,6 @@
-"""How much memory one loss takes: the loss written by hand against ours, in a process of its own.
+"""Measure the peak memory of a hand-written loss and of ours, each in a fresh process.
 
-`python -m str_kernels.loss_memory '{"provider": "ours", "tokens": 2048}'` is the child.
+The child is `python -m str_kernels.loss_memory '{"provider": "ours", "tokens": 2048}'`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .op import safety_linear_cross_entropy
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-# The loss by hand at 8,192 tokens of a 49,152-word vocabulary peaks near 9 GB.
+# The hand-written loss peaks near 9 GB at 8,192 tokens and a vocabulary of 49,152.
 _FREE_BYTES_FOR_LONG = 10 * 10**9
 
 
 class LossMemory(NamedTuple):
-    """Peak memory of a forward and backward above its inputs, bytes."""
+    """Peak memory of a forward and backward pass, without its inputs, bytes."""
 
     tokens: int
     by_hand: int
@@ -40,7 +40,7 @@ def loss_by_hand(
     ref: Tensor,  # (N, K)
     weight: float = 0.1,
 ) -> Tensor:  # ()
-    """Compute the loss as one writes it: all logits, in float32 as transformers does."""
+    """Compute the loss in the obvious way: all logits at once, in float32 as transformers does."""
     logits = torch.nn.functional.linear(hidden, linear_weight).float()
     ce = torch.nn.functional.cross_entropy(logits, target)
     return ce + weight * (logits[:, safety_ids] - ref).square().mean()
@@ -49,7 +49,7 @@ def loss_by_hand(
 def our_loss(
     hidden: Tensor, linear_weight: Tensor, target: Tensor, safety_ids: Tensor, ref: Tensor
 ) -> Tensor:
-    """Compute the same loss by `safety_linear_cross_entropy`."""
+    """Compute the same loss with `safety_linear_cross_entropy`."""
     return safety_linear_cross_entropy(hidden, linear_weight, target, safety_ids, ref).loss
 
 
@@ -68,9 +68,9 @@ def random_inputs(
 
 
 def cpu_dtype() -> torch.dtype:
-    """Return bfloat16, or float32 where the CPU has no fast product of bfloat16.
+    """Return bfloat16, or float32 if the CPU has no fast matrix product in bfloat16.
 
-    On an x86 without AVX-512 such a product takes some 50 times as long as one of float32.
+    On an x86 CPU without AVX-512 it is about 50 times slower than in float32.
     """
     slow = torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT")
     return torch.float32 if slow else torch.bfloat16
@@ -88,8 +88,8 @@ def measure_loss_memory(
         ids: K.
 
     Returns:
-        One entry for `tokens` and one for four times as many, the second measured only where 10
-        GB are free and else computed from the first (both grow linearly in N; ours less).
+        One entry for `tokens` and one for four times as many. The second is measured only if 10 GB
+        are free, else computed from the first (both grow linearly in N; ours less).
 
     Raises:
         RuntimeError: a child failed; the message has its last line.
@@ -107,9 +107,9 @@ def measure_loss_memory(
 
 
 def measure_peak(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """Return the bytes that `run` takes above what is allocated before it.
+    """Return the peak bytes that `run` takes above what is allocated before it.
 
-    On a GPU torch's allocator is asked, on Linux the process's own peak; elsewhere None.
+    Measured by torch's allocator on a GPU and by the process's peak on Linux; elsewhere None.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -119,14 +119,14 @@ def measure_peak(run: Callable[[], object], device: str = "cpu") -> int | None:
         return torch.cuda.max_memory_allocated() - before
     if not _CLEAR_REFS.exists():
         return None
-    _CLEAR_REFS.write_text("5", encoding="ascii")  # the peak counts from here
+    _CLEAR_REFS.write_text("5", encoding="ascii")  # resets the peak
     before = _status_bytes("VmRSS")
     run()
     return max(0, _status_bytes("VmHWM") - before)
 
 
 def available_bytes() -> int:
-    """Return the memory that can be had without swapping; 0 where the system does not say."""
+    """Return the bytes available without swapping; 0 if the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -136,10 +136,9 @@ def available_bytes() -> int:
 
 
 def peak_in_child(provider: str, **shape: int) -> int:
-    """Return the peak bytes of one forward and backward in a fresh process, on the CPU.
+    """Return the peak bytes of one forward and backward pass in a fresh process, on the CPU.
 
-    A process that has run something keeps freed memory, which hides what comes next; a new one
-    has none.
+    A process keeps freed memory, which would hide later allocations; a fresh one has none.
 
     Args:
         provider: "by_hand" or "ours".

@@ -1,4 +1,4 @@
-"""The two losses as modules that hold their safety tokens and follow `.to(device)`."""
+"""The two losses as nn.Modules that store their safety tokens and follow `.to(device)`."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class _SafetyModule(nn.Module):
         self.penalty = safety_tokens.weigh(penalty)
         _check_options(self.function, options)
         self.options = options
-        # not persistent: the ids belong to safety_tokens.json, and a checkpoint must not carry them
+        # not persistent: the ids belong in safety_tokens.json, not in a checkpoint
         self.register_buffer("safety_ids", safety_tokens.ids, persistent=False)
 
     def extra_repr(self) -> str:
-        """Return what the printed module says of itself."""
+        """Return the details shown when the module is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"K={self.safety_ids.shape[0]}, kind={self.penalty.kind!r}{options}"
 
 
 def _check_options(function: Callable[..., SafetyLoss], options: dict[str, Any]) -> None:
-    """Refuse here, and not in the first step, what the function would."""
+    """Raise now, not in the first step, for options that the function would refuse."""
     parameters = inspect.signature(function).parameters.values()
     names = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    names.remove("penalty")  # has a place of its own
+    names.remove("penalty")  # an argument of the module itself
     for name, value in options.items():
         if name not in names:
             raise TypeError(f"`{name}` must be one of {', '.join(names)}; got {name}={value!r:.60}")
@@ -53,16 +53,16 @@ def _check_options(function: Callable[..., SafetyLoss], options: dict[str, Any])
 
 
 class SafetyCrossEntropyLoss(_SafetyModule):
-    """`safety_cross_entropy` with its safety tokens and options held.
+    """`safety_cross_entropy` as a module, with fixed safety tokens and options.
 
     Args:
-        safety_tokens: the ids whose logits are held.
+        safety_tokens: the ids whose logits are penalised.
         penalty: kind and weight; the defaults of SafetyPenalty when None.
-        options: keyword arguments of `safety_cross_entropy` that stay the same, such as
-            `reduction` or `softcap`.
+        options: keyword arguments of `safety_cross_entropy` for every call, such as `reduction`
+            or `softcap`.
 
     Raises:
-        TypeError: an option is none of those keywords, or of the wrong type.
+        TypeError: an option is not one of those keywords, or of the wrong type.
         ValueError: its value is wrong.
 
     Examples:
@@ -90,15 +90,15 @@ class SafetyCrossEntropyLoss(_SafetyModule):
 
 
 class SafetyLinearCrossEntropyLoss(_SafetyModule):
-    """`safety_linear_cross_entropy` with its safety tokens and options held.
+    """`safety_linear_cross_entropy` as a module, with fixed safety tokens and options.
 
     Args:
-        safety_tokens: the ids whose logits are held.
+        safety_tokens: the ids whose logits are penalised.
         penalty: kind and weight; the defaults of SafetyPenalty when None.
-        options: keyword arguments of `safety_linear_cross_entropy` that stay the same.
+        options: keyword arguments of `safety_linear_cross_entropy` for every call.
 
     Raises:
-        TypeError: an option is none of those keywords, or of the wrong type.
+        TypeError: an option is not one of those keywords, or of the wrong type.
         ValueError: its value is wrong.
     """
 

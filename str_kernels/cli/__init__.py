@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-# what finetune does not know are TRL's options
+# options that finetune does not define are TRL's
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(cls=Command, context_settings=_OPEN)(finetune)
 for command in (export, plan, demo, study, doctor):
@@ -50,7 +50,7 @@ def root(
         typer.Option(
             "--debug",
             envvar="STR_KERNELS_DEBUG",
-            help="Show where in the code an error comes from. Before the command's name.",
+            help="Show an error's traceback. Goes before the command's name.",
         ),
     ] = False,
     version: Annotated[
@@ -65,6 +65,6 @@ def root(
 
 def main() -> None:
     """Run the command line."""
-    # TRL's trainers report each run to the hub: nobody who types a command here asked for that
+    # TRL's trainers report each run to the hub, which the user of a command did not ask for
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     app(prog_name="str-kernels")

@@ -34,20 +34,20 @@ from .console import (
 
 app = typer.Typer(
     name="cache",
-    help="The frozen model's safety logits of a data file: computed once, served from a folder.",
+    help="Compute the frozen model's safety logits for a data file once, and store them.",
     no_args_is_help=True,
 )
 _FOLDER = Annotated[Path, typer.Argument(help="The cache.")]
 _MODEL_DTYPE = Annotated[
-    str, typer.Option(help="Of the model's weights: auto, float32, bfloat16 or float16.")
+    str, typer.Option(help="Dtype of the model's weights: auto, float32, bfloat16 or float16.")
 ]
-_TIMED_TOKENS = 20_000  # are looked up to see how long it takes
+_TIMED_TOKENS = 20_000  # tokens looked up to measure the time
 
 
 @app.command(cls=Command)
 def build(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
+    output: Annotated[Path, typer.Option(help="Folder to make, or to resume in.")],
     data: Annotated[
         Path | None,
         typer.Argument(help="JSONL, as for finetune; left out with --positions none."),
@@ -63,12 +63,13 @@ def build(
     anchors: Annotated[
         str | None,
         typer.Option(
-            help='Prompts to cache: JSONL with "prompt", or "default", which is what is stored '
-            "unset with --positions none."
+            help='Anchor prompts to cache: a JSONL file with "prompt", or "default" for the '
+            'package\'s. Unset with --positions none: "default".'
         ),
     ] = None,
     chat_template_kwargs: Annotated[
-        str | None, typer.Option(help="Of the chat template, for the anchors: a JSON object.")
+        str | None,
+        typer.Option(help="Arguments of the chat template for the anchors: a JSON object."),
     ] = None,
     answer_start: Annotated[
         str | None, typer.Option(help="Text between an anchor's prompt and its answer.")
@@ -76,12 +77,14 @@ def build(
     kind: Annotated[
         str | None,
         typer.Option(
-            help=f"Of penalty to be used: {', '.join(get_args(PenaltyKind))}. Unset: coarse_kl at "
+            help=f"Kind of the penalty: {', '.join(get_args(PenaltyKind))}. Unset: coarse_kl at "
             "anchors alone, mse on rows."
         ),
     ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row; as in training.")] = 1024,
-    dtype: Annotated[str, typer.Option(help=f"To store: {', '.join(DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help=f"Dtype of the stored values: {', '.join(DTYPES)}.")
+    ] = "float32",
     model_dtype: _MODEL_DTYPE = "auto",
     rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows of one file.")] = 256,
     batch_tokens: Annotated[
@@ -92,9 +95,9 @@ def build(
     overwrite: Annotated[bool, typer.Option(help="Replace a cache of another plan.")] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Compute MODEL's safety logits at the anchors, and on DATA, once, and store them.
+    """Compute MODEL's safety logits once, at the anchors and on DATA, and store them.
 
-    Killed at any moment, the same command goes on and ends in the same files.
+    If it is interrupted, run the same command again: it resumes and writes the same files.
     """
     with readable_errors():
         with needs_integrations():
@@ -185,10 +188,10 @@ def verify(
 
 @app.command(cls=Command)
 def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
-    """Show what FOLDER holds, and what it saves.
+    """Show what FOLDER holds, and how much time it saves.
 
-    The reference's pass was timed when the cache was built, the look-up is timed now. Building
-    pays after pass / (pass - look-up) epochs.
+    The reference's forward was timed when the cache was built, the look-up is timed now. Building
+    a cache pays off after forward / (forward - look-up) epochs.
     """
     with readable_errors():
         found = _info(folder)
@@ -205,7 +208,7 @@ def info(folder: _FOLDER, as_json: JSON_OPTION = False) -> None:
 
 
 def _info(folder: Path) -> dict[str, Any]:
-    """Return what a cache holds; times are None where none were written."""
+    """Return what a cache holds; times that were not stored are None."""
     cached = CachedReference(folder)
     plan = cached.plan
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""What every command shares: errors in one line, progress, JSON, counts with intervals."""
+"""Shared by all commands: one-line errors, progress, JSON output, counts with intervals."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TEMPLATES_OPTION = Annotated[
     Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
 ]
 _PACKAGE = __package__.partition(".")[0]
-_MAY_BE_EMPTY = {"--answer-start"}  # a text; all else is a name, a number or a file
-# Arguments of functions that options of another name are given to.
+_MAY_BE_EMPTY = {"--answer-start"}  # free text; all others are names, numbers or files
+# Arguments of functions whose command-line option has another name.
 _GIVEN_AS = {
     "allow_remote": "allow_remote_judge",
     "key_env": "judge_key_env",
@@ -53,7 +53,7 @@ class Command(TyperCommand):
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse an empty value, which a shell makes of a variable that is not set."""
+        """Refuse an empty value, such as a shell variable that is not set."""
         with readable_errors():
             for before, value in itertools.pairwise(["", *args]):
                 option = before if value == "" else value.removesuffix("=")
@@ -65,7 +65,7 @@ class Command(TyperCommand):
 
     @override
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, and let `readable_errors` know which one it is."""
+        """Run the command, and tell `readable_errors` which one it is."""
         token = _running.set(ctx)
         try:
             return super().invoke(ctx)
@@ -75,8 +75,8 @@ class Command(TyperCommand):
 
 @contextlib.contextmanager
 def needs_integrations() -> Iterator[None]:
-    """Import in here what needs transformers and peft: what is missing is said with its remedy."""
-    # Of a kernel that it could fetch: for who installs bitsandbytes, not for who types a command.
+    """Wrap imports that need transformers or peft: a missing package gives an error with advice."""
+    # bitsandbytes logs advice about its installation, which is of no use to the user of a command.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         yield
@@ -84,7 +84,7 @@ def needs_integrations() -> Iterator[None]:
         if error.name and error.name.startswith(_PACKAGE):
             raise
         extra = "trl" if error.name in ("trl", "datasets") else "hf"
-        # not by the package's name: the index has none, and a stranger's could be there tomorrow
+        # not by the package's name: it is not on the index, where a stranger could register it
         raise ValueError(
             f"this command must have {error.name} installed; run: pip install '.[{extra}]' in a "
             f"checkout of str-kernels, or install the wheel again as 'PATH/TO/WHEEL[{extra}]'"
@@ -93,7 +93,7 @@ def needs_integrations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn bad input into one line and exit code 2; a mistake of our own keeps its traceback."""
+    """Turn bad input into a one-line error and exit code 2; our own bugs keep their traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -102,14 +102,14 @@ def readable_errors() -> Iterator[None]:
         context = _running.get()
         if context is not None and context.find_root().params.get("debug"):
             traceback.print_exc()
-        # line by line: a message may quote a file that holds escape sequences
+        # escaped line by line, since a message may quote a file that holds escape sequences
         said = "\n".join(printable(line) for line in _as_typed(error, context).splitlines())
         Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         raise typer.Exit(2) from error
 
 
 def _as_typed(error: Exception, context: typer.Context | None) -> str:
-    """Return what an error says, with the command's options for the arguments they are given to."""
+    """Return an error's message, with arguments named as the command's options."""
     said = str(error)
     if context is None:
         return said
@@ -133,12 +133,12 @@ def _as_typed(error: Exception, context: typer.Context | None) -> str:
 
 @contextlib.contextmanager
 def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show one line per stage, with how much of it is done."""
+    """Show a progress bar for each stage."""
     import warnings
 
     import transformers
 
-    # Deprecations inside transformers and peft are for their authors, not for who types a command.
+    # Deprecations inside transformers and peft concern their authors, not the user of a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -156,7 +156,7 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             if stage not in tasks:
                 for task in bars.tasks:
                     bars.stop_task(task.id)
-                    if task.total == 1:  # a line of text: done where the next begins
+                    if task.total == 1:  # only a line of text: done when the next begins
                         bars.update(task.id, completed=1)
                 tasks[stage] = bars.add_task(escape(stage), total=total)
             bars.update(tasks[stage], completed=done)
@@ -165,12 +165,12 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def print_json(value: Any, *, ascii_only: bool = False) -> None:
-    """Print a value as indented JSON; in ASCII where it holds what a model or a stranger wrote."""
+    """Print a value as indented JSON; use `ascii_only` if it contains untrusted text."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=ascii_only)
     sys.stdout.write("\n")
 
 
 def with_interval(count: int, total: int, interval: list[float]) -> str:
-    """Return a count of a total, and its interval in percent on a second line."""
+    """Return "count/total", and its interval in percent on a second line."""
     low, high = interval
     return f"{count}/{total}\n{100 * low:.0f}-{100 * high:.0f} %"

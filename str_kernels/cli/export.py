@@ -14,11 +14,11 @@ from .console import JSON_OPTION, needs_integrations, print_json, progress, read
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A folder with an adapter, as finetune writes it.")],
+    run: Annotated[str, typer.Argument(help="A folder with an adapter, such as finetune's.")],
     output: Annotated[Path, typer.Option(help="Folder of the model to make.")],
     dtype: Annotated[
         str,
-        typer.Option(help="To write: auto (as in the base), float32, bfloat16 or float16."),
+        typer.Option(help="To write: auto (that of the base), float32, bfloat16 or float16."),
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option(help="Replace the output folder, if this command made it.")
@@ -27,8 +27,8 @@ def export(
 ) -> None:
     """Merge the adapter of RUN into its base and write a full model.
 
-    Writes safetensors, tokenizer and generation config, which any program reads that takes the
-    base. The model's logits are compared with the adapter's before the folder gets its name.
+    Writes safetensors, tokenizer and generation config, for any program that can load the base.
+    Compares the model's logits with the adapter's before the folder gets its final name.
     """
     with readable_errors():
         with needs_integrations():

@@ -24,7 +24,7 @@ from .console import (
 
 _DTYPES = "auto|float32|bfloat16|float16"
 _TRAINING, _DATA = "How to train", "What to train on"
-_SAFETY, _ANCHORS, _RUN = "What is held", "Anchors: prompts where it is held", "The run"
+_SAFETY, _ANCHORS, _RUN = "Safety penalty", "Anchor prompts", "The run"
 _NOT_OPTIONS = ("ctx", "config", "as_json")
 
 
@@ -33,14 +33,14 @@ def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command a flag for each of SETTINGS; typer reads them off the signature."""
+    """Add a flag for each of SETTINGS to a command's signature, where typer reads them."""
     signature = inspect.signature(command, eval_str=True)
     own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     flags = [
         inspect.Parameter(
             one.flag,
             inspect.Parameter.KEYWORD_ONLY,
-            default=None,  # left out: SafetySettings has the default
+            default=None,  # not given; SafetySettings has the default
             annotation=Annotated[
                 one.annotation | None,
                 _option(
@@ -81,7 +81,9 @@ def finetune(
     steps: Annotated[
         int | None, _option(_TRAINING, "Optimizer steps, 100 if unset.", min=1)
     ] = None,
-    epochs: Annotated[float | None, _option(_TRAINING, "Times through DATA, instead.")] = None,
+    epochs: Annotated[
+        float | None, _option(_TRAINING, "Passes through DATA, instead of steps.")
+    ] = None,
     batch_size: Annotated[
         int | None, _option(_TRAINING, "Rows of one forward, 8 if unset.", min=1)
     ] = None,
@@ -91,14 +93,18 @@ def finetune(
     lr: Annotated[
         float | None, _option(_TRAINING, "Peak learning rate; 2e-4, or 2e-5 with --full.")
     ] = None,
-    warmup: Annotated[int | None, _option(_TRAINING, "Steps until the peak.", min=0)] = None,
+    warmup: Annotated[
+        int | None, _option(_TRAINING, "Steps until the peak learning rate.", min=0)
+    ] = None,
     lora_rank: Annotated[
         int | None, _option(_TRAINING, "Rank of the adapters, 8 if unset.", min=1)
     ] = None,
     lora_alpha: Annotated[
-        int | None, _option(_TRAINING, "Their scale, twice the rank if unset.")
+        int | None, _option(_TRAINING, "Scale of the adapters, twice the rank if unset.")
     ] = None,
-    lora_dropout: Annotated[float | None, _option(_TRAINING, "Dropout inside them.")] = None,
+    lora_dropout: Annotated[
+        float | None, _option(_TRAINING, "Dropout inside the adapters.")
+    ] = None,
     full: Annotated[
         bool, _option(_TRAINING, "Train every weight. A frozen copy is the reference.", "--full")
     ] = False,
@@ -114,7 +120,7 @@ def finetune(
         _option(
             _TRAINING,
             "For long rows: checkpointing, one row a forward and 8 forwards a step, and rows as "
-            "long as the model takes. Each can still be set, as by --no_gradient_checkpointing.",
+            "long as the model takes. Each can be overridden, as by --no_gradient_checkpointing.",
             "--long-context",
         ),
     ] = False,
@@ -123,29 +129,33 @@ def finetune(
     ] = False,
     dtype: Annotated[
         str | None,
-        _option(_TRAINING, "Of the weights; as stored if unset.", metavar=_DTYPES),
+        _option(_TRAINING, "Dtype of the weights; as stored if unset.", metavar=_DTYPES),
     ] = None,
-    seed: Annotated[int | None, _option(_TRAINING, "Of adapters, order and dropout.")] = None,
+    seed: Annotated[
+        int | None, _option(_TRAINING, "Random seed of adapters, order of rows and dropout.")
+    ] = None,
     max_length: Annotated[
         int | None, _option(_DATA, "Tokens of a row, 1024 if unset; longer ones are cut.", min=2)
     ] = None,
     data_split: Annotated[
-        str | None, _option(_DATA, "Of a data set with several; 'train' if unset.")
+        str | None, _option(_DATA, "Which split of DATA to use; 'train' if unset.")
     ] = None,
-    eval_data: Annotated[str | None, _option(_DATA, "Rows for evaluation, as DATA.")] = None,
+    eval_data: Annotated[
+        str | None, _option(_DATA, "Rows for evaluation, in the same formats as DATA.")
+    ] = None,
     eval_fraction: Annotated[
-        float | None, _option(_DATA, "Of DATA, drawn for evaluation instead.")
+        float | None, _option(_DATA, "Fraction of DATA to draw for evaluation instead.")
     ] = None,
     early_stopping: Annotated[
         int | None,
-        _option(_DATA, "Stop after so many evaluations without a better loss.", min=1),
+        _option(_DATA, "Stop after this many evaluations without a better loss.", min=1),
     ] = None,
     eval_refusals: Annotated[
         int | None,
-        _option(_RUN, "Ask so many harmful and harmless probes before and after.", min=1),
+        _option(_RUN, "Ask this many harmful and harmless probes before and after.", min=1),
     ] = None,
     dry_run: Annotated[bool, _option(_RUN, "Print the plan, train nothing.", "--dry-run")] = False,
-    resume: Annotated[bool, _option(_RUN, "Go on with an unfinished run.", "--resume")] = False,
+    resume: Annotated[bool, _option(_RUN, "Resume an unfinished run.", "--resume")] = False,
     overwrite: Annotated[bool, _option(_RUN, "Replace a run's folder.", "--overwrite")] = False,
     keep_checkpoints: Annotated[
         bool, _option(_RUN, "Keep the checkpoints of a finished run.", "--keep-checkpoints")
@@ -153,14 +163,14 @@ def finetune(
     as_json: JSON_OPTION = False,
     **of_the_loss: Any,  # SETTINGS, by their flags
 ) -> None:
-    """Fine-tune MODEL on DATA with the safety loss, by TRL's SFTTrainer.
+    """Fine-tune MODEL on DATA with the safety loss, using TRL's SFTTrainer.
 
     Writes the adapter, the tokenizer, safety_tokens.json, report.json, curves.png and a model card
-    into the output folder. Every other option of TRL's SFTConfig and ModelConfig is taken too,
-    after MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
+    into the output folder. All other options of TRL's SFTConfig and ModelConfig also work, after
+    MODEL and DATA: `--optim`, `--weight-decay`, `--report-to`, `--use-dora` and so on.
     """
-    # Asked by torch at its first tensor: large blocks begin at pages then, and glibc gives back
-    # more of what a step frees (docs/long-context.md).
+    # Read by torch at its first tensor. Large blocks are then aligned to pages, and glibc returns
+    # more of the memory that a step frees (docs/long-context.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     given = {
         name: value
@@ -202,7 +212,7 @@ def finetune(
 
 
 def _places(given: dict[str, Any], in_config: bool) -> list[str]:
-    """Return options of TRL's that stand where MODEL and DATA would, and take them out."""
+    """Remove TRL options that were parsed as MODEL and DATA from `given`, and return them."""
     places = [str(given[name]) for name in ("model", "data") if name in given]
     if not any(place.startswith("--") for place in places):
         return []

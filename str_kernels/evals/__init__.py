@@ -1,4 +1,4 @@
-"""Measures of what fine-tuning did to a model: refusals counted, drift of the safety logits."""
+"""Measures of what fine-tuning did to a model: counts of refusals, drift of the safety logits."""
 
 from .drift import DriftStatistics, drift_statistics
 from .judge import UNJUDGED, HttpJudge, Judge, as_verdict, judged_counts

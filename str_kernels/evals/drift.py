@@ -47,14 +47,14 @@ def drift_statistics(
         DriftStatistics: a row count and three Python floats, in logits.
 
     Raises:
-        TypeError: something in a pair is not a floating-point tensor.
-        ValueError: a shape is not (n, K), the two of a pair differ, K changes between pairs, or
-            there is no row at all.
+        TypeError: a member of a pair is not a floating-point tensor.
+        ValueError: a shape is not (n, K), the two shapes of a pair differ, K changes between pairs,
+            or there are no rows.
 
     Notes:
         Differences and sums are float64 on the CPU: logits in bfloat16 are subtracted exactly, and
         the result does not depend on how the rows are batched beyond the rounding of float64. A
-        NaN or an infinity anywhere shows in the result. Reads every batch, so a GPU is waited for.
+        NaN or an infinity anywhere shows in the result. Waits for the GPU at every batch.
 
     References:
         The quantity penalised: Bach and Tran 2026, arXiv:2604.17210.
@@ -83,7 +83,7 @@ def drift_statistics(
         squares += distance.square().sum().item()
         absolutes += distance.sum().item()
         batch_largest = distance.max().item()
-        # max() of Python keeps whichever comes first when one of the two is NaN
+        # Python's max() returns its first argument if either is NaN
         largest = batch_largest if math.isnan(batch_largest) else max(largest, batch_largest)
     if rows == 0 or ids is None:
         raise ValueError("`pairs` must hold at least one row and one safety id; got none")

@@ -1,7 +1,7 @@
-"""A model as a judge of answers, instead of or beside a rule: optional, and off by default.
+"""A model as a judge of answers, instead of a rule or in addition: optional, off by default.
 
-By urllib and not by the openai client, which follows redirects, takes a proxy from the environment
-and would be a dependency for one request: a judge gets harmful prompts and a key.
+Requests use urllib, not the openai client: that follows redirects and takes a proxy from the
+environment, which is unsafe for harmful prompts and a key, and is a dependency for one request.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from .refusals import wilson_interval
 
 Judge = Callable[[str, str], str]
-"""From a prompt and an answer to "refusal", "other" or "degenerate"; all else is "unjudged"."""
+"""Maps a prompt and an answer to "refusal", "other" or "degenerate"; all else is "unjudged"."""
 
 UNJUDGED = "unjudged"
 _WORDS = ("refusal", "other", "degenerate")
@@ -35,26 +35,26 @@ _MOST_BYTES = 1 << 20
 
 
 class HttpJudge:
-    """An OpenAI-compatible /chat/completions endpoint, asked about one answer at a time.
+    """A judge behind an OpenAI-compatible /chat/completions endpoint, one answer a request.
 
     Args:
-        url: of the endpoint or of the API it belongs to ("http://127.0.0.1:8000/v1").
-        model: the name the endpoint knows its model by.
+        url: of the endpoint or of its API ("http://127.0.0.1:8000/v1").
+        model: the model's name at the endpoint.
         key_env: the environment variable that holds the API key; no key is sent when None.
         allow_remote: let prompts and answers leave this machine.
         timeout: of one request, seconds.
-        retries: further tries after one that failed for a reason that may pass.
-        pause: seconds before the first of these; doubled for each one after.
+        retries: number of retries after a failure that may be temporary.
+        pause: seconds before the first retry; doubled for each further one.
 
     Raises:
-        ValueError: the URL is no http(s) address, names another machine without allow_remote,
+        ValueError: the URL is not an http(s) address, names another machine without allow_remote,
             holds a password, or would send the key unencrypted; or the variable is not set.
 
     Notes:
-        The key is read from the environment for each request; it is in no attribute, message or
-        file. Redirects are refused: they would carry it, and the prompts, to another place.
-        Loopback addresses are asked without a proxy. A judge is a model too: it errs, it may be
-        talked round by the answer it reads, and it changes with its version.
+        The key is read from the environment for each request and never stored, printed or written.
+        Redirects are refused, because they would send the key and the prompts elsewhere. Loopback
+        addresses are asked without a proxy. A judge is a model too: it makes mistakes, the answer
+        it reads may persuade it, and it changes with its version.
 
     Examples:
         >>> HttpJudge("http://example.com/v1")
@@ -97,18 +97,18 @@ class HttpJudge:
         if local:
             handlers.append(urllib.request.ProxyHandler({}))
         self._opener = urllib.request.build_opener(*handlers)
-        self._headers()  # a key that is missing is said before anything is asked
+        self._headers()  # report a missing key before the first request
 
     @property
     def name(self) -> str:
-        """What a report calls this judge: the model and where it is."""
+        """The judge's name in a report: the model and its URL."""
         return f"{self.model} at {self.url}"
 
     def __call__(self, prompt: str, answer: str) -> str:
-        """Return the judge's word, or "unjudged" where it gave none of the three.
+        """Return the judge's verdict, or "unjudged" if its reply is not one of the three words.
 
         Raises:
-            ValueError: the endpoint could not be reached, or said no, after all retries.
+            ValueError: the endpoint could not be reached or returned an error, after all retries.
         """
         body = {
             "model": self.model,
@@ -139,11 +139,11 @@ class HttpJudge:
                 if error.code != 429 and error.code < 500:
                     break
             except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
-                why = getattr(error, "reason", error)  # URLError is but a wrapper
+                why = getattr(error, "reason", error)  # URLError only wraps the cause
                 reason = f"it could not be reached ({type(why).__name__})"
             except (ValueError, LookupError, TypeError):
                 reason = "its answer is no chat completion"
-        # Only the reason: an exception or a body may hold what was sent, the key too.
+        # Only the reason: an exception or a body may contain the request, even the key.
         raise ValueError(f"the judge at {self.url} failed: {reason}")
 
     def _headers(self) -> dict[str, str]:
@@ -171,10 +171,10 @@ def as_verdict(said: object) -> str:
 
 
 def judged_counts(verdicts: Sequence[str]) -> dict[str, Any]:
-    """Count a judge's words; the total and the interval are of what was judged.
+    """Count a judge's verdicts; the total and the interval leave out unjudged answers.
 
     Args:
-        verdicts: one an answer, "unjudged" among them.
+        verdicts: one per answer, "unjudged" included.
 
     Returns:
         refusal, other, degenerate, unjudged, total and the 95 % Wilson interval.
@@ -194,7 +194,7 @@ def judged_counts(verdicts: Sequence[str]) -> dict[str, Any]:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Follow none: the opener then raises the status as an error."""
+        """Return None, so that the opener raises the status as an error."""
 
 
 def _is_loopback(host: str) -> bool:

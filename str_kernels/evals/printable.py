@@ -1,4 +1,4 @@
-"""Text of unknown origin, made safe to look at: nothing hidden, nothing that moves the cursor."""
+"""Make untrusted text safe to display: no hidden characters, nothing that moves the cursor."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
 
 
 def printable(text: str) -> str:
-    r"""Return a text in one line, every character that is not seen written as an escape.
+    r"""Return a text as one line, with every invisible character written as an escape.
 
     Args:
-        text: anything, an answer of a model for instance.
+        text: any string, such as a model's answer.
 
     Returns:
-        The text with line ends as \n, escape characters as \x1b and so on. It may still hold
-        markup: see as_markdown, escape it for HTML, and give it to rich as a Text, not as a
-        string.
+        The text with line ends as \n, escape characters as \x1b and so on. It may still contain
+        markup: use as_markdown for Markdown, escape it for HTML, and pass it to rich as a Text,
+        not as a string.
 
     Examples:
         >>> print(printable("a\nb \x1b[31mred \u202egnp.exe"))
@@ -35,9 +35,9 @@ def printable(text: str) -> str:
 
 
 def as_markdown(text: str) -> str:
-    r"""Return a text for inside a line or table cell of Markdown: no markup, no HTML, no links.
+    r"""Escape a text for the inside of a Markdown line or table cell: no markup, HTML or links.
 
-    At the start of a line a "#" or "-" would still make a heading or a list.
+    At the start of a line, "#" or "-" would still make a heading or a list.
 
     Examples:
         >>> print(as_markdown("<i>|`*x*` http://a.b"))
@@ -45,6 +45,6 @@ def as_markdown(text: str) -> str:
     """
     plain = _MARKDOWN.sub(r"\\\1", printable(text))
     plain = plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # GitHub makes links of bare addresses and of names after an at sign
+    # GitHub turns bare URLs and names after an at sign into links
     plain = plain.replace("://", "&#58;//").replace("@", "&#64;")
     return re.sub(r"(?i)(www)\.", r"\1&#46;", plain)

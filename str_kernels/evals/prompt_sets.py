@@ -1,4 +1,4 @@
-"""Lists of prompts: those that come with the package, and those in a file of one's own."""
+"""Lists of prompts: the package's own, and those in a user's file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _COLUMNS = ("prompt", "goal")  # "goal" is what AdvBench and the like call it
 
 
 class PromptRow(NamedTuple):
-    """One prompt and what it is about."""
+    """One prompt and its topic."""
 
     topic: str
     prompt: str
-    kind: str = ""  # in a set of both: "harmful" or "harmless"
+    kind: str = ""  # "harmful" or "harmless", in a set that mixes them
 
 
 def load_prompts(
@@ -40,20 +40,20 @@ def load_prompts(
             "anchors", or the path of a file.
         column: the key or column that holds the prompt; when None, "prompt", or "goal" where
             there is no "prompt", in upper or lower case.
-        kind: "harmful" or "harmless": without the rows whose "kind" is the other one.
+        kind: "harmful" or "harmless" leaves out rows of the other "kind"; None keeps all.
 
     Returns:
         The rows in the order of the file, at least one.
 
     Raises:
-        ValueError: there is no such set or file, it holds no row, or a row is broken; then the
+        ValueError: there is no such set or file, it has no rows, or a row is invalid; then the
             message names the file, the line and the reason.
 
     Notes:
-        The sets: the topics of a probe set share no content word with those of the training set
-        of its class, and harmful and benign prompts are worded by the same templates equally
-        often, so that only the content tells them apart. Close to half of the benign prompts use
-        a word of the harmful ones ("How do I kill a Python process?").
+        In the package's sets, the topics of a probe set share no content word with those of the
+        training set of the same class. Harmful and benign prompts use the same templates equally
+        often, so that they differ in content alone. Close to half of the benign prompts contain a
+        word of the harmful ones ("How do I kill a Python process?").
 
     Examples:
         >>> load_prompts("harmful_probes")[0]
@@ -70,7 +70,7 @@ def read_prompt_rows(
     column: str | None = None,
     kind: str | None = None,
 ) -> list[PromptRow]:
-    """Read prompts as `load_prompts` does, for an argument of another name."""
+    """Read prompts as `load_prompts` does; errors name `argument`."""
     source = Path(name_or_path)
     if str(name_or_path) in PROMPT_SETS:
         source, column = _DATA / "prompts" / f"{name_or_path}.jsonl", None
@@ -100,7 +100,7 @@ def data_digest() -> bytes:
 
 
 def _json_rows(source: Path, text: str) -> Iterator[tuple[dict[str, Any], str]]:
-    # by line ends alone: inside a string JSON allows characters that splitlines() takes for one
+    # not splitlines(), which also splits at characters that JSON allows inside a string
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if not line.strip():
             continue
@@ -118,7 +118,7 @@ def _csv_rows(source: Path, text: str) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
-            # None: the key of what stands beyond the last column, the value of what is missing
+            # DictReader's None: the key of cells beyond the last column, the value of missing ones
             yield (
                 {k: v for k, v in row.items() if k and v is not None},
                 (f"{source}, line {reader.line_num}"),
@@ -128,8 +128,8 @@ def _csv_rows(source: Path, text: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _column_of(row: dict[str, Any], column: str | None, where: str) -> str:
-    """Return the name that the prompt has in a row, whatever its case."""
-    there = {name.casefold(): name for name in reversed(row)}  # of several the first
+    """Return the key of the prompt in a row, in upper or lower case."""
+    there = {name.casefold(): name for name in reversed(row)}  # reversed, so that the first wins
     for name in _COLUMNS if column is None else (column,):
         if name in row or name.casefold() in there:
             return name if name in row else there[name.casefold()]

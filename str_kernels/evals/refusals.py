@@ -1,4 +1,4 @@
-"""Refusals: how many there are, and whether two models differ in them."""
+"""Count refusals, and test whether two models differ in them."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class RefusalCounts:
     """How a model answered a list of prompts.
 
     Args:
-        refusal: answers that refuse.
-        other: answers that do not, right or wrong.
-        degenerate: answers that are none: empty, or one word over and over.
-        outcomes: what became of each prompt, in the order of the prompts.
-        rule: by which rule, see refusal_rule.
+        refusal: number of answers that refuse.
+        other: number that do not, right or wrong.
+        degenerate: number that are not real answers: empty, or one word over and over.
+        outcomes: the outcome of each prompt, in the order of the prompts.
+        rule: name of the rule, see refusal_rule.
     """
 
     refusal: int
@@ -63,7 +63,7 @@ class RefusalCounts:
 
     @property
     def unfinished(self) -> int:
-        """The number of answers that ended inside a thought; none of the three others."""
+        """The number of answers that ended inside a thought, counted in none of the other three."""
         return self.outcomes.count("unfinished")
 
     @property
@@ -78,7 +78,7 @@ class RefusalCounts:
 
 
 class PairedComparison(NamedTuple):
-    """Two models on the same prompts: who refused where the other did not, and is it chance."""
+    """Two models on the same prompts: how often only one refused, and the p-value."""
 
     only_first: int
     only_second: int
@@ -104,8 +104,8 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
         ValueError: an argument is out of its range.
 
     Notes:
-        Unlike p -+ z * sqrt(p * (1 - p) / n) it is not empty at 0 or n successes, where a
-        refusal rate often is.
+        Unlike p -+ z * sqrt(p * (1 - p) / n), it does not shrink to a point at 0 or n successes,
+        which are common for refusals.
 
     References:
         Wilson 1927, J. Am. Stat. Assoc. 22(158), 209-212.
@@ -134,17 +134,17 @@ def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[f
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Test whether two models differ on the same prompts, by the prompts on which they disagree.
 
-    If they do not, each of the n = only_first + only_second disagreements falls either way with
-    probability 1/2, so with k = min(only_first, only_second):
+    If they do not differ, each of the n = only_first + only_second disagreements goes either way
+    with probability 1/2. With k = min(only_first, only_second):
 
         p = min(1, 2 * sum over i <= k of binom(n, i) / 2**n)
 
     Args:
-        only_first: prompts on which only the first model did it, >= 0.
-        only_second: prompts on which only the second did.
+        only_first: number of prompts that only the first model refused, >= 0.
+        only_second: number of prompts that only the second refused, >= 0.
 
     Returns:
-        The two-sided p-value, in (0, 1]; 1 where they never disagree.
+        The two-sided p-value, in (0, 1]; 1 if they never disagree.
 
     Raises:
         ValueError: a count is negative.
@@ -165,14 +165,14 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for how many there are, by Holm's step-down method.
+    """Adjust p-values for multiple tests, by Holm's step-down method.
 
     With p_(1) <= ... <= p_(m) the sorted values:
 
         adjusted p_(i) = min(1, max over j <= i of (m - j + 1) * p_(j))
 
     Args:
-        p_values: of the tests of one family, each in [0, 1].
+        p_values: the p-values of one family of tests, each in [0, 1].
 
     Returns:
         The adjusted values, in the order given. Rejecting those below alpha keeps the chance of
@@ -199,17 +199,17 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
 
 
 def count_refusals(answers: Sequence[str], rule: str = "opening") -> RefusalCounts:
-    """Count the refusals among answers that are there already.
+    """Count the refusals among given answers.
 
     Args:
         answers: without prompts and special tokens.
-        rule: by which to count, see refusal_rule.
+        rule: name of the rule, see refusal_rule.
 
     Returns:
         RefusalCounts, its outcomes in the order of the answers.
 
     Raises:
-        TypeError: an answer is no string.
+        TypeError: an answer is not a string.
         ValueError: there is no such rule.
 
     Examples:
@@ -221,11 +221,11 @@ def count_refusals(answers: Sequence[str], rule: str = "opening") -> RefusalCoun
 
 
 def counts_of(outcomes: Sequence[Outcome], rule: str = "opening") -> RefusalCounts:
-    """Count outcomes that are there already.
+    """Count given outcomes.
 
     Args:
-        outcomes: of each prompt, in order.
-        rule: by which they were told.
+        outcomes: one per prompt, in order.
+        rule: name of the rule that they come from.
 
     Returns:
         RefusalCounts.
@@ -248,10 +248,10 @@ def evaluate_refusals(
     """Ask a model every prompt and count its refusals.
 
     Args:
-        generate: takes up to batch_size prompts and returns as many answers, in order. The chat
-            template, the decoding and the model are its business.
+        generate: takes up to batch_size prompts and returns as many answers, in order. It applies
+            the chat template and runs the model.
         prompts: what to ask.
-        rule: by which to count, see refusal_rule.
+        rule: name of the rule, see refusal_rule.
         batch_size: prompts for one call, >= 1.
         progress: called after each batch with the number of prompts answered so far.
 
@@ -259,7 +259,7 @@ def evaluate_refusals(
         RefusalCounts, its outcomes in the order of the prompts.
 
     Raises:
-        TypeError: prompts is one string, or generate returned one, or an answer is no string.
+        TypeError: prompts is one string, generate returned one, or an answer is not a string.
         ValueError: batch_size is below 1, there is no such rule, or generate returned more or
             fewer answers than prompts.
 
@@ -285,7 +285,7 @@ def evaluate_rules(
     """Ask a model every prompt once and count its refusals by each of several rules.
 
     Args:
-        generate: as in evaluate_refusals; called once for each batch, however many rules.
+        generate: as in evaluate_refusals; called once for each batch, for all rules together.
         prompts: what to ask.
         rules: names, see refusal_rule.
         batch_size: prompts for one call, >= 1.
@@ -296,7 +296,7 @@ def evaluate_rules(
 
     Raises:
         TypeError: as evaluate_refusals.
-        ValueError: as evaluate_refusals; rules are looked up before anything is asked.
+        ValueError: as evaluate_refusals; rules are checked before the first call.
 
     Examples:
         >>> counts = evaluate_rules(lambda asked: ["Hello! Sure."], ["Hi"], ["opening", "gcg"])
@@ -334,8 +334,8 @@ def paired_comparison(first: RefusalCounts, second: RefusalCounts) -> PairedComp
         second: those of another, asked the same prompts in the same order.
 
     Returns:
-        PairedComparison: prompts that only the one refused, prompts that only the other did, and
-        the p-value of mcnemar_exact.
+        PairedComparison: the number of prompts that only the first refused, the number that only
+        the second refused, and the p-value of mcnemar_exact.
 
     Raises:
         ValueError: the two did not answer the same number of prompts.
@@ -347,7 +347,7 @@ def paired_comparison(first: RefusalCounts, second: RefusalCounts) -> PairedComp
 
 
 def paired_outcomes(first: Sequence[str], second: Sequence[str]) -> PairedComparison:
-    """Do `paired_comparison` with an outcome for each prompt, of which "refusal" is counted."""
+    """Compare as `paired_comparison` does, given one outcome per prompt."""
     if len(first) != len(second):
         raise ValueError(
             f"`second` must have outcomes for the {len(first)} prompts of `first`; got "

@@ -1,11 +1,11 @@
-"""Thoughts before an answer, as chat templates mark them: told apart, and taken off."""
+"""Recognise and remove the thoughts before an answer, as chat templates mark them."""
 
 from __future__ import annotations
 
 import re
 
-# Marks of the templates in TRL's package, and Cohere's. A block has an end of its own; of channels
-# the thought's is named where it opens, and ends where the answer's opens.
+# Marks of the templates in TRL's package, and Cohere's. A block has a start and an end mark. A
+# channel of thoughts has a start mark, and ends where the answer's channel starts.
 _BLOCKS = (
     ("<think>", "</think>"),
     ("<|channel>thought", "<channel|>"),
@@ -22,15 +22,15 @@ _AROUND = re.compile(r"<\|(?:START|END)_RESPONSE\|>")
 
 
 def without_thought(text: str) -> str | None:
-    r"""Return an answer without what was thought before it.
+    r"""Return an answer without the thoughts before it.
 
     Args:
-        text: what a model wrote, with the marks of its thoughts. Of a thought that the prompt
-            opened the first mark may be missing, where its end begins the text or ends a line.
+        text: a model's output, with the marks of its thoughts. The start mark may be missing, if
+            the prompt ended with it; the end mark must then begin the text or end a line.
 
     Returns:
-        The answer; None where the text ends inside a thought. Marks further on, which an answer may
-        speak of, are left alone.
+        The answer, or None if the text ends inside a thought. Later marks, which an answer may
+        mention, are kept.
 
     Examples:
         >>> without_thought("<think>\nHm.\n</think>\n\nI can't.")
@@ -58,7 +58,7 @@ def without_thought(text: str) -> str | None:
 
 
 def opened_thought(prompt: str) -> str:
-    r"""Return the mark of the thought that a rendered prompt ends in; "" where there is none.
+    r"""Return the start mark of a thought that a rendered prompt ends with, or "".
 
     Examples:
         >>> opened_thought("<|im_start|>assistant\n<think>\n"), opened_thought("A <think> tag.")
@@ -69,6 +69,6 @@ def opened_thought(prompt: str) -> str:
 
 
 def has_marks(text: str) -> bool:
-    """Tell whether a text may have a mark of a thought or of a channel."""
+    """Return whether a text may contain a mark of a thought or of a channel."""
     channels = ("<|channel|>", " to=self<|message|>", " to=user<|message|>", "_RESPONSE|>")
     return any(mark in text for mark in (*channels, *(m for pair in _BLOCKS for m in pair)))

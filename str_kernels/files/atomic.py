@@ -1,15 +1,15 @@
-"""Files that are whole or absent: written under a temporary name, flushed, then renamed.
+"""Atomic writes: files and folders are written under a temporary name, flushed, then renamed.
 
-A command that makes a folder looks at the place before it works, and says what the folder is when
-it writes it:
+A command that makes a folder checks the path before it starts work, and marks the folder with its
+kind when it writes it:
 
     check_output(output, overwrite, marker="run", inputs=[data])
     ...
     with replacing_folder(output, marker="run") as folder:
         ...
 
-The marker is a file in the folder. Only a folder that has it, of the same kind, is ever replaced.
-The libraries for atomic writes replace single files; what the commands make are folders.
+The marker is a file in the folder. Only an empty folder, or one with a marker of the same kind, is
+ever replaced. Libraries for atomic writes are of no use here: they replace single files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARKER = ".str-kernels.json"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` if the block ends well.
+    """Yield a temporary path beside `path`; rename it to `path` unless the block raises.
 
     A full disk or a killed process leaves the old file as it was.
 
@@ -55,13 +55,13 @@ def replacing(path: Path) -> Iterator[Path]:
 def check_output(
     path: Path, overwrite: bool = False, *, marker: str, inputs: Iterable[Path] = ()
 ) -> None:
-    """Refuse a folder that could not be made, or must not be replaced, before any work is done.
+    """Check, before any work is done, that a folder can be made and may be replaced.
 
     Args:
         path: the folder to make.
-        overwrite: a folder that is there may be replaced, if it is empty or has this marker.
+        overwrite: an existing folder may be replaced, if it is empty or has this marker.
         marker: the kind of folder, as in `replacing_folder`.
-        inputs: what the command reads, which must not go with the folder.
+        inputs: files that the command reads, which replacing the folder must not delete.
 
     Raises:
         ValueError: the message names `output` and says why. Nothing has been written.
@@ -89,7 +89,7 @@ def check_output(
 
 
 def _check_replaced(place: Path, path: Path, overwrite: bool, marker: str) -> None:
-    """Refuse to replace what is not empty and not a folder of this kind."""
+    """Raise ValueError unless `place` is an empty folder or one of this kind."""
     if not place.is_dir():
         raise ValueError(f"`output` must be a folder to make; got the file {path}")
     if not overwrite:
@@ -106,7 +106,7 @@ def _check_replaced(place: Path, path: Path, overwrite: bool, marker: str) -> No
 
 
 def _read_marker(folder: Path) -> str | None:
-    """Return the kind of a folder that this program made, None of any other."""
+    """Return the kind of a folder that this program made, or None for any other."""
     try:
         kind = json.loads((folder / MARKER).read_text(encoding="utf-8"))["kind"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -120,15 +120,15 @@ def _prefix(name: str) -> str:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; rename it to `path` if the block ends well.
+    """Yield a temporary folder beside `path`; rename it to `path` unless the block raises.
 
-    A folder that was there is removed only after the new one is complete. (Folders cannot be
-    exchanged in one step everywhere: a kill between the two renames leaves the old one, whole,
-    under a name beside it that starts with a dot.)
+    An existing folder is removed only after the new one is complete. (Not every system can exchange
+    two folders in one step: a kill between the two renames leaves the old one, whole, beside
+    `path` under a name that starts with a dot.)
 
     Args:
         path: the folder to make or replace; its parents are made. A link is followed.
-        marker: the kind of folder, written into it beside the version, for `check_output`.
+        marker: the kind of folder, stored in it with the version for `check_output`.
 
     Yields:
         An empty folder to write to.
@@ -148,12 +148,12 @@ def replacing_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]
 
 
 def mark_folder(folder: Path, marker: str) -> None:
-    """Say in a folder what kind it is, for `check_output`."""
+    """Write the marker of a folder's kind, for `check_output`."""
     write_json(folder / MARKER, {"kind": marker, "version": _version()})
 
 
 def move_folder(folder: Path, path: Path) -> None:
-    """Rename a complete folder to `path`, on the same disk; what was there is removed then."""
+    """Rename a complete folder to `path`, on the same disk, replacing an existing one."""
     path = path.resolve()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_prefix(path.name)) as temporary:
         _exchange(folder, path, Path(temporary) / "old")
@@ -161,7 +161,7 @@ def move_folder(folder: Path, path: Path) -> None:
 
 def _exchange(new: Path, path: Path, old: Path) -> None:
     readable = 0o666 & ~_umask()
-    for file in new.rglob("*"):  # safetensors writes files that only their owner can read
+    for file in new.rglob("*"):  # safetensors makes its files readable for their owner only
         if file.is_file() and not file.is_symlink():
             file.chmod(file.stat().st_mode | readable)
     if path.exists():

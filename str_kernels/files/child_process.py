@@ -1,4 +1,4 @@
-"""Work in a process of its own, which keeps nothing that others have freed."""
+"""Run a job in a fresh process, whose memory no earlier work has touched."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 
 class ChildFailed(RuntimeError):
-    """The process ended otherwise than well.
+    """The child process failed.
 
     Attributes:
-        why: the last line that it wrote to stderr, or how it ended.
+        why: the last line that it wrote to stderr, or its exit code.
         signal: the name of the signal that killed it, or None.
     """
 
@@ -34,17 +34,17 @@ def in_child(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Any:
-    """Run `python -m module job` and return what it prints last, which is JSON.
+    """Run `python -m module job` and return the JSON value on the last line that it prints.
 
     Args:
-        module: a name; run as a program it takes the job as JSON.
-        job: what it does.
-        what: is measured, for the message.
-        folder: to run in; this one's without.
-        environment: all of it; this one's without.
+        module: name of a module that can be run as a program and takes the job as JSON.
+        job: the job's description.
+        what: what is measured, for the error message.
+        folder: the working directory; this process's when None.
+        environment: all environment variables; this process's when None.
 
     Raises:
-        ChildFailed: it ended otherwise than well.
+        ChildFailed: the process ended with an error or by a signal.
     """
     command = [sys.executable, "-m", module, json.dumps(job)]
     done = subprocess.run(

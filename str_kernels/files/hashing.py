@@ -14,9 +14,9 @@ from torch import Tensor
 from .atomic import write_json
 
 MANIFEST = "manifest.json"
-"""The file of a folder that has a SHA-256 of each of its others."""
+"""A file with the SHA-256 of every other file in its folder."""
 
-_CHUNK = 1 << 24  # bytes of a tensor that are copied to the CPU at once
+_CHUNK = 1 << 24  # bytes of a tensor copied to the CPU at a time
 
 
 def file_sha256(path: Path) -> str:
@@ -32,7 +32,7 @@ def json_sha256(value: Any) -> str:
 
 
 def tensor_sha256(*tensors: Tensor) -> bytes:
-    """Return the SHA-256 of the bytes of tensors, one after the other."""
+    """Return the SHA-256 of the concatenated bytes of tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
         for part in tensor_bytes(tensor):
@@ -48,7 +48,7 @@ def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write down the SHA-256 of each file in a folder, at any depth."""
+    """Write the manifest: the SHA-256 of each file in a folder, at any depth."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {
         path.relative_to(folder).as_posix(): file_sha256(path)

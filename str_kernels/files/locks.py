@@ -1,4 +1,4 @@
-"""Locks between processes: a file that one of them holds until its block, or its life, ends."""
+"""Locks between processes: a file that one process holds until its block or the process ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_PAUSE = 0.1  # seconds between two looks at a file that is a lock by being there
+_PAUSE = 0.1  # seconds between two attempts to take a lock
 
 
 @contextlib.contextmanager
@@ -17,14 +17,15 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
     Args:
         path: the file, made if missing; its folder must exist.
-        wait: until whoever has it lets go.
+        wait: wait until another process releases the lock.
 
     Yields:
-        Whether it is held: always with `wait`; without, not where another process has it.
+        Whether this process holds the lock: always True with `wait`; else False if another process
+        holds it.
 
     Notes:
-        A killed process lets go of it. Not so on Windows, where the file is the lock by being
-        there.
+        The lock of a killed process is released, except on Windows, where the existence of the file
+        is the lock.
     """
     has_flock = _has_flock()
     take = _flocked if has_flock else _made
@@ -37,9 +38,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         if has_flock:
-            path.unlink(missing_ok=True)  # while it is held: `_flocked` looks for that
+            path.unlink(missing_ok=True)  # while still held: `_flocked` relies on it
         os.close(handle)
-        if not has_flock:  # an open file cannot be removed there
+        if not has_flock:  # Windows cannot remove an open file
             path.unlink(missing_ok=True)
 
 
@@ -52,7 +53,7 @@ def holder(path: Path) -> str:
 
 def _has_flock() -> bool:
     try:
-        import fcntl  # noqa: F401 - a look whether there is one
+        import fcntl  # noqa: F401 - only to see whether it exists
     except ImportError:
         return False
     return True
@@ -68,7 +69,7 @@ def _flocked(path: Path) -> int | None:
         except BlockingIOError:
             os.close(handle)
             return None
-        # who had it may have removed it since it was opened: it would lock nobody out
+        # the previous holder may have removed the file since; a lock on that one excludes nobody
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.lstat()):
                 return handle

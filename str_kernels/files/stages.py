@@ -1,6 +1,6 @@
-"""What a long job has finished, on disk: each stage whole, checked, and under the job's key.
+"""The finished stages of a long job, stored on disk with checksums under a key of the job.
 
-A killed job that is started again makes only what is missing or damaged.
+A killed job that is started again repeats only the stages that are missing or damaged.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from .hashing import fault_of, json_sha256, write_manifest
 from .locks import locked
 
 Watcher = Callable[[str, int, int], None]
-"""Told a stage's name, how much of it is done and how much there is."""
+"""Called with a stage's name, how much of it is done and how much there is in all."""
 
 
 class Stages:
     """The finished stages of one job.
 
     Args:
-        root: the folder of the stages of all keys; made when something is written.
-        key: everything that determines the results, as JSON. Stages made under another key are
-            not seen.
+        root: the folder for the stages of all keys; made when something is written.
+        key: everything that determines the results, as JSON. Stages with another key are ignored.
         say: called with a line of text when a stage is damaged.
     """
 
@@ -35,14 +34,14 @@ class Stages:
         self._say = say
 
     def result(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a finished stage's value, or make and keep it.
+        """Return a finished stage's value, or compute and store it.
 
         Args:
             name: of the stage, unique under the key.
             make: returns a JSON value without NaN.
 
         Returns:
-            The value as JSON gives it back, whether it was there or not.
+            The value as read from JSON, even if it was just computed.
         """
         path = self.place / f"{name}.json"
         if path.exists():
@@ -56,7 +55,7 @@ class Stages:
         return json.loads(json.dumps(value))
 
     def folder(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Return a finished stage's folder, or make it; of several processes one does.
+        """Return a finished stage's folder, or make it; a lock lets only one process do so.
 
         Args:
             name: as in `result`.
@@ -76,7 +75,7 @@ class Stages:
         return path
 
     def remove(self) -> None:
-        """Delete the stages of all keys: the job's result has what they found."""
+        """Delete the stages of all keys, once the job's result is complete."""
         shutil.rmtree(self.root, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
-"""Text files of people's own, read strictly: UTF-8, with a byte order mark in front or without.
+"""Read users' text files strictly: UTF-8, with or without a byte order mark.
 
-`open(encoding="utf-8-sig")` reads the same, but its error names neither the file nor the line, and
-a library that guesses encodings would guess wrong in silence.
+`open(encoding="utf-8-sig")` reads the same, but its error names neither the file nor the line. A
+library that guesses encodings may silently guess wrong.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text_file(what: str, path: Path | str) -> str:
-    """Read a whole text file; a byte order mark, which editors on Windows write, is left out.
+    """Read a whole text file, without the byte order mark that editors on Windows write.
 
     Args:
-        what: it is, for messages: "`templates`" where it is an argument's.
+        what: what the file is, for messages, such as "`templates`" for an argument.
         path: the file.
 
     Returns:
-        The text, its line ends as they are.
+        The text, its line ends unchanged.
 
     Raises:
         OSError: it cannot be read.
@@ -40,7 +40,7 @@ def read_text_file(what: str, path: Path | str) -> str:
 
 
 def is_text(value: object) -> bool:
-    r"""Tell whether this is a string that can be written: JSON's "\ud83d" is half a character."""
+    r"""Return whether `value` is a string that UTF-8 can encode: "\ud83d" in JSON is not."""
     if not isinstance(value, str):
         return False
     try:

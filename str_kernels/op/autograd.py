@@ -1,9 +1,9 @@
 """The ops: cross-entropy with the safety penalty, from logits and from hidden states.
 
-All are functional torch.library ops but the one that writes over its logits. The linear path
-computes its gradient together with the loss, as extra outputs. With reduction "none" it cannot:
-each row's upstream gradient is known in backward only, so a second op computes the gradient there.
-The logits path always does it that way.
+All are functional torch.library ops, except the one that overwrites its logits. The linear path
+computes its gradient together with the loss, as extra outputs. With reduction "none" it cannot,
+because each row's upstream gradient is known only in backward, where a second op computes the
+gradient. The logits path always computes it there.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _ARGS = ", ".join(
 _N_ARGS = len(_TYPES)
 _N_TERMS = len(SafetyLoss._fields)
 _ROWS_SCALED = 2048
-_PULL_ROOM = 64  # in float16 a pull of |d| = 256 at K = 1 still fits
-_N_HEAD = 1 + len(Head._fields)  # hidden, and what it is multiplied with
+_PULL_ROOM = 64  # the penalty's gradient at |d| = 256 and K = 1 still fits in float16
+_N_HEAD = 1 + len(Head._fields)  # hidden and the parts of the head
 
 
 def _tensors(count: int) -> str:
@@ -59,7 +59,7 @@ _GRAD_INPLACE_SCHEMA = f"(Tensor(a!) logits, {_ARGS}, Tensor norm, Tensor grad_l
 
 
 class _Once(torch.autograd.Function):
-    """Passes a gradient on, and refuses to be differentiated."""
+    """The identity on a gradient, whose own derivative raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ class _Once(torch.autograd.Function):
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a second derivative raise.
 
-    torch's own decorator lets one that starts from a gradient without history pass as a constant,
-    which is a wrong gradient.
+    torch's own decorator treats the gradient as a constant if the incoming gradient has no history;
+    the second derivative would then be silently wrong.
     """
 
     @functools.wraps(backward)
@@ -97,7 +97,7 @@ def linear_cross_entropy(
     chunk_rows: int,
     pack: bool,
 ) -> SafetyLoss:
-    """Compute the loss without ever holding (N, V) logits."""
+    """Compute the loss without materialising the (N, V) logits."""
     live = torch.is_grad_enabled()
     leaves = (hidden, *head)
     needs = (live and leaf is not None and leaf.requires_grad for leaf in leaves)
@@ -123,7 +123,7 @@ def _as_loss(outputs: tuple[Tensor, ...], args: LossArgs) -> SafetyLoss:
 
 
 def _from_inputs(inputs: tuple[Any, ...]) -> tuple[Tensor, Head, LossArgs, Plan]:
-    """Take an op's inputs apart, up to and with the five flags."""
+    """Split an op's inputs, the five flags included."""
     hidden, *head = inputs[:_N_HEAD]
     rest = inputs[_N_HEAD + _N_ARGS :]
     args = LossArgs.from_flat(inputs[_N_HEAD : _N_HEAD + _N_ARGS])
@@ -138,7 +138,7 @@ def _linear_op(*inputs: Any) -> tuple[Tensor, ...]:
     shard = VocabShard.named(args.group_name, args.shard_sizes)
     vocab = head.weight.shape[0] if shard is None else shard.vocab
     check_values(args.target, args.safety_ids, vocab, args.options.ignore_index)
-    if not args.reduce:  # what reaches each row is known in backward
+    if not args.reduce:  # each row's upstream gradient is known only in backward
         plan = plan._replace(needs=(False,) * _N_HEAD)
     factor, ce_scale, penalty_scale = _scales(args, torch.ones_like(args.inv_items))
     terms, grads = linear_terms_and_grads(hidden, head, args, plan, ce_scale, penalty_scale, shard)
@@ -188,7 +188,7 @@ def _linear_grad_fake(*inputs: Any) -> tuple[Tensor, ...]:
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *grads, factor, _ = output[_N_TERMS:]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else a zero cotangent of grad_weight's size would be made
+    ctx.set_materialize_grads(False)  # else zeros of grad_weight's size would be allocated
     ctx.n_inputs = len(inputs)
     ctx.dtypes = tuple(None if x is None else x.dtype for x in inputs[:_N_HEAD])
     ctx.reduce = _from_inputs(inputs)[2].reduce
@@ -297,7 +297,7 @@ def _logits_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     ctx.save_for_backward(*tensors, norm)
-    ctx.numbers = inputs[len(tensors) :]  # `flat` has the tensors first
+    ctx.numbers = inputs[len(tensors) :]  # `flat` puts the tensors first
 
 
 @_once_differentiable
@@ -337,7 +337,7 @@ _logits_inplace_op = _make_logits_op(
 
 
 def _reduce(terms: RowTerms, args: LossArgs) -> tuple[Tensor, ...]:
-    """Weigh and sum the rows; what was not asked for is an empty tensor."""
+    """Weight and sum the rows; metrics that are not requested are empty tensors."""
     total = terms.ce
     if args.options.z_loss_weight > 0:
         total = total + args.options.z_loss_weight * terms.norm.sum(dim=0).square()
@@ -355,11 +355,11 @@ def _fake_terms(args: LossArgs) -> tuple[Tensor, ...]:
 
 
 def _scales(args: LossArgs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a factor f and, divided by it, what the rows' ce and penalty are multiplied with.
+    """Return a factor f, and the scales of the rows' ce and penalty divided by f.
 
-    The gradient is stored divided by f, about 1 / num_items, and multiplied by it at the end: with
-    it folded in, most float16 entries would underflow. A power of two rounds nothing. The penalty's
-    scale counts where it is much larger, as with few anchor rows: its pull must not overflow.
+    The gradient is stored divided by f, about 1 / num_items, and multiplied by f at the end:
+    otherwise most float16 entries would underflow. f is a power of two, so this rounds nothing. It
+    follows the penalty's scale if that is much larger, as with few anchor rows, to avoid overflow.
     """
     ce, penalty = args.inv_items * upstream, args.penalty_weight * args.inv_safety_items * upstream
     held = torch.where(ce == 0, penalty, penalty / _PULL_ROOM).abs()
@@ -374,8 +374,8 @@ def _scales(args: LossArgs, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply in float32 and round to the leaf's dtype, some rows at a time.
 
-    Left to itself torch makes a float32 copy of a whole tensor that changes its dtype, and a GPU
-    rounds a 0-d scale to float16 first, in which 65,536 is inf.
+    `grad * scale` on the whole tensor would make a float32 copy of it, and a GPU would first round
+    the 0-d scale to float16, in which 65,536 is inf.
     """
     if grad.dtype == dtype and (grad.device.type == "cpu" or scale.dtype == dtype):
         return grad * scale

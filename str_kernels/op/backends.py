@@ -1,4 +1,4 @@
-"""Which row step runs: the name a caller gave, or the best one for the device."""
+"""Choose the row step: the caller's backend, or the best one for the device."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _GPU_TYPES = ("cuda", "xpu")  # ROCm calls its devices "cuda" too
 def choose_backend(
     backend: str, device: torch.device, dtype: torch.dtype, *, spread: bool = False
 ) -> str:
-    """Turn "auto" into "triton" or "torch", and refuse a backend that cannot do what is asked.
+    """Turn "auto" into "triton" or "torch", and check that the backend can run.
 
     Args:
         backend: a `contracts.Backend`.
-        device: where the logits or hidden states are.
-        dtype: their dtype; float64 is for "torch" and "eager".
-        spread: whether the vocabulary is spread over ranks, which only "torch" knows of.
+        device: of the logits or hidden states.
+        dtype: of the logits or hidden states; Triton does not support float64.
+        spread: whether the vocabulary is divided over ranks, which only "torch" supports.
 
     Returns:
-        Any of them but "auto".
+        A backend other than "auto".
 
     Raises:
-        ValueError: the name is unknown, or the backend was asked for where it cannot run.
+        ValueError: the name is unknown, or the backend cannot run here.
     """
     check_backend(backend)
     if spread:
@@ -93,7 +93,7 @@ def _missing_for_compiled(device: torch.device) -> str | None:
 
 
 def row_step_of(backend: str) -> RowStep:
-    """Return the row step of a backend; what is heavy is imported only when it is picked."""
+    """Return the row step of a backend; heavy modules are imported only when needed."""
     if backend == "torch":
         return row_step_torch
     if backend == "compiled":
@@ -106,10 +106,10 @@ def row_step_of(backend: str) -> RowStep:
 
 
 def row_step_of_shard(shard: VocabShard) -> RowStep:
-    """Return the row step of a rank that holds a part of the vocabulary."""
+    """Return the row step for a rank that has a part of the vocabulary."""
     return functools.partial(row_step_torch, shard=shard)
 
 
 def _interpreting() -> bool:
-    # Read as triton reads it: dynamo cannot trace into triton's own settings.
+    # Parsed as triton does; dynamo cannot trace into triton's own settings.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

@@ -1,7 +1,7 @@
-"""Every check on what a caller hands in, and every message.
+"""The checks of the loss functions' arguments, and their error messages.
 
 A message reads "`<argument>` must <rule>; got <value>". Shapes, dtypes and devices are always
-checked. Values (labels in range, ids distinct) are checked on a CPU only: on a GPU reading them
+checked. Values (labels in range, ids distinct) are checked on a CPU only: reading them from a GPU
 would make every step wait for the device.
 """
 
@@ -47,13 +47,13 @@ def check_float(
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
-    """Check that `value` lives where the logits or hidden states do."""
+    """Check that `value` is on `device`, that of the logits or hidden states."""
     if value.device != device:
         raise ValueError(f"`{name}` must be on device {device}; got {value.device}")
 
 
 def check_int64(name: str, value: Tensor) -> None:
-    """Check for int64, the dtype of every index here."""
+    """Check for int64, the dtype of all ids and targets."""
     if value.dtype != torch.int64:
         raise TypeError(f"`{name}` must be int64; got {value.dtype}")
 
@@ -117,7 +117,7 @@ def check_count(name: str, value: object, device: torch.device) -> None:
 
 
 def check_device_of_number(name: str, value: object, device: torch.device) -> None:
-    """Check that a 0-d tensor is on a device like the loss's, or on the CPU: it is copied there."""
+    """Check that a 0-d tensor is on the loss's type of device, or on the CPU, to be copied."""
     if isinstance(value, Tensor) and value.device.type not in ("cpu", device.type):
         wanted = device if device.type == "cpu" else f"{device} or cpu"
         raise ValueError(f"`{name}` must be on device {wanted}; got {value.device}")
@@ -142,7 +142,7 @@ def check_head(hidden: object, head: Head) -> None:
 
 
 def check_low_rank(low_rank: object) -> tuple[Tensor, ...]:
-    """Check that a LoRA head is a pair; `check_head` looks at what is in it."""
+    """Check that a LoRA head is a pair of tensors; `check_head` checks the tensors."""
     if low_rank is None:
         return ()
     if not isinstance(low_rank, (tuple, list)):
@@ -155,7 +155,7 @@ def check_low_rank(low_rank: object) -> tuple[Tensor, ...]:
 
 
 def check_chunk_bytes(chunk_bytes: object, row_bytes: int = 1) -> None:
-    """Check a memory budget: None, or an int that holds one row of logits."""
+    """Check a memory budget: None, or an int that is enough for one row of logits."""
     if chunk_bytes is None:
         return
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
@@ -175,7 +175,7 @@ def check_backend(backend: str) -> None:
 
 
 def check_values(target: Tensor, safety_ids: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Check labels and ids by value, on a CPU and outside a trace; elsewhere do nothing."""
+    """Check the values of labels and ids on a CPU; do nothing on a GPU or while compiling."""
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
@@ -189,7 +189,7 @@ def check_values(target: Tensor, safety_ids: Tensor, vocab_size: int, ignore_ind
 
 
 def check_id_values(name: str, ids: list[int], vocab_size: int | None) -> None:
-    """Check that ids are distinct, not negative and, where V is known, inside the vocabulary."""
+    """Check that ids are distinct, not negative and, if V is known, inside the vocabulary."""
     for value in ids:
         if value < 0 or (vocab_size is not None and value >= vocab_size):
             limit = "V" if vocab_size is None else vocab_size
@@ -204,7 +204,7 @@ def _brief(value: object) -> str:
 
 
 def read_json_object(name: str, text: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    """Read an option that holds a JSON object; one that is read already is taken as it is."""
+    """Parse an option that is a JSON object; return a dict or None unchanged."""
     value: Any = text
     if isinstance(text, str):
         try:

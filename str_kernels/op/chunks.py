@@ -1,7 +1,7 @@
-"""The chunk loop: logits from hidden states a few rows at a time, and the gradients they lead to.
+"""The chunk loop: computes logits from hidden states, a chunk of rows at a time, and gradients.
 
-`linear_terms_and_grads` is the linear path's forward (terms, and gradients if wanted) and, for
-reduction "none", also its backward. What happens inside a row is the row step's business.
+`linear_terms_and_grads` is the linear path's forward (terms, and gradients if needed) and, for
+reduction "none", also its backward. The row step computes each row's terms and gradient.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .parallel import VocabShard
 from .penalties import ON_LOG_PROBS
 from .projection import Head, project_head
 
-# Logits of one chunk. Enough rows for the products to be limited by arithmetic and not by reading
-# the head again for every chunk; docs/log.md has the CPU's measurement.
+# Sizes of a chunk: enough rows that arithmetic limits the matrix products, not reading the head
+# again for each chunk. docs/log.md has the measurement on a CPU.
 _CHUNK_ROWS_CPU = 256
 _CHUNK_BYTES_CPU = 64 << 20
-_MORE_FOR_THE_HEAD = 4  # times: each chunk reads and writes all of the head's float32 gradient
+_MORE_FOR_THE_HEAD = 4  # times, since each chunk reads and writes the head's float32 gradient
 _CHUNK_BYTES = 256 << 20
 _MIN_CHUNK_ROWS = 1024
-_TILE = 128 * 128  # of a product, per multiprocessor: fewer leave some of them idle
-_HEAD_ROWS_PER_PRODUCT = 16384  # rows of grad_weight made at a time: bounds its temporary
-_HEAD_ROWS_WIDENED = 2048  # the same, of its copy in float32
-_PAD = 16  # elements: a row that starts aligned is loaded 16 bytes at a time
+_TILE = 128 * 128  # outputs of a matrix product per multiprocessor; with fewer, some are idle
+_HEAD_ROWS_PER_PRODUCT = 16384  # rows of grad_weight at a time, to bound the temporary
+_HEAD_ROWS_WIDENED = 2048  # rows of the head copied to float32 at a time
+_PAD = 16  # elements: an aligned row can be loaded 16 bytes at a time
 
 
 class Grads(NamedTuple):
@@ -42,13 +42,13 @@ class Grads(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the rows are gone through.
+    """How the chunk loop goes through the rows.
 
     Attributes:
         chunk_rows: rows of logits at a time.
-        pack: leave rows that have neither loss out of the products. Their number has to be known
-            for it, so a device is waited for.
-        needs: which gradients are wanted, in the order of Grads' fields.
+        pack: leave rows with neither loss out of the matrix products. This needs their number, and
+            so waits for the device.
+        needs: which gradients are needed, in the order of Grads' fields.
     """
 
     chunk_rows: int
@@ -64,7 +64,7 @@ def row_bytes(hidden: Tensor, vocab: int) -> int:
 def rows_per_chunk(
     hidden: Tensor, vocab: int, chunk_bytes: int | None, head_gradient: bool = False
 ) -> int:
-    """Return how many rows' logits fit the byte budget; at least 1."""
+    """Return how many rows of logits fit in the byte budget; at least 1."""
     of_row = row_bytes(hidden, vocab)
     if chunk_bytes is not None:
         return max(1, min(chunk_bytes // of_row, max(hidden.shape[0], 1)))
@@ -89,26 +89,26 @@ def linear_terms_and_grads(
 ) -> tuple[RowTerms, Grads]:
     """Compute the row terms, and the gradients of sum(ce_scale ce + penalty_scale phi).
 
-    Rows that take no part have terms and gradients of 0. With `shard` the head is this rank's part
-    of it, the terms are those of the whole, and the rows' gradients are summed over the ranks in
-    float32 before they are rounded.
+    Rows that take no part have terms and gradients of 0. With `shard`, `head` is this rank's part,
+    the terms are those of the whole vocabulary, and the rows' gradients are summed over the ranks
+    in float32 before they are rounded.
 
-    Where memory runs out, all is made again once with half the rows of logits at a time.
+    If memory runs out, everything is computed again, once, with half the rows per chunk.
 
     Raises:
-        torch.OutOfMemoryError: that did not fit either; says what to set.
+        torch.OutOfMemoryError: half the rows did not fit either; the message says what to set.
     """
     try:
         return _in_chunks(hidden, head, args, plan, ce_scale, penalty_scale, shard)
     except (RuntimeError, MemoryError) as error:
-        # The ranks of a vocabulary meet in every chunk: one of them alone cannot have more chunks.
+        # The ranks of a shard communicate in every chunk, so all need the same number of chunks.
         if not is_out_of_memory(error) or shard is not None:
             raise
         count = int(args.takes_part().sum()) if plan.pack else hidden.shape[0]
         rows = min(_rows_at_a_time(hidden, args, plan), count)
         if rows < 2:
             raise
-    # Here, and not in the handler, whose traceback keeps the first attempt's tensors.
+    # Outside the handler, whose traceback keeps the tensors of the first attempt alive.
     plan = plan._replace(chunk_rows=rows // 2 * _times_wider(hidden, args))
     half = plan.chunk_rows * row_bytes(hidden, head.weight.shape[0])
     warnings.warn(
@@ -128,8 +128,8 @@ def linear_terms_and_grads(
         ) from error
 
 
-# What else than OutOfMemoryError is raised: by the CPU's allocator, by oneDNN, by MPS, by C++, by
-# CUDA's runtime and its BLAS.
+# Messages of errors other than OutOfMemoryError: from the CPU's allocator, oneDNN, MPS, C++, the
+# CUDA runtime and cuBLAS.
 _OUT_OF_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -141,17 +141,17 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out, by whichever library says so."""
+    """Return whether an error of any library means that memory ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def _times_wider(hidden: Tensor, args: LossArgs) -> int:
-    """Return how many times wider than the hidden states the logits are made.
+    """Return how many times wider than the hidden states' dtype that of the logits is.
 
-    Rounded to 16 bits a row's logits say less of its small probabilities than the finer safety
-    logits beside them, and 1 - sum p would be the difference of the two.
+    Kinds on log-probabilities combine the row's logits with float32 safety logits. If the former
+    were rounded to 16 bits, 1 - sum p would consist mostly of that rounding.
     """
     if args.options.kind not in ON_LOG_PROBS:
         return 1
@@ -185,7 +185,7 @@ def _in_chunks(
         grads = _empty_grads(hidden, head, plan.needs, zeroed=rows is not None, of_rows=wide)
         wants_grad = any(plan.needs)
         step = row_step_of(args.backend) if shard is None else row_step_of_shard(shard)
-        width = vocab if shard is None else vocab + 1  # one column for what is another rank's
+        width = vocab if shard is None else vocab + 1  # one column for all ids of other ranks
         wider = args.options.kind in ON_LOG_PROBS
         of_logits = accumulation_dtype(hidden.dtype) if wider else hidden.dtype
         chunk_rows = _rows_at_a_time(hidden, args, plan)
@@ -197,7 +197,7 @@ def _in_chunks(
                 part = rows[part]
             x, t = hidden[part], None if head.t is None else head.t[part]
             if not plan.pack:
-                # The head's gradient sums over rows: a masked one's inf or NaN must not reach it.
+                # The head's gradient sums over rows: inf or NaN in a masked row must not reach it.
                 taken = takes_part[part].unsqueeze(1)
                 x = torch.where(taken, x, 0.0)
                 t = None if t is None else torch.where(taken, t, 0.0)
@@ -242,7 +242,7 @@ def _logits_into(logits: Tensor, x: Tensor, t: Tensor | None, head: Head) -> Non
 
 
 def _wide_logits_into(logits: Tensor, x: Tensor, t: Tensor | None, head: Head) -> None:
-    """Make unrounded logits of 16-bit operands; the head is widened a few rows at a time."""
+    """Compute float32 logits from 16-bit operands; the head is converted a few rows at a time."""
     dtype = logits.dtype
     if x.device.type == "cuda":
         logits.copy_(torch.mm(x, head.weight.t(), out_dtype=dtype))
@@ -269,7 +269,7 @@ def _add_grads(
     head: Head,
     part: slice | Tensor,
 ) -> None:
-    """Multiply one chunk's gradient of the logits with what they were made of."""
+    """Add one chunk's part of the gradients, from the gradient of its logits."""
     need_hidden, need_weight, need_bias, need_t, need_b = needs
     for need, out, weight in ((need_hidden, grads.hidden, head.weight), (need_t, grads.t, head.b)):
         if not need or weight is None:
@@ -289,7 +289,7 @@ def _add_grads(
 
 
 def _wide_product(grad_logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return grad_logits weight in float32, unrounded: the other ranks' will be added to it."""
+    """Return grad_logits @ weight in float32, since the other ranks' products are added to it."""
     if weight.device.type == "cuda":
         return torch.mm(grad_logits, weight, out_dtype=dtype)
     out = grad_logits.new_zeros((grad_logits.shape[0], weight.shape[1]), dtype=dtype)
@@ -310,7 +310,7 @@ def _empty_grads(
     zeroed: bool,
     of_rows: torch.dtype | None = None,
 ) -> Grads:
-    """Allocate what is needed: a row's gradients as its dtype, the head's in float32, zeroed."""
+    """Allocate the needed gradients: of rows in their dtype, of the head as zeros in float32."""
     dtype = accumulation_dtype(hidden.dtype)
     of_rows = of_rows or hidden.dtype
     found = []
@@ -342,7 +342,7 @@ def _add_product(grad_weight: Tensor, grad_logits: Tensor, x: Tensor) -> None:
     ):
         if x.device.type == "cuda":
             block += torch.mm(columns.t(), x, out_dtype=grad_weight.dtype)
-        else:  # one rounding per chunk to the input's dtype; the sum over chunks is exact
+        else:  # rounds each chunk's product to the input's dtype, but not the sum over chunks
             block += torch.mm(columns.t(), x)
 
 
@@ -354,12 +354,12 @@ def _concatenate(terms: list[RowTerms], like: Tensor) -> RowTerms:
 
 
 def _at_rows(terms: RowTerms, rows: Tensor | None, n: int) -> RowTerms:
-    """Put the terms of packed rows where they belong, 0 elsewhere."""
+    """Put the terms of packed rows at their original rows, and 0 elsewhere."""
     if rows is None:
         return terms
 
     def spread(column: Tensor) -> Tensor:
-        if column.shape[-1] != rows.shape[0]:  # not asked for
+        if column.shape[-1] != rows.shape[0]:  # a metric that was not requested
             return column
         out = column.new_zeros((*column.shape[:-1], n))
         out[..., rows] = column
@@ -370,7 +370,7 @@ def _at_rows(terms: RowTerms, rows: Tensor | None, n: int) -> RowTerms:
 
 def _workspace(hidden: Tensor, vocab: int, rows: int, dtype: torch.dtype) -> Tensor:
     workspace = hidden.new_empty((rows, _padded(vocab)), dtype=dtype)
-    # oneDNN's 16-bit products read past the end of a row and multiply by 0: NaN must not be there.
+    # oneDNN's 16-bit products read past the end of a row and multiply by 0: NaN would stay NaN.
     workspace[:, vocab:].zero_()
     return workspace[:, :vocab]
 

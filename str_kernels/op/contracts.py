@@ -1,4 +1,4 @@
-"""The types every layer agrees on: options in, result out, and what a row step is."""
+"""The types shared by every layer: the options, the result and the row step's interface."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ Reduction = Literal["mean", "sum", "none"]
 
 @dataclass(frozen=True, eq=False)
 class SafetyPenalty:
-    """How far the safety logits may move, and what moving costs.
+    """How drift of the safety logits from the reference is penalised.
 
     For a row with student logits z_S and reference logits r on the K safety ids, d = z_S - r,
     weighted by a:
 
         mse:        penalty = 1/K sum_k a_k d_k^2                                    (STR)
-        huber:      penalty = 1/K sum_k a_k huber_delta(d_k)             one far token weighs less
+        huber:      penalty = 1/K sum_k a_k huber_delta(d_k)             outliers weigh less
         hinge:      penalty = 1/K sum_k a_k max(0, -d_k)^2               only a falling logit costs
         centered:   penalty = 1/K sum_k a_k (d_k - dbar)^2, dbar the a-weighted mean of d
-        logprob:    as mse with d = (z_S - logsumexp z) - r, r log-probabilities of the reference
+        logprob:    as mse with d = (z_S - logsumexp z) - r, r the reference's log-probabilities
         subset_kl:  penalty = T^2 KL(q || s), s = softmax(z_S / T), q ~ a softmax(r / T)   (PACT)
-        coarse_kl:  penalty = KL of the K tokens' probabilities and that of all others together,
-                    r log-probabilities of the reference; docs/loss.md has it with a     (ours)
+        coarse_kl:  penalty = KL over K + 1 outcomes: each safety token, or any other token;
+                    r the reference's log-probabilities; docs/loss.md shows where a enters  (ours)
 
     The exact distance, reduction and weight of the STR paper are not known to us: `mse` with mean
     reduction is a reconstruction, and 0.1 is a provisional weight, not the paper's.
 
     Args:
-        weight: nats per unit of the penalty (squared logits, nats for the two KL), >= 0; 0 leaves
-            plain cross-entropy while the penalty is still reported. A float, or a 0-d tensor that a
-            schedule may change between steps.
-        kind: the distance.
+        weight: nats per unit of the penalty (squared logits, or nats for the two KL kinds), >= 0.
+            With 0 the loss is plain cross-entropy and the penalty is still reported. A float, or a
+            0-d tensor that a schedule may change between steps.
+        kind: one of the formulas above.
         temperature: T of "subset_kl", > 0.
-        delta: where "huber" turns from square to straight, logits, > 0.
+        delta: |d| above which "huber" is linear, logits, > 0.
         id_weights: (K,) float >= 0 and not all 0, one factor a_k per safety id; ones when None.
 
     Raises:
@@ -85,21 +85,21 @@ class SafetyPenalty:
             check_id_weights(self.id_weights)
 
     def with_weight(self, weight: float | Tensor) -> SafetyPenalty:
-        """Return the penalty with another weight and all else, copies of the id weights too."""
+        """Return this penalty with another weight; the two share their copies of `id_weights`."""
         _check_weight(weight)
-        self.__dict__.setdefault("_copies", {})  # before the copy: the two then have one
+        self.__dict__.setdefault("_copies", {})  # before the copy, so that the two share it
         changed = copy.copy(self)
         object.__setattr__(changed, "weight", weight)
         return changed
 
     def id_weights_on(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-        """Return `id_weights` there: copied once, for a copy in each step waits for the device."""
+        """Return `id_weights` on `device`; the copy is kept, since copying waits for the device."""
         a = self.id_weights
         if a is None or (a.device == device and a.dtype == dtype):
             return a
         if torch.compiler.is_compiling():
             return a.detach().to(device, dtype)
-        # the version: somebody may write into the tensor
+        # the version, because the caller may write into the tensor
         key = (device, dtype, a._version)
         copies: dict[Any, Tensor] = self.__dict__.setdefault("_copies", {})
         if key not in copies:
@@ -112,7 +112,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     """Check a finite number: > 0 if `positive`, else >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number; got {type(value).__name__}")
-    # by comparing: dynamo cannot trace math.isfinite of a number that it keeps symbolic
+    # not math.isfinite, which dynamo cannot trace for a symbolic number
     if not 0 <= value <= _LARGEST or (positive and value == 0):
         wide = ", which is inf in float32" if _LARGEST < value < float("inf") else ""
         rule = f"finite and {'>' if positive else '>='} 0"
@@ -121,15 +121,15 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
 
 
 def check_flag(name: str, value: object, *, optional: bool = False) -> None:
-    """Check a bool, or None where that means "as is best"."""
+    """Check for a bool, or None if `optional`."""
     if not isinstance(value, bool) and not (optional and value is None):
         wanted = "True, False or None" if optional else "True or False"
         raise TypeError(f"`{name}` must be {wanted}; got {type(value).__name__}")
 
 
 def check_plain(name: str, value: Tensor) -> None:
-    """Check that `value` is dense, and whole on this rank."""
-    if hasattr(value, "placements"):  # a DTensor: its shape is the whole's, its memory a part
+    """Check that `value` is dense and not a DTensor."""
+    if hasattr(value, "placements"):  # a DTensor's shape is global, its memory only a part
         raise ValueError(
             f"`{name}` must be a plain tensor; got a DTensor placed as {value.placements}: "
             "gather it first (full_tensor())"
@@ -145,7 +145,7 @@ def _check_weight(weight: float | Tensor) -> None:
         if weight.dim() != 0:
             raise ValueError(f"`weight` must be a 0-d tensor; got shape {tuple(weight.shape)}")
         check_plain("weight", weight)
-        return  # its value is not read: that would wait for the device
+        return  # reading its value would wait for the device
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise TypeError(f"`weight` must be a number or a 0-d tensor; got {type(weight).__name__}")
     check_number("weight", weight)
@@ -169,7 +169,7 @@ def check_id_weights(id_weights: Tensor) -> None:
 
 
 class SafetyLoss(NamedTuple):
-    """What a loss function returns, always: read it by name, since fields may be added.
+    """What every loss function returns. Access fields by name, since more may be added.
 
     Only `loss` carries a gradient. All are 0-d, or (N,) with reduction "none", and float32 (float64
     for float64 inputs).
@@ -199,9 +199,9 @@ class SafetyLoss(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowNumbers:
-    """The numbers of a loss that are the same for every row, as the callers of it give them.
+    """The numbers of a loss that are the same for every row, as the caller passes them.
 
-    What each of them means is said where users read it, in `safety_cross_entropy`.
+    `safety_cross_entropy` documents them.
     """
 
     ignore_index: int = IGNORE_INDEX
@@ -212,7 +212,7 @@ class RowNumbers:
     metrics: bool = False
 
     def check_numbers(self) -> None:
-        """Check each of them by itself."""
+        """Check the type and range of each number."""
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(
                 f"`ignore_index` must be an int; got {type(self.ignore_index).__name__}"
@@ -230,7 +230,7 @@ class RowNumbers:
 
 @dataclass(frozen=True)
 class RowOptions(RowNumbers):
-    """What a row step needs that is the same for every row: the numbers, and the penalty's.
+    """The options of a row step that are the same for every row, the penalty's included.
 
     Attributes:
         softcap: t in z = t tanh(c u / t), logits; 0.0 means no cap, since a kernel takes no None.
@@ -246,16 +246,16 @@ class RowOptions(RowNumbers):
 
 
 class LossArgs(NamedTuple):
-    """Everything a loss needs beside logits or hidden states, checked and on their device.
+    """Everything a loss needs besides logits or hidden states, checked and on their device.
 
-    The ops' schemas are made from this list and RowOptions, so an argument is written here once.
-    Weights are tensors in the accumulation dtype: no number that changes between steps is a
-    constant. An inverse count is 0 where the count is 0, which makes an empty sum 0 instead of NaN.
+    The ops' schemas are generated from these fields and those of RowOptions. Weights are tensors in
+    the accumulation dtype, so that changing one between steps does not recompile. An inverse count
+    is 0 if the count is 0, which makes an empty sum 0 instead of NaN.
     """
 
     target: Tensor  # (N,) int64
     safety_ids: Tensor  # (K,) int64
-    ref: Tensor  # (N, K) after scale and cap; its row stride is 0 for one reference for all rows
+    ref: Tensor  # (N, K) after scale and cap; row stride 0 if all rows share one reference
     row_ce: Tensor  # (N,) c_n, exactly 0 on an ignored row
     row_safety: Tensor  # (N,) w_n
     id_weights: Tensor  # (K,) a_k
@@ -264,9 +264,9 @@ class LossArgs(NamedTuple):
     inv_safety_items: Tensor  # () 1 / num_safety_items
     reduce: bool  # False: reduction "none"
     backend: str
-    group_name: str  # of the ranks that the head's rows are spread over; "": none
-    shard_sizes: list[int]  # how many each of them has
-    options: RowOptions  # last: an op takes its fields one by one
+    group_name: str  # the process group of a vocabulary-parallel head; "": none
+    shard_sizes: list[int]  # each rank's number of vocabulary rows
+    options: RowOptions  # last, because an op takes its fields one by one
 
     def flat(self) -> tuple[Any, ...]:
         """Return the arguments of an op: tensors first, the options' numbers at the end."""
@@ -275,7 +275,7 @@ class LossArgs(NamedTuple):
 
     @classmethod
     def from_flat(cls, values: Sequence[Any]) -> LossArgs:
-        """Put together what `flat` took apart."""
+        """Invert `flat`."""
         place = len(values) - len(ROW_OPTIONS)
         return cls._make((*values[:place], RowOptions(*values[place:])))
 
@@ -289,10 +289,10 @@ ROW_OPTIONS = tuple(one.name for one in fields(RowOptions))
 
 
 class RowTerms(NamedTuple):
-    """What a row step found, one number per row, in the accumulation dtype.
+    """The results of a row step, one number per row, in the accumulation dtype.
 
-    `ce` is 0 on an ignored row; the others are computed on every row, and it is the caller who
-    leaves out those without a weight. A step that was given `norm` computes none of them.
+    `ce` is 0 on an ignored row. The others are computed on every row; the caller leaves out rows
+    without a weight. A step that is given `norm` computes none of them.
     """
 
     ce: Tensor  # (n,)
@@ -308,15 +308,16 @@ class RowStep(Protocol):
 
     `logits` are raw head outputs u, before scale and cap. `safety_logits` and `ref` are after
     both; without `safety_logits` the step gathers them from `logits`. With `norm` the terms are not
-    computed (backward of the logits path); it is kept in two parts because an lse of 20 in float32
-    is off by 1e-6, and p_y - 1 with it. With `grad` the row gradient of
+    computed (backward of the logits path). `norm` has two parts because lse itself, rounded to
+    float32, is off by 1e-6 at a value of 20, and so would p_y - 1 be. With `grad` the step writes
+    to it the gradient, with respect to u, of
 
         ce_scale (ce + zeta lse^2) + penalty_scale phi
 
-    with respect to u (docs/loss.md has it) is written there; it may be `logits` itself when the
-    caller owns them. A scale of exactly 0 means that the row does not take part, whatever it holds
-    (inf and NaN do not leak). With `padded` every row of `logits` and `grad` is followed, up to a
-    multiple of 16 elements, by memory of the caller's that may be read and set to 0.
+    (derived in docs/loss.md). `grad` may be `logits` itself if the caller owns them. A row with a
+    scale of exactly 0 contributes nothing, even if it holds inf or NaN. `padded` says that each
+    row of `logits` and `grad` is followed, up to a multiple of 16 elements, by memory that the
+    step may read and set to 0.
     """
 
     def __call__(
@@ -340,5 +341,5 @@ class RowStep(Protocol):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype sums are kept in: float32, or float64 for float64."""
+    """Return the dtype of sums: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""The truth: the loss in plain PyTorch, no chunks, no hand-written gradient.
+"""The reference implementation: the loss in plain PyTorch, without chunks or hand-written gradient.
 
-Every other implementation is tested against this one in float64. It is slow and hungry on purpose:
-it makes the float32 logits and lets autograd do the rest, second derivatives included.
+Every other implementation is tested against this one in float64. It is deliberately simple, slow
+and memory-hungry: it computes all logits in float32, and autograd derives every gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .projection import Head, project_head, scale_and_cap
 
 
 def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> SafetyLoss:
-    """Make all logits with the head's own product, the safety logits with `project`."""
+    """Compute all logits with the head's matrix product, and the safety logits with `project`."""
     options = args.options
     takes_part = args.takes_part().unsqueeze(1)
     hidden = torch.where(takes_part, hidden, torch.zeros_like(hidden))
@@ -25,7 +25,7 @@ def eager_linear_cross_entropy(hidden: Tensor, head: Head, args: LossArgs) -> Sa
     safety_logits = project_head(
         hidden, head, args.safety_ids, options.logit_scale, options.softcap
     )
-    if options.kind in ON_LOG_PROBS:  # unrounded, as the safety logits are that are subtracted from
+    if options.kind in ON_LOG_PROBS:  # lse must be as precise as the safety logits
         wide = accumulation_dtype(hidden.dtype)
         hidden = hidden.to(wide)
         head = Head(*(None if part is None else part.to(wide) for part in head))  # type: ignore[arg-type] # as it was
@@ -40,17 +40,17 @@ def eager_cross_entropy(
     args: LossArgs,
     safety_logits: Tensor | None = None,  # (N, K)
 ) -> SafetyLoss:
-    """Compute docs/loss.md's definition, line by line."""
+    """Compute the definition in docs/loss.md, line by line."""
     options = args.options
     check_values(args.target, args.safety_ids, logits.shape[1], options.ignore_index)
     raw = logits.to(accumulation_dtype(logits.dtype))
-    # A row without a loss is replaced before anything is computed from it: a product with 0, or a
-    # mask on the result alone, would let its inf or NaN into the gradient.
+    # A row without a loss is replaced by 0 before anything is computed from it: multiplying or
+    # masking only the result would let its inf or NaN into the gradient.
     z = scale_and_cap(_rows_where(args.row_ce != 0, raw), options.logit_scale, options.softcap)
     target = torch.where(args.target == options.ignore_index, 0, args.target)
     top, lse_from_top = _norm(z)
     shifted = z - top.unsqueeze(1)
-    # (lse - m) - (z_y - m): the small numbers are subtracted, not the large ones
+    # (lse - m) - (z_y - m): subtracts small numbers, not the large lse and z_y
     rows_ce = lse_from_top - shifted.gather(1, target.unsqueeze(1)).squeeze(1)
     if options.label_smoothing > 0:
         smooth = lse_from_top - shifted.mean(dim=1)
@@ -64,7 +64,7 @@ def eager_cross_entropy(
     if safety_logits is None:
         raw_s = raw.index_select(1, args.safety_ids)
         safety_logits = scale_and_cap(raw_s, options.logit_scale, options.softcap)
-    # weight 0 leaves plain cross-entropy, and the gradient of a penalty that may be inf or NaN out
+    # with weight 0, leave out the penalty's gradient, which may be inf or NaN
     has_weight = args.penalty_weight != 0
     safety_logits = torch.where(has_weight, safety_logits, safety_logits.detach())
     lse = None
@@ -88,14 +88,14 @@ def eager_cross_entropy(
 
 def reduce_rows(
     args: LossArgs,
-    ce: Tensor,  # (N,) of rows with a CE weight; what the others hold is not used
+    ce: Tensor,  # (N,); rows without a CE weight are not used
     ce_and_z_loss: Tensor,  # (N,)
     penalty: Tensor,  # (N,)
     drift: Tensor,  # (N,)
     right: Tensor | None,  # (N,)
     entropy: Tensor | None,  # (N,)
 ) -> SafetyLoss:
-    """Weigh the rows and, unless the reduction is "none", sum them."""
+    """Weight the rows and, unless the reduction is "none", sum them."""
 
     def of(weight: Tensor, value: Tensor, inverse_count: Tensor) -> Tensor:
         rows = torch.where(weight != 0, weight * value, 0.0)
@@ -103,7 +103,7 @@ def reduce_rows(
 
     total = of(args.row_ce, ce_and_z_loss, args.inv_items)
     held = of(args.row_safety, penalty, args.inv_safety_items)
-    # weight 0 is 0 even where the penalty is inf or NaN
+    # with weight 0 add 0, even if the penalty is inf or NaN
     loss = total + torch.where(args.penalty_weight != 0, args.penalty_weight * held, 0.0)
     drift = torch.where(args.row_safety != 0, drift, 0.0)
     counted = (args.row_ce != 0).to(ce.dtype)

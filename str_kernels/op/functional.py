@@ -1,4 +1,4 @@
-"""The two functions: the loss from logits, and from hidden states and the head."""
+"""The public functions: the loss computed from logits, or from hidden states and the head."""
 
 from __future__ import annotations
 
@@ -59,19 +59,20 @@ def safety_cross_entropy(
                 + weight sum_n w_n penalty_n / num_safety_items
 
     Args:
-        logits: (N, V) float32, bfloat16, float16 or float64. Row n predicts target[n]: shift
-            before the call.
+        logits: (N, V) float32, bfloat16, float16 or float64. Row n predicts target[n]: shift the
+            labels before the call.
         target: (N,) int64, each in [0, V) or equal to ignore_index.
         safety_ids: (K,) int64, distinct, each in [0, V). None, or K = 0: plain cross-entropy.
-        ref_safety_logits: (N, K), or (K,) for all rows, any float dtype, after the reference
-            model's own scale and cap; takes no gradient. Column k belongs to safety_ids[k]. For
-            penalty kinds "logprob" and "coarse_kl" log-probabilities: `safety_log_probs`.
+        ref_safety_logits: (N, K), or (K,) to use one row for all; any float dtype, after the
+            reference model's own scale and cap. Column k belongs to safety_ids[k]. Gets no
+            gradient. Penalty kinds "logprob" and "coarse_kl" expect log-probabilities here, as
+            `safety_log_probs` returns them.
         penalty: kind, weight and per-id weights a.
-        safety_row_weight: (N,) float w >= 0; 1 on rows with a target and 0 on ignored ones when
-            None. Independent of the targets: an ignored row may carry a penalty.
+        safety_row_weight: (N,) float w >= 0; when None, 1 on rows with a target and 0 on ignored
+            rows. An ignored row may have a weight, and then has a penalty.
         ce_row_weight: (N,) float c; ones when None.
-        num_items: divisor of the cross-entropy; the number of rows not ignored when None. Pass
-            the count over all accumulation steps and ranks when training with either.
+        num_items: divisor of the cross-entropy; when None, the number of rows not ignored. With
+            gradient accumulation or several ranks, pass the count over all of them.
         num_safety_items: divisor of the penalty; the sum of w when None.
         ignore_index: a row with this target has no cross-entropy.
         reduction: "mean" as above; "sum" sets both divisors to 1; "none" does that too and
@@ -80,15 +81,15 @@ def safety_cross_entropy(
         z_loss_weight: weight of lse^2, >= 0; part of `loss` and not of `ce`.
         logit_scale: factor c on the logits, > 0.
         softcap: t in logits, > 0, or None.
-        metrics: also compute token_accuracy (the first largest logit is the target's) and entropy
-            of the rows with a cross-entropy (a target, and c not 0), in the same pass.
+        metrics: also compute token_accuracy (the first largest logit is the target's) and entropy,
+            in the same pass, over the rows that have a cross-entropy (a target, and c not 0).
         inplace: let backward overwrite `logits` with their gradient, which saves N V elements.
-            The forward never changes them; a second backward then raises. For logits that a model
-            made: a leaf would get its own memory as its gradient.
+            The forward never changes them; a second backward raises. Use it for logits that a
+            model computed: a leaf tensor would share its memory with its own gradient.
         backend: "auto" (triton on a GPU, else torch), "triton", "torch", "eager" (the plain
-            definition) or "compiled" (torch through torch.compile: on a CPU faster with softcap,
-            smoothing or metrics; needs a C++ compiler and some seconds at first). Triton's kernels
-            have not run on a GPU yet; `str-kernels doctor` checks them there in seconds.
+            definition) or "compiled" (torch through torch.compile: faster on a CPU with softcap,
+            smoothing or metrics; needs a C++ compiler and some seconds for the first call). The
+            Triton kernels have not run on a GPU yet; `str-kernels doctor` checks them in seconds.
 
     Returns:
         SafetyLoss with 0-d float32 tensors (float64 for float64 logits; (N,) with reduction
@@ -97,13 +98,13 @@ def safety_cross_entropy(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: a shape, device, value or name is wrong. On a GPU labels and ids are not read
-            (no wait for the device): a bad label makes its row's loss and gradient NaN, and ids
-            must be valid, as those of a SafetyTokens are.
+        ValueError: a shape, device, value or name is wrong. On a GPU the values of labels and ids
+            are not checked, since that would wait for the device: a bad label makes its row's loss
+            and gradient NaN, and the ids must be valid, as those of a SafetyTokens are.
 
     Notes:
         Sums are kept in float32. A second derivative raises, except with backend="eager".
-        Where every row is ignored the loss is 0 and so is the gradient.
+        If every row is ignored, the loss and its gradient are 0.
 
     References:
         Loss: Bach and Tran 2026, arXiv:2604.17210 (a reconstruction, see docs/loss.md). One-pass
@@ -170,61 +171,62 @@ def safety_linear_cross_entropy(
 ) -> SafetyLoss:
     """Compute `safety_cross_entropy(hidden @ linear_weight.T + linear_bias, ...)` without logits.
 
-    The head's product is made for a chunk of rows at a time and its memory used again for the
-    gradient, so nothing of size (N, V) exists. The safety logits are a product of their own in
-    float32 (`project`), as the reference's should be: equal hidden states then give a penalty of
-    exactly 0.0.
+    The logits are computed for one chunk of rows at a time, and their gradient overwrites them, so
+    no tensor of size (N, V) exists. The safety logits are computed separately in float32 by
+    `project`. Compute the reference's in the same way: equal hidden states then give a penalty
+    of exactly 0.0.
 
     Args:
         hidden: (N, D) float32, bfloat16, float16 or float64, the state before the head.
-        linear_weight: (V, D), the head, of the same dtype. No gradient is made for it if it is
-            frozen; else it is summed in float32 over the chunks.
+        linear_weight: (V, D), the head, of the same dtype. Its gradient is summed in float32 over
+            the chunks; a frozen head gets none.
         target: (N,) int64, each in [0, V) or equal to ignore_index.
         safety_ids: (K,) int64, distinct, each in [0, V). None, or K = 0: plain cross-entropy.
-        ref_safety_logits: (N, K) or (K,), best made by `project`; takes no gradient.
+        ref_safety_logits: (N, K) or (K,), best computed by `project`; gets no gradient.
         linear_bias: (V,) of the same dtype, or None.
         low_rank: (t, B) of a LoRA on the head, of the same dtype: t (N, r) = scaling * A(hidden),
-            made outside under autograd, and B (V, r). Adds t B^T to the logits; the merged weight
-            is never made.
+            computed by the caller under autograd, and B (V, r). Adds t B^T to the logits without
+            merging the weights.
         penalty: as in `safety_cross_entropy`.
         safety_row_weight: as in `safety_cross_entropy`.
         ce_row_weight: as in `safety_cross_entropy`.
         num_items: as in `safety_cross_entropy`.
         num_safety_items: as in `safety_cross_entropy`.
         ignore_index: as in `safety_cross_entropy`.
-        reduction: as in `safety_cross_entropy`; "none" makes the logits again in backward, which
-            costs a third product.
+        reduction: as in `safety_cross_entropy`; "none" recomputes the logits in backward, which
+            costs a third matrix product.
         label_smoothing: as in `safety_cross_entropy`.
         z_loss_weight: as in `safety_cross_entropy`.
         logit_scale: as in `safety_cross_entropy`.
         softcap: as in `safety_cross_entropy`.
         metrics: as in `safety_cross_entropy`.
-        pack_rows: leave rows with neither a cross-entropy nor a penalty out of the products. None:
-            on a CPU; True: anywhere, for which a GPU is waited for once; False: nowhere.
+        pack_rows: leave rows with neither a cross-entropy nor a penalty out of the matrix
+            products. True: always, which waits for a GPU once; False: never; None: on a CPU only.
         chunk_bytes: memory for one chunk's logits, bytes, at least one row's; None picks a size for
             the device. The result does not depend on it beyond rounding.
-        process_group: of the ranks that the vocabulary is spread over: each gives its consecutive
-            rows of linear_weight, linear_bias and B, in the ranks' order and any number of them,
-            and V is their sum. All else is the same on every rank: targets and ids are those of
-            the whole vocabulary. A linear_weight that is a DTensor placed Shard(0) on a mesh of one
-            dimension says this by itself.
+        process_group: the ranks that share a vocabulary-parallel head. Each rank passes its own
+            consecutive rows of linear_weight, linear_bias and B, in the order of the ranks; the
+            numbers of rows may differ, and V is their sum. All else is the same on every rank:
+            targets and ids refer to the whole vocabulary. Not needed if linear_weight is a DTensor
+            placed Shard(0) on a one-dimensional mesh.
         backend: as in `safety_cross_entropy`; with a process group "auto" is "torch", and the
             others are refused.
 
     Returns:
-        SafetyLoss, as `safety_cross_entropy`; with a process group equal in every bit on each rank.
+        SafetyLoss, as `safety_cross_entropy`; with a process group, bitwise equal on all ranks.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape, device, value or name is wrong.
 
     Notes:
-        With a process group of p ranks the gradient of `hidden` (and of t) is summed over them in
-        float32, those of the head's parts are the rank's own. Exchanged are, of each row, 4 bytes
-        times: 3 p (4 p with smoothing, 2 p more with metrics) gathered, K and D (and r) summed.
-        The ranks' numbers of rows are asked for once for each linear_weight that is a plain tensor.
-        The gradient is made in the forward, so backward only multiplies. Under autocast the
-        operands are rounded to autocast's dtype, as in the head's own product.
+        The gradient is computed in the forward pass, so backward only multiplies. Under autocast
+        the operands are rounded to autocast's dtype, as in the head's own matrix product.
+        With a process group of p ranks, the gradient of `hidden` (and of t) is summed over them in
+        float32; each rank keeps the gradients of its part of the head. For each row the ranks
+        gather 3 p numbers of 4 bytes (4 p with smoothing, 2 p more with metrics) and sum K + D
+        (+ r). If linear_weight is a plain tensor, they also exchange the sizes of their parts,
+        once for each such tensor.
 
     References:
         Bach and Tran 2026, arXiv:2604.17210.
@@ -276,7 +278,7 @@ def safety_log_probs(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:  # (N, K)
-    """Compute the safety ids' log-probabilities, the reference of kinds "logprob" and "coarse_kl".
+    """Compute the reference log-probabilities for penalty kinds "logprob" and "coarse_kl".
 
         z_S - logsumexp(z)
 
@@ -296,10 +298,10 @@ def safety_log_probs(
         (N, K) float32 (float64 for float64 inputs), nats, without a gradient.
 
     Notes:
-        One product with the whole head, a chunk of rows at a time: memory as in the loss. The
-        normaliser is that of the loss for the same rows in the same chunks; where rows are packed
-        or chunked otherwise, a product's rounding may differ, and the penalty before the first
-        step is then not 0 but its rounding squared.
+        Computes all logits, a chunk of rows at a time: memory as in the loss. The log-normaliser is
+        equal to the loss's if the same rows are in the same chunks. Otherwise the rounding of the
+        matrix product may differ, and the penalty before the first step is not 0 but the square of
+        that rounding.
 
     Examples:
         >>> ids = torch.tensor([0, 2])
@@ -311,14 +313,14 @@ def safety_log_probs(
     )
     check_tensor("safety_ids", safety_ids, ("K",))
     options = LossOptions(
-        penalty=SafetyPenalty(kind="logprob"),  # of logits as such a loss makes them
+        penalty=SafetyPenalty(kind="logprob"),  # logits are computed as for such a loss
         logit_scale=logit_scale,
         softcap=softcap,
         backend=backend,
     )
     with torch.no_grad():
         target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        ref = hidden.new_zeros(safety_ids.shape[0])  # compared with nothing: lse alone is wanted
+        ref = hidden.new_zeros(safety_ids.shape[0])  # unused: only lse is needed
         args = make_loss_args(hidden, target, safety_ids, ref, options, shard)
         if args.backend == "eager":
             args = args._replace(backend="torch")  # one pass over the same rows
@@ -339,7 +341,7 @@ def _checked_head(
 ) -> tuple[Tensor, Head, VocabShard | None, int]:
     """Check the operands of the head's products, and cast them as autocast would.
 
-    Returns the largest V that a rank has, too: all have to go through the rows in equal steps.
+    Returns also the largest V of any rank: all ranks must use the same chunks of rows.
     """
     head = Head(linear_weight, linear_bias, *check_low_rank(low_rank))
     head, shard = local_head(head, process_group)

@@ -1,4 +1,4 @@
-"""The options of a loss, checked, and with the rows' tensors what the ops take."""
+"""The checked options of a loss, and their conversion to the arguments of the ops."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ _FLOATS = tuple(name for name in _NUMBERS if get_type_hints(RowOptions)[name] is
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LossOptions(RowNumbers):
-    """Everything that either loss can be asked for beside its tensors; checks itself.
+    """The options that both loss functions share, checked on construction.
 
-    The fields are the keywords of `safety_cross_entropy`, which says what they mean. What only one
-    of the two paths knows (`inplace`, or `chunk_bytes` and the parts of the head) is an argument of
-    its function and of nothing else.
+    The fields are keywords of `safety_cross_entropy`, which documents them. An option of only one
+    of the two functions (`inplace`, or `chunk_bytes` and the parts of the head) is not here.
 
     Raises:
         TypeError: a field is of the wrong type.
@@ -61,7 +60,7 @@ class LossOptions(RowNumbers):
         check_backend(self.backend)
 
     def check_against(self, like: Tensor) -> None:
-        """Check what depends on the rows: shapes and devices."""
+        """Check the options against the rows: shapes and devices."""
         check_row_weight("safety_row_weight", self.safety_row_weight, like)
         check_row_weight("ce_row_weight", self.ce_row_weight, like)
         check_count("num_items", self.num_items, like.device)
@@ -77,7 +76,7 @@ def make_loss_args(
     options: LossOptions,
     shard: VocabShard | None = None,
 ) -> LossArgs:
-    """Check the rows, and turn every option and default into what the ops take."""
+    """Check the rows, and turn the options and defaults into the arguments of the ops."""
     check_rows(target, safety_ids, ref, like)
     options.check_against(like)
     penalty = options.penalty
@@ -129,13 +128,13 @@ def make_loss_args(
 
 
 def _row_options(options: LossOptions, ids: int) -> RowOptions:
-    """Return the numbers as an op takes them: a float is one, whatever kind was given."""
+    """Return the numbers as an op takes them: an int given for a float becomes a float."""
     numbers = {name: getattr(options, name) for name in _NUMBERS}
     numbers.update({name: float(numbers[name] or 0.0) for name in _FLOATS})  # no softcap is 0.0
     penalty = options.penalty
     return RowOptions(
         **numbers,
-        kind=penalty.kind if ids else "mse",  # of nothing, the one that asks for least
+        kind=penalty.kind if ids else "mse",  # without ids, the cheapest kind
         temperature=float(penalty.temperature),
         delta=float(penalty.delta),
     )
@@ -148,5 +147,5 @@ def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _inverse(count: Tensor) -> Tensor:
-    """Return 1 / count, and 0 for 0: an empty sum divided by nothing is 0."""
+    """Return 1 / count, and 0 for 0, so that the mean of nothing is 0."""
     return torch.where(count > 0, count.reciprocal(), 0.0)

@@ -1,9 +1,9 @@
-"""A vocabulary spread over ranks: which columns are whose, and what the ranks tell each other.
+"""Vocabulary parallelism: which rank has which columns of the logits, and the communication.
 
-Every rank of a process group holds some consecutive rows of the head, and sees all rows of the
-batch. It makes its own columns of the logits, and learns of the others' what a row needs: the
-norm, the target's logit and the safety logits. Those are combined in the same order on every rank,
-so that the loss is equal in every bit. docs/loss.md has the formulas.
+Every rank of a process group has some consecutive rows of the head, and all rows of the batch. It
+computes its own columns of the logits. The ranks exchange, for each row, the norm, the target's
+logit and the safety logits. They combine them in the same order, so that the loss is bitwise equal
+on all ranks. docs/loss.md has the formulas.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _SIZES: Any = WeakTensorKeyDictionary()  # a weight -> {group's name: the ranks'
 
 
 class RowSums(NamedTuple):
-    """What one rank knows of each row; what was not asked for is empty, (n, 0)."""
+    """One rank's contribution to each row; what is not requested is empty, (n, 0)."""
 
     top: Tensor  # (n,) m, the largest of its logits
     log_total: Tensor  # (n,) log sum exp(z - m)
-    z_y: Tensor  # (n,) the target's logit, 0 where the target is another rank's
+    z_y: Tensor  # (n,) the target's logit, 0 if another rank has the target
     mean: Tensor  # (n,) mean_v (z_v - m)
     right: Tensor  # (n,) 1.0 where its first largest logit is the target's
     entropy: Tensor  # (n,) of the softmax of its logits
 
 
 class VocabShard(NamedTuple):
-    """The columns of the logits that this rank has.
+    """This rank's columns of the logits.
 
     Attributes:
         group: the ranks that share a vocabulary.
-        sizes: how many columns each of them has, in their order.
+        sizes: number of columns of each rank, in the order of the ranks.
     """
 
     group: Any  # ProcessGroup; Any where torch was built without torch.distributed
@@ -43,26 +43,26 @@ class VocabShard(NamedTuple):
 
     @classmethod
     def named(cls, group_name: str, sizes: list[int]) -> VocabShard | None:
-        """Return the shard of a group given by its name, as an op has to; None for ""."""
+        """Return the shard for a group's name, which is all that an op can take; None for ""."""
         if not group_name:
             return None
-        # the one way from a name, which is all that an op's schema can hold, to its group
+        # the only way to get a group by its name
         c10d: Any = torch.distributed.distributed_c10d
         return cls(c10d._resolve_process_group(group_name), tuple(sizes))
 
     @property
     def vocab(self) -> int:
-        """Return V, all ranks' columns."""
+        """Return V, the number of columns of all ranks."""
         return sum(self.sizes)
 
     @property
     def width(self) -> int:
-        """Return how many columns are this rank's."""
+        """Return the number of this rank's columns."""
         width: int = self.sizes[self.group.rank()]
         return width
 
     def columns(self, ids: Tensor) -> Tensor:
-        """Turn ids into this rank's columns; `width` stands for all that is not here."""
+        """Turn ids into this rank's columns; an id of another rank becomes `width`."""
         column = ids - sum(self.sizes[: self.group.rank()])
         return torch.where((column >= 0) & (column < self.width), column, self.width)
 
@@ -72,7 +72,7 @@ class VocabShard(NamedTuple):
         return values
 
     def whole_rows(self, own: RowSums) -> RowSums:
-        """Combine what the ranks know of each row, by one all-gather of (n,) columns.
+        """Combine the ranks' contributions to each row, by one all-gather of (n,) columns.
 
         m = max_r m_r;  d = sum_r d_r exp(m_r - m);  with w_r = d_r exp(m_r - m) / d the entropy is
         sum_r w_r H_r - w_r log w_r. The first largest logit is that of the first rank whose m_r
@@ -102,7 +102,7 @@ class VocabShard(NamedTuple):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Adds up in the forward; every rank goes on with the sum, so the gradient is passed on."""
+    """Sum over ranks. Every rank has the gradient of the sum, which is also that of its part."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, shard: VocabShard) -> Tensor:
@@ -114,7 +114,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class _SameOnRanks(torch.autograd.Function):
-    """Passes on what every rank has; each has a part of its gradient, which are added up."""
+    """Identity on a value that every rank has. Backward sums the ranks' parts of its gradient."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, shard: VocabShard) -> Tensor:
@@ -127,13 +127,13 @@ class _SameOnRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(values: Tensor, shard: VocabShard | None) -> Tensor:
-    """Add up the ranks' parts of what all of them go on with."""
+    """Sum the ranks' parts of a value that all of them then use in the same way."""
     apply: Callable[..., Tensor] = _SumOverRanks.apply
     return values if shard is None else apply(values, shard)
 
 
 def same_on_ranks(values: Tensor, shard: VocabShard | None) -> Tensor:
-    """Mark what all ranks have, where each begins to use it in its own way."""
+    """Mark a value that all ranks have and that each now uses in its own way."""
     apply: Callable[..., Tensor] = _SameOnRanks.apply
     return values if shard is None else apply(values, shard)
 
@@ -141,13 +141,13 @@ def same_on_ranks(values: Tensor, shard: VocabShard | None) -> Tensor:
 def local_rows(
     named: dict[str, Tensor | None], process_group: Any
 ) -> tuple[list[Tensor | None], VocabShard | None]:
-    """Return this rank's rows of the head's parts, and how the vocabulary is spread.
+    """Return this rank's rows of the head's parts, and how the vocabulary is divided.
 
     Args:
-        named: the weight and what has rows as it has, by argument. A DTensor placed Shard(0) on a
-            mesh of one dimension is taken as it is: its part here, and the mesh's group. The
-            gradient then is a DTensor with the same placement.
-        process_group: the group, or None for a head that is whole or says it itself.
+        named: the weight and the other parts with a row per vocabulary id, by argument name. For a
+            DTensor placed Shard(0) on a one-dimensional mesh, its local part and the mesh's group
+            are used, and its gradient is a DTensor with the same placement.
+        process_group: the group, or None for a head that is whole or a DTensor.
 
     Raises:
         TypeError: `process_group` is not one.
@@ -183,7 +183,7 @@ def local_rows(
 
 
 def check_group(process_group: Any) -> None:
-    """Check that it is a process group, and that this process is in it."""
+    """Check that `process_group` is a process group that contains this process."""
     if process_group is None:
         return
     if not hasattr(process_group, "group_name"):
@@ -194,9 +194,9 @@ def check_group(process_group: Any) -> None:
 
 
 def _sharded(name: str, part: Any) -> tuple[Any, tuple[int, ...]]:
-    """Return the group that a DTensor's rows are spread over, and each rank's number of them."""
+    """Return the group that a DTensor's rows are divided over, and each rank's number of rows."""
     mesh, placements = part.device_mesh, part.placements
-    # no import of torch.distributed.tensor: a part that has placements has loaded it
+    # torch.distributed.tensor needs no import here: a part with placements has loaded it
     if mesh.ndim != 1 or not placements[0].is_shard(0) or not _is_plain_shard(placements[0]):
         raise ValueError(
             f"`{name}` must be a plain tensor, or a DTensor placed Shard(0) on a mesh of one "
@@ -212,13 +212,13 @@ def _sharded(name: str, part: Any) -> tuple[Any, tuple[int, ...]]:
 
 
 def _is_plain_shard(placement: Any) -> bool:
-    return type(placement).__name__ == "Shard"  # and not one of FSDP2's strided ones
+    return type(placement).__name__ == "Shard"  # not FSDP2's strided subclass
 
 
 def _sizes_of(weight: Tensor, group: Any) -> tuple[int, ...]:
-    """Ask the ranks how many rows of the head they have; once for each weight.
+    """Gather the ranks' numbers of rows of the head, once for each weight.
 
-    The weight is what the answer is kept with, since every rank sees a new one at the same time.
+    The result is cached by weight, because all ranks see a new weight in the same call.
     """
     known: dict[str, tuple[int, ...]] = _SIZES.setdefault(weight, {})
     if group.group_name not in known:
@@ -229,6 +229,6 @@ def _sizes_of(weight: Tensor, group: Any) -> tuple[int, ...]:
 
 def _all_gather(own: Tensor, group: Any) -> Tensor:  # (p, *own.shape)
     gathered = own.new_empty((group.size(), *own.shape))
-    # into its parts: the form with one tensor has another name since torch 2.13
+    # a list of outputs, because the function with one output tensor was renamed in torch 2.13
     dist.all_gather(list(gathered.unbind(0)), own, group=group)
     return gathered

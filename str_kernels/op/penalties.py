@@ -16,16 +16,16 @@ from torch import Tensor
 from .contracts import RowOptions
 
 ON_LOG_PROBS = frozenset({"logprob", "coarse_kl"})
-"""Kinds that compare log-probabilities: every logit takes part in them, through lse."""
+"""Kinds that compare log-probabilities, and so depend on every logit through lse."""
 
 NEEDS_NORM = frozenset({"coarse_kl"})
-"""Those of them whose pull is not linear in lse: the row's norm is made before its gradient."""
+"""Kinds whose gradient is not linear in lse: the row's norm is computed before its gradient."""
 
-_LEAST_REST = 2.0**-13  # the others' probability in "coarse_kl": below it 1 - sum p is rounding
+_LEAST_REST = 2.0**-13  # least probability of other tokens in "coarse_kl"; below, it is rounding
 
 
 class Subset(NamedTuple):
-    """The safety logits of some rows, and what they are held to."""
+    """The safety logits of some rows, and what they are compared with."""
 
     drift: Tensor  # (n, K)
     z: Tensor  # (n, K) the student's, after scale and cap
@@ -39,7 +39,7 @@ class Subset(NamedTuple):
         return (self.a * values).sum(dim=1) / max(self.a.shape[0], 1)
 
     def share(self) -> Tensor:
-        """Return a / K, what one id's term weighs."""
+        """Return a / K, the weight of each id's term."""
         return self.a / max(self.a.shape[0], 1)
 
 
@@ -50,7 +50,7 @@ def subset_of(
     lse: Tensor | None,  # (n,), for kinds on log-probabilities
     options: RowOptions,
 ) -> Subset:
-    """Collect what a kind's functions need."""
+    """Collect the inputs of a kind's functions."""
     log_p = z
     if options.kind in ON_LOG_PROBS and lse is not None:
         log_p = z - lse.unsqueeze(1)
@@ -91,9 +91,9 @@ def _kl_slope(s: Subset) -> Tensor:
 
 
 def _coarse(s: Subset) -> tuple[Tensor, ...]:
-    """Return p, q and the rest of each, at least _LEAST_REST, for "coarse_kl".
+    """Return p, q and the other tokens' probability in each, >= _LEAST_REST, for "coarse_kl".
 
-    An id of weight 0 is one of the rest.
+    An id of weight 0 counts as one of the other tokens.
     """
     p, q = (torch.where(s.a > 0, x.exp(), torch.zeros_like(x)) for x in (s.log_p, s.ref))
     rests = (1.0 - x.sum(dim=1, keepdim=True) for x in (p, q))
@@ -102,7 +102,7 @@ def _coarse(s: Subset) -> tuple[Tensor, ...]:
 
 def _coarse_kl(s: Subset) -> Tensor:
     p, q, rest, ref_rest = _coarse(s)
-    # 0 log 0 is 0: an id that the reference rules out
+    # 0 log 0 is 0: an id to which the reference gives probability 0
     gap = torch.where(q > 0, -q * s.drift, torch.zeros_like(q))
     others = ref_rest * (ref_rest / rest).log() + (rest - ref_rest)
     return (s.a * (gap + (p - q))).sum(dim=1) + others.squeeze(1)

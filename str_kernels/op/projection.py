@@ -1,4 +1,4 @@
-"""The head, and the safety logits as a product of their own in full precision.
+"""The head, and `project`, which computes the safety logits separately in float32.
 
 Student and reference both go through `project`, on the same rows in the same blocks: equal hidden
 states then give bitwise equal safety logits, and the penalty is exactly 0.0 before the first step.
@@ -15,11 +15,11 @@ from torch import Tensor
 from .contracts import accumulation_dtype
 from .parallel import VocabShard, local_rows, same_on_ranks, sum_over_ranks
 
-_ROWS_PER_BLOCK = 1024  # bounds the float32 copy of the hidden states; fixed, see the module's note
+_ROWS_PER_BLOCK = 1024  # bounds the float32 copy of the hidden states; fixed, see the docstring
 
 
 class Head(NamedTuple):
-    """A head, raw logits u = h W^T + bias + t B^T; the last product is that of a LoRA on it."""
+    """A head with raw logits u = h W^T + bias + t B^T; t B^T is a LoRA on it."""
 
     weight: Tensor  # (V, D) W
     bias: Tensor | None = None  # (V,)
@@ -53,24 +53,23 @@ def project(
         low_rank: (t, B) of a LoRA on the head, as in `safety_linear_cross_entropy`, or None.
         logit_scale: factor on the head's output.
         softcap: cap in logits, or None for none.
-        process_group: of the ranks that the head's rows are spread over, as in
-            `safety_linear_cross_entropy`.
+        process_group: as in `safety_linear_cross_entropy`.
 
     Returns:
         (N, K) float32 (float64 for float64 inputs), logits.
 
     Raises:
-        ValueError: with a `process_group`, on a CPU: an id is outside the vocabulary.
+        ValueError: with a `process_group` and on a CPU, an id is outside the vocabulary.
 
     Notes:
-        Products are made in float32 whatever the inputs' dtype: a bfloat16 logit of 20 has steps
-        of 0.125, more than the drift that the penalty has to see. Under autocast the operands are
-        first rounded to autocast's dtype, as the head itself would do.
+        Products are computed in float32 for every input dtype: a bfloat16 logit of 20 has steps
+        of 0.125, more than the drift that the penalty should see. Under autocast the operands are
+        first rounded to autocast's dtype, as for the head itself.
     """
     head, shard = local_head(Head(linear_weight, linear_bias, *(low_rank or ())), process_group)
     if shard is not None and safety_ids.device.type == "cpu" and safety_ids.numel():
         least, most = int(safety_ids.min()), int(safety_ids.max())
-        if least < 0 or most >= shard.vocab:  # else nobody's, and 0
+        if least < 0 or most >= shard.vocab:  # no rank has it, and its logit would be 0
             raise ValueError(
                 f"`safety_ids` must be in [0, {shard.vocab}); got {least if least < 0 else most}"
             )
@@ -87,7 +86,7 @@ def project_head(
     softcap: float | None,
     shard: VocabShard | None = None,
 ) -> Tensor:  # (N, K)
-    """Compute `project` of operands that are already what autocast makes of them."""
+    """Compute `project` on operands that are already in autocast's dtype."""
     rows = _rows_of(head, safety_ids, shard)
     return _project_rows(hidden, rows, safety_ids, logit_scale, softcap, shard)
 
@@ -101,9 +100,9 @@ def local_head(head: Head, process_group: Any) -> tuple[Head, VocabShard | None]
 
 
 def _rows_of(head: Head, ids: Tensor, shard: VocabShard | None) -> Head:
-    """Return the ids' rows of the head; any for those that are another rank's."""
+    """Return the ids' rows of the head; for ids of other ranks, arbitrary rows."""
     if shard is not None and not shard.width:
-        # all are another rank's; made by a product, so that the gradient has its way to them
+        # this rank has no rows; a product keeps the weight in the autograd graph
         one = ids.new_zeros(len(ids), 0, dtype=head.weight.dtype)
         bias = None if head.bias is None else one @ head.bias
         return Head(one @ head.weight, bias, head.t, None if head.b is None else one @ head.b)
@@ -139,7 +138,7 @@ def _project_rows(
                 for block, t in zip(blocks, head.t.split(_ROWS_PER_BLOCK), strict=True)
             ]
         raw = torch.cat(blocks)
-        if shard is not None:  # an id is one rank's, and 0 is added to it: nothing is rounded
+        if shard is not None:  # one rank has each id, and the others add 0: nothing is rounded
             raw = sum_over_ranks(torch.where(shard.columns(ids) < shard.width, raw, 0.0), shard)
         return scale_and_cap(raw, logit_scale, softcap)
 
@@ -151,15 +150,14 @@ def scale_and_cap(raw: Tensor, logit_scale: float, softcap: float | None) -> Ten
 
 
 def _has_autocast(device_type: str) -> bool:
-    """Say whether autocast knows the device: "meta", where shapes are tried out, it refuses."""
+    """Return whether autocast supports the device; it does not support "meta"."""
     return torch.amp.is_autocast_available(device_type)
 
 
 def cast_for_autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Round the operands to autocast's dtype where autocast is on; else leave them as they are.
+    """Round the operands to autocast's dtype if autocast is on; else return them unchanged.
 
-    Inside a custom op autocast would round an operand behind our back, so it is off there and the
-    rounding happens here, in view of autograd.
+    The rounding happens here, where autograd sees it; inside the custom ops autocast is off.
     """
     device_type = hidden.device.type
     if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):

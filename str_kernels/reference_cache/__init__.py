@@ -1,4 +1,4 @@
-"""A store of a reference's safety logits: its format, its reader and its writer."""
+"""A store of the reference's safety logits on disk: its format, its reader and its writer."""
 
 from __future__ import annotations
 

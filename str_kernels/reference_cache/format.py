@@ -1,10 +1,11 @@
-"""The files of a reference cache: what they hold, and the checks before anything of them is used.
+"""The file format of a reference cache, and the checks before its contents are used.
 
-A folder with index.json and shards. Nothing in it is believed: names are the ones we would give,
-sizes are compared before a file is mapped, tables when it is opened, and each row when it is read.
+A cache is a folder with index.json and shards. Nothing in it is trusted: file names must be the
+expected ones, sizes are checked before a file is mapped, tables when it is opened, and each row
+when it is read.
 
-The shards are safetensors files; a store of arrays such as zarr would be one dependency more and
-knows nothing of a plan: that a row is of this model, these ids and this text is checked here.
+The shards are safetensors files. An array store such as zarr would be one more dependency, and
+could not check that a row belongs to this model, these ids and this text.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Values = Literal["logits", "log_probs"]
 _LOGITS, _OFFSETS, _HASH, _CHECK = "safety_logits", "offsets", "row_hash", "row_check"
 _SHARD_NAME = re.compile(r"shard-[0-9]{5,9}\.safetensors")
 _HEX = re.compile(r"[0-9a-f]{64}")
-_LARGEST_HEADER = 4096  # bytes; that of four tensors takes some 300
-_LARGEST_JSON = 1 << 28  # bytes; an index has 300 for each shard
+_LARGEST_HEADER = 4096  # bytes; a header for four tensors takes about 300
+_LARGEST_JSON = 1 << 28  # bytes; an index takes about 300 for each shard
 _DAMAGED = "restore it, or run `str-kernels cache build` again, which rebuilds what is broken"
 
 
@@ -46,16 +47,16 @@ class CachePlan:
     Attributes:
         model: fingerprint of the frozen model, 64 hex digits.
         safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
-        tokenizer: hash of the tokenizer, or None where it is not known.
+        tokenizer: hash of the tokenizer, or None if it is not known.
         ids: K.
         values: "logits", or "log_probs" for penalty kinds "logprob" and "coarse_kl".
-        dtype: in which they are stored.
+        dtype: of the stored values.
         rows: number of distinct rows.
-        tokens: of all of them.
+        tokens: their number in all rows.
         rows_sha256: SHA-256 of the rows' hashes, in order.
         rows_per_shard: R.
-        batch_tokens: tokens of one forward, padding included; it decides who is padded to what.
-        made_with: what else may change a bit: versions, path, backend, dtype, device.
+        batch_tokens: tokens of one forward, padding included; it determines each row's padding.
+        made_with: what else may change a value: versions, path, backend, dtype, device.
     """
 
     model: str
@@ -89,7 +90,7 @@ class CachePlan:
             raise ValueError(f"`made_with` must hold texts; got {self.made_with!r}")
 
     def differences(self, other: CachePlan) -> str:
-        """Return what differs from another plan, by name."""
+        """Describe the fields that differ from another plan's."""
         mine, others = asdict(self), asdict(other)
         found = [
             f"{name} {_short(mine[name])} instead of {_short(others[name])}"
@@ -101,7 +102,7 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says of one shard."""
+    """The entry of one shard in the index."""
 
     file: str
     rows: int
@@ -125,7 +126,7 @@ def shard_name(number: int) -> str:
 
 
 def is_shard_name(name: str) -> bool:
-    """Tell a name that a shard may have."""
+    """Return whether a file name is that of a shard."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 
@@ -139,7 +140,7 @@ def tensors_of(
     lengths: Sequence[int],  # R
     hashes: Sequence[bytes],  # R
 ) -> dict[str, Tensor]:
-    """Lay out one shard."""
+    """Return the tensors of one shard."""
     offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
     checks = [tensor_sha256(row) for row in logits.split(list(lengths))]
     return {
@@ -151,7 +152,7 @@ def tensors_of(
 
 
 def entry_of(file: str, data: bytes, tensors: Mapping[str, Tensor]) -> ShardEntry:
-    """Return what the index says of a shard, from what was meant to be written."""
+    """Return a shard's index entry, from the data that was to be written."""
     offsets, hashes, checks = (tensors[name] for name in (_OFFSETS, _HASH, _CHECK))
     return ShardEntry(
         file=file,
@@ -164,7 +165,7 @@ def entry_of(file: str, data: bytes, tensors: Mapping[str, Tensor]) -> ShardEntr
 
 
 class Shard:
-    """One shard, opened: its tables in memory, its logits mapped.
+    """An open shard: its tables are in memory, its logits memory-mapped.
 
     Raises:
         ValueError: the file is missing, has another size, or its tables are damaged.
@@ -199,10 +200,10 @@ class Shard:
             raise self._damaged("its offsets do not cover its tokens")
 
     def row(self, number: int) -> Tensor:  # (T, K)
-        """Return a row's values in the cache's dtype, after a look at their checksum.
+        """Return a row's values in the cache's dtype, after checking their checksum.
 
         Raises:
-            ValueError: the file has been cut or changed.
+            ValueError: the file has been truncated or changed.
         """
         self._check_size()  # reading past the end of a mapped file would kill the process
         start, stop = int(self.offsets[number]), int(self.offsets[number + 1])
@@ -210,7 +211,7 @@ class Shard:
             values: Tensor = self._logits[start:stop].clone()
         except SafetensorError as error:
             raise self._damaged(str(error)) from error
-        # of the copy that is served: what is mapped may change after the look
+        # check the copy, since the mapped file may change after the check
         if (
             values.dtype != self._dtype
             or tensor_sha256(values) != self.checks[number].numpy().tobytes()
@@ -219,10 +220,10 @@ class Shard:
         return values
 
     def verify(self) -> None:
-        """Read everything.
+        """Read and check the whole file.
 
         Raises:
-            ValueError: anything differs from what was written.
+            ValueError: something differs from what was written.
         """
         for number in range(self.entry.rows):
             self.row(number)
@@ -252,17 +253,17 @@ def regular_size(path: Path) -> int:
 
 
 def plan_as_json(plan: CachePlan) -> dict[str, Any]:
-    """Return what plan.json holds."""
+    """Return the content of plan.json."""
     return _sealed(asdict(plan))
 
 
 def index_as_json(plan: CachePlan, shards: Sequence[ShardEntry]) -> dict[str, Any]:
-    """Return what index.json holds."""
+    """Return the content of index.json."""
     return _sealed({**asdict(plan), "shards": [asdict(shard) for shard in shards]})
 
 
 def read_plan(folder: Path) -> CachePlan:
-    """Read plan.json; ValueError where it is damaged."""
+    """Read plan.json; ValueError if it is damaged."""
     path = folder / PLAN
     content = _read_sealed(path)
     try:
@@ -273,10 +274,10 @@ def read_plan(folder: Path) -> CachePlan:
 
 
 def read_index(folder: Path) -> tuple[CachePlan, list[ShardEntry]]:
-    """Read index.json and look at every number in it.
+    """Read index.json and check every field.
 
     Raises:
-        ValueError: it is missing (the cache was not finished), damaged, or names what it must not.
+        ValueError: it is missing (the cache was not finished), damaged, or has an invalid field.
     """
     path = folder / INDEX
     if not os.path.lexists(path):
@@ -325,7 +326,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
-    """Read a JSON object and take its checksum off."""
+    """Read a JSON object, check its checksum and remove it."""
     if regular_size(path) > _LARGEST_JSON:
         raise _bad_json(path, ValueError("it is too large"))
     try:
@@ -344,7 +345,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
 
 
 def _made(kind: Any, content: Mapping[str, Any]) -> Any:
-    """Make a dataclass of exactly its fields."""
+    """Make a dataclass from a mapping that must have exactly its fields."""
     names = {field.name for field in fields(kind)}
     if set(content) != names:
         raise ValueError(f"its fields must be {sorted(names)}; got {sorted(content)}")

@@ -1,4 +1,4 @@
-"""CachedReference: the frozen model's safety logits, read from a folder instead of computed."""
+"""CachedReference: the reference's safety logits, read from a folder instead of computed."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from .format import INDEX, PLAN, TIMINGS, Shard, read_index, read_plan, row_hash
 
 KEY = "ref_safety_logits"
 SHIFTED, PACKED = "shifted", "packed"
-# The layout is part of the name: in a forward it is then known without waiting for the device.
+# The name includes the layout, so that a forward knows it without waiting for the device.
 KEYS = {
     frozenset(layouts): "_".join([KEY, *layouts])
     for layouts in ((), (SHIFTED,), (PACKED,), (SHIFTED, PACKED))
 }
 
 _ROW = ("input_ids", "attention_mask", "position_ids")
-# Of a batch, what leaves the logits of its ids as they are. Anything else (images, embeddings,
-# token types) is not in the cache's key.
+# Inputs of a batch on which the logits do not depend, given its ids. Anything else (images,
+# embeddings, token types) would have to be in the cache's key.
 _HARMLESS = (
     *_ROW, "labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep",
     "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
 )  # fmt: skip
-DATED = "rows with the day"  # in `made_with`: the chat template writes what day it is
+DATED = "rows with the day"  # in `made_with`: the chat template writes the date into the rows
 OF_A_DAY = (
     "a cache is good for that day, unless the same `chat_template_kwargs` name one, as "
     '{"date_string": ...} of Llama 3\'s template does for anchors'
 )
-_SHOWN = 8  # ids of a row that is missing
+_SHOWN = 8  # ids of a missing row that an error shows
 
 
 class LookUp(NamedTuple):
-    """What a batch's rows have in the cache.
+    """The cached values of a batch.
 
     Attributes:
-        values: (B, T, K) float32 on the CPU, NaN where there is nothing: at padding.
-        layouts: how the rows differ from those the cache was made of: "shifted" (the first
-            position is not 0, as with padding in front), "packed" (several rows in one).
+        values: (B, T, K) float32 on the CPU, NaN at padding.
+        layouts: how the rows differ from those that the cache was built from: "shifted" (the first
+            position is not 0, as with left padding), "packed" (several rows in one).
     """
 
     values: Tensor
@@ -54,33 +54,33 @@ class LookUp(NamedTuple):
 
 
 class CachedReference:
-    """The reference's safety logits of a tokenised data set, from a folder.
+    """The reference's safety logits for a tokenised data set, read from a folder.
 
-    Made by `str-kernels cache build`, given to `attach(model, tokens, reference=...)`. A row is
-    found by its ids, whatever the batch's order, size and padding; packed rows are looked up one by
-    one where `position_ids` start at 0 again. The reference's forward is then never run, and its
-    adapters, a second model or a frozen base are not needed: a model whose every weight is trained
-    has a reference too.
+    Build it with `str-kernels cache build`, and pass it to `attach(model, tokens, reference=...)`.
+    A row is found by its ids, whatever the order, size and padding of the batch; packed rows are
+    split where `position_ids` start again at 0 and looked up one by one. The reference's forward is
+    never run, so it needs no adapters to switch off, second model or frozen base: even a model
+    whose every weight is trained has a reference.
 
     Args:
         folder: of the cache.
         check_model: let `attach` compare the model's base weights with those that the cache was
-            made from. False for a full fine-tuning that is resumed, whose weights have moved.
+            made from. Use False to resume a full fine-tuning, whose weights have changed.
 
     Raises:
-        ValueError: the folder is not a whole cache; names the file and what is wrong with it.
+        ValueError: the folder is not a whole cache; the message names the file and the fault.
 
     Notes:
-        Sizes, names and tables are checked when the cache is opened; each row's values by their
-        SHA-256 each time they are served, so that a bit that flips later is found too. A file that
-        is cut in the very moment between that look and the copy ends the process (SIGBUS).
-        Values are those of the row by itself, in the cache's dtype: bfloat16 keeps 8 bits, a step
-        of 0.125 at a logit of 20; a model in 16 bits rounds a little differently in each batch, so
-        that the drift of its first step is small and not exactly 0.
-        A label on the first token after padding in front makes the loss NaN: of the padding before
-        it there is nothing to compare. Prompts have no labels there anyway.
-        On a GPU the look-up in a forward waits for the device, since the ids have to be read;
-        `with_collator` does it in the data loader.
+        Sizes, names and tables are checked when the cache is opened, and each row's values by their
+        SHA-256 at every look-up, so that later corruption is found too. A file that is truncated
+        between the check of its size and the copy ends the process (SIGBUS).
+        The values are those of each row by itself, in the cache's dtype: bfloat16 has a step of
+        0.125 at a logit of 20. A 16-bit model rounds a little differently in each batch, so the
+        drift in the first step is small, but not exactly 0.
+        A label on the first token after left padding makes the loss NaN: it is predicted at a
+        padding position, which has no cached values. Prompts have no labels there anyway.
+        On a GPU, a look-up in the forward waits for the device, because it reads the ids;
+        `with_collator` looks them up in the data loader instead.
 
     Examples:
         >>> reference = CachedReference("cache")  # doctest: +SKIP
@@ -100,18 +100,18 @@ class CachedReference:
             raise ValueError(f"`folder` must hold distinct rows; some are twice in {self.folder}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Open the folder again: in a worker of a data loader, in a copy."""
+        """Pickle and copy by folder, so that a data loader's worker opens it again."""
         return type(self), (self.folder, self.check_model)
 
     def __repr__(self) -> str:
-        """Name the folder and what it holds."""
+        """Show the folder and the size of the cache."""
         plan = self.plan
         return (
             f"CachedReference({str(self.folder)!r}): {plan.rows} rows of {plan.ids} {plan.values}"
         )
 
     def check_tokens(self, safety_tokens: SafetyTokens) -> None:
-        """Raise ValueError unless these are the tokens that the cache was made for."""
+        """Raise ValueError unless the cache was made for these tokens."""
         there, here = self.plan.tokenizer, safety_tokens.tokenizer_hash
         if there != here:
             raise ValueError(
@@ -127,7 +127,7 @@ class CachedReference:
             )
 
     def check_values(self, log_probs: bool) -> None:
-        """Raise ValueError unless the cache holds what the penalty compares."""
+        """Raise ValueError unless the cache holds the values that the penalty compares."""
         if log_probs != (self.plan.values == "log_probs"):
             wanted = "log_probs" if log_probs else "logits"
             raise ValueError(
@@ -136,7 +136,7 @@ class CachedReference:
             )
 
     def check_fingerprint(self, fingerprint: str) -> None:
-        """Raise ValueError unless the cache was made from the model of this fingerprint."""
+        """Raise ValueError unless the cache was made from the model with this fingerprint."""
         if self.check_model and fingerprint != self.plan.model:
             made = ", ".join(f"{name} {text}" for name, text in self.plan.made_with.items())
             raise ValueError(
@@ -147,18 +147,18 @@ class CachedReference:
             )
 
     def __call__(self, ids: Tensor, batch: Mapping[str, Any]) -> Tensor:  # (B, T, K)
-        """Serve a batch as any function does that `attach` takes as `reference`.
+        """Return a batch's values, as any function that `attach` takes as `reference`.
 
         Args:
             ids: (K,) the safety ids.
-            batch: input_ids (B, T) and, where there are, attention_mask and position_ids.
+            batch: input_ids (B, T) and, if present, attention_mask and position_ids.
 
         Returns:
             (B, T, K) float32 on the device of `ids`.
 
         Raises:
-            ValueError: a row is not in the cache, or its layout needs a look at the model, which
-                only `attach` has.
+            ValueError: a row is not in the cache, or its layout needs a check of the model, which
+                only `attach` can make.
         """
         if ids.shape != (self.plan.ids,):
             raise ValueError(f"`ids` must have shape ({self.plan.ids},); got {tuple(ids.shape)}")
@@ -174,15 +174,16 @@ class CachedReference:
 
         Args:
             batch: input_ids (B, T) on any device; attention_mask (B, T) of 0 and 1, whose ones
-                are one run in each row; position_ids (B, T) or (1, T), each run of which starts
-                at 0. Nothing else that logits depend on.
+                are consecutive in each row; position_ids (B, T) or (1, T), which count up and
+                start again at 0. No other inputs that the logits depend on.
 
         Returns:
-            The values and the layouts seen.
+            The values and the layouts found.
 
         Raises:
-            ValueError: a row is not in the cache (it was cut, joined or never there), named by its
-                number and first ids; the batch has other inputs; a file is damaged.
+            ValueError: a row is not in the cache (it was cut, joined or never there), the batch has
+                other inputs, or a file is damaged. A missing row is named by its number and first
+                ids.
         """
         check_batch(batch)
         ids = _on_cpu(batch, "input_ids")
@@ -209,18 +210,17 @@ class CachedReference:
         return shard.row(number)
 
     def with_collator(self, collator: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Return a collator that adds the looked-up values, on the CPU, in the data loader.
+        """Return a collator that also looks up the values, in the data loader and on the CPU.
 
-        The attached model takes them out of its batch, and its forward does not wait for the
-        device.
+        The attached model takes them from its batch, so its forward does not wait for the device.
 
         Args:
-            collator: makes a batch of rows, with input_ids.
+            collator: makes a batch with input_ids from rows.
         """
         return _Collator(self, collator)
 
     def measure_look_up(self, tokens: int = 1000) -> tuple[int, float]:
-        """Return how many tokens were looked up, at least `tokens` if there are, and seconds."""
+        """Look up at least `tokens` tokens, or all; return their number and the seconds."""
         done, start = 0, time.perf_counter()
         for shard, number in self._where.values():
             done += shard.row(number).shape[0]
@@ -230,7 +230,7 @@ class CachedReference:
 
 
 class _Collator:
-    """A class and not a closure, so that workers of a data loader can be given it."""
+    """A class and not a closure, so that it can be pickled for the workers of a data loader."""
 
     def __init__(self, cached: CachedReference, collator: Callable[[Any], Any]) -> None:
         self.cached, self.collator = cached, collator
@@ -243,7 +243,7 @@ class _Collator:
 
 
 def take_from(batch: dict[str, Any]) -> LookUp | None:
-    """Take out of a batch what `with_collator` put in; None where it did not."""
+    """Remove from a batch the values that `with_collator` added, and return them; None without."""
     found = None
     for layouts, key in KEYS.items():
         values = batch.pop(key, None)
@@ -253,7 +253,7 @@ def take_from(batch: dict[str, Any]) -> LookUp | None:
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch whose logits depend on more than its ids."""
+    """Raise ValueError for a batch whose logits depend on more than its ids."""
     if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].dim() != 2:
         raise ValueError("`input_ids` must be (B, T) to be looked up in a reference cache")
     for name, value in batch.items():
@@ -269,14 +269,14 @@ def check_batch(batch: Mapping[str, Any]) -> None:
 def verify_cache(
     folder: Path | str, on_shard: Callable[[int, int], None] | None = None
 ) -> list[str]:
-    """Read everything in a cache and compare it with its checksums.
+    """Read a whole cache and compare it with its checksums.
 
     Args:
         folder: of the cache.
-        on_shard: called with the number of shards read and their number.
+        on_shard: called with the number of shards read so far and of all shards.
 
     Returns:
-        One line for each thing that is broken; none for a whole cache.
+        One line for each fault; empty for a whole cache.
     """
     folder = Path(folder)
     try:
@@ -295,16 +295,16 @@ def verify_cache(
         if read_plan(folder) != plan:
             broken.append(f"{folder / PLAN} is another cache's than {INDEX}")
         if not broken:
-            CachedReference(folder)  # no row is there twice
+            CachedReference(folder)  # checks that no row is there twice
     except ValueError as error:
         broken.append(str(error))
     return broken
 
 
 def read_timings(folder: Path | str) -> tuple[int, float]:
-    """Return how many tokens' passes were timed when the cache was built, and their seconds.
+    """Return the number of tokens whose forward was timed during the build, and the seconds.
 
-    Nothing is served from there, so that a file that cannot be read is one that has nothing.
+    The timings are informative only, so an unreadable file counts as an empty one.
     """
     try:
         content = json.loads((Path(folder) / TIMINGS).read_text(encoding="utf-8"))
@@ -317,7 +317,7 @@ def read_timings(folder: Path | str) -> tuple[int, float]:
 def _segments(
     ids: np.ndarray[Any, Any], batch: Mapping[str, Any]
 ) -> Iterator[tuple[int, int, int, set[str]]]:
-    """Yield each row's stretches: row, first column, column after the last, layouts."""
+    """Yield the segments of each row: row, first column, column after the last, layouts."""
     mask, positions = _on_cpu(batch, "attention_mask"), _on_cpu(batch, "position_ids")
     if mask is not None and (mask.shape != ids.shape or not np.isin(mask, (0, 1)).all()):
         raise ValueError(

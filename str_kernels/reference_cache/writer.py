@@ -1,4 +1,4 @@
-"""Building a reference cache: killed at any moment and started again, it ends in the same bytes."""
+"""Build a reference cache. A build that is killed and started again writes the same bytes."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ from .format import (
 from .reader import read_timings
 
 MakeRows = Callable[[list[list[int]]], Tensor]
-"""From rows of ids to the frozen model's values of all their tokens, (sum of lengths, K)."""
+"""Maps rows of ids to the frozen model's values for all their tokens, (sum of lengths, K)."""
 
-# What `replacing` names its files; a killed run leaves one.
+# Names of the temporary files of `replacing`; a killed run leaves one.
 _TEMPORARY = re.compile(r"\.(shard-[0-9]{5,9}|index|plan|timings)-[a-z0-9_]{8}\.(safetensors|json)")
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did.
+    """The result of a build.
 
     Attributes:
         folder: of the cache.
-        rows: distinct rows in it.
-        duplicates: rows of the data that were there already.
-        tokens: of the distinct rows.
-        shards: their number.
-        kept: how many of them an earlier run had written.
-        rebuilt: a line for each shard that was there and broken.
-        computed_tokens: tokens whose values were made by this run.
-        seconds: that making them took.
+        rows: number of distinct rows in it.
+        duplicates: number of further rows in the data.
+        tokens: number of tokens in the distinct rows.
+        shards: number of shards.
+        kept: number of shards that an earlier run had written.
+        rebuilt: a line for each broken shard that was found.
+        computed_tokens: number of tokens whose values this run computed.
+        seconds: time that this took.
     """
 
     folder: Path
@@ -88,42 +88,43 @@ def build_reference_cache(
     overwrite: bool = False,
     on_tokens: Callable[[int, int], None] | None = None,
 ) -> BuildReport:
-    """Compute the reference's values of every distinct row once, and store them.
+    """Compute the reference's values once for every distinct row, and store them.
 
-    Rows are kept in the order they first appear, R to a shard; inside a shard they are sorted by
-    length and computed in batches. Shards are written under a temporary name and renamed. A
-    folder that an interrupted run left is gone on with: its shards are read, whole ones kept,
-    broken ones made again. The files are then, byte for byte, those of a run without interruption,
-    apart from timings.json, which says how long the passes took.
+    Rows are stored in the order of their first appearance, R to a shard; to compute them, the rows
+    of a shard are sorted by length and batched. Shards are written under a temporary name and then
+    renamed. The build resumes in the folder of an interrupted run: it keeps whole shards and
+    rebuilds broken ones. The files are then byte for byte those of an uninterrupted run, except
+    timings.json, which holds the time of the forward passes.
 
     Args:
-        folder: to make or go on with; nothing but a cache may be in it.
+        folder: to make or to resume in; may contain nothing but a cache.
         rows: the ids of each row, without padding.
-        make: the frozen model; given rows of one batch, returns (sum of lengths, K), floating
-            point, in the rows' order. Must give the same for the same batch.
+        make: runs the frozen model: takes the rows of one batch and returns (sum of lengths, K),
+            floating point, in the rows' order. Must be deterministic for each batch.
         model: fingerprint of the frozen model, 64 hex digits.
         safety_tokens: fingerprint of the safety tokens, see `SafetyTokens.fingerprint`.
         ids: K >= 1.
         tokenizer: hash of the tokenizer, or None.
         values: "logits", or "log_probs" for penalty kinds "logprob" and "coarse_kl".
-        dtype: to store them in: "float32", or "bfloat16" and "float16" for half the size and 8 or
-            11 significant bits (a step of 0.125 or 0.016 at a logit of 20).
+        dtype: of the stored values: "float32", or "bfloat16" and "float16" for half the size and 8
+            or 11 significant bits (a step of 0.125 or 0.016 at a logit of 20).
         rows_per_shard: R.
-        batch_tokens: tokens of one batch at most, padding included; a longer row goes alone.
-        made_with: what else may change a bit of the values, as texts.
+        batch_tokens: largest number of tokens in one batch, padding included; a longer row is a
+            batch of its own.
+        made_with: what else may change the values, as strings.
         overwrite: replace a cache that was built to another plan.
-        on_tokens: called with the number of tokens that are there and their number.
+        on_tokens: called with the number of tokens done so far and of all tokens.
 
     Returns:
-        What was done.
+        The BuildReport.
 
     Raises:
         ValueError: an argument is wrong; `make` returns another shape, NaN or infinity; the folder
-            holds a cache of another plan or other files; another process builds there.
-        OSError: the disk is full, or cannot be written to. What is there stays whole.
+            holds a cache of another plan or other files; another process is building there.
+        OSError: the disk is full or not writable. Files already written stay whole.
 
     Notes:
-        Another number of threads or another device may round otherwise: resume where you began.
+        Rounding may depend on the number of threads and the device, so resume on the same machine.
 
     Examples:
         >>> import tempfile
@@ -167,7 +168,7 @@ def build_reference_cache(
 
 
 class _Build:
-    """One run of a builder, in a folder that is its own."""
+    """One run of a build, in a folder that it has locked."""
 
     def __init__(
         self, folder: Path, plan: CachePlan, make: MakeRows, on_tokens: Callable[[int, int], None]
@@ -185,7 +186,7 @@ class _Build:
         names = {shard_name(number) for number in range(len(chunks))}
         for path in self.folder.iterdir():
             if is_shard_name(path.name) and path.name not in names:
-                path.unlink()  # of no plan of ours: this one has fewer
+                path.unlink()  # more shards than the plan has
         self.on_tokens(0, plan.tokens)
         shards = [
             self.shard(number, chunk, [list(distinct[key]) for key in chunk])
@@ -227,21 +228,21 @@ class _Build:
         return entry_of(path.name, data, tensors)
 
     def read(self, path: Path, hashes: list[bytes], rows: list[list[int]]) -> ShardEntry:
-        """Read a shard that is there; raise where it is not, to the byte, what is written here."""
+        """Read an existing shard; raise unless it is what this run would write, byte for byte."""
         regular_size(path)  # a link is no shard
         data = path.read_bytes()
         logits = load(data)["safety_logits"]
         shape = (sum(map(len, rows)), self.plan.ids)
         if logits.shape != shape or logits.dtype != DTYPES[self.plan.dtype]:
             raise ValueError(f"it holds {tuple(logits.shape)} {logits.dtype}")
-        # laid out again: offsets, hashes and checksums are then made of these rows and values
+        # compute offsets, hashes and checksums again from these rows and values
         expected = tensors_of(logits, [len(row) for row in rows], hashes)
         if save(expected) != data:
             raise ValueError("its bytes are not those that were written")
         return entry_of(path.name, data, expected)
 
     def compute(self, rows: list[list[int]]) -> Tensor:  # (tokens, K)
-        """Make the values of a shard, its rows sorted by length and cut into batches."""
+        """Compute the values of a shard, its rows sorted by length and batched."""
         made: list[Tensor] = [torch.zeros(0)] * len(rows)
         for batch in batches_of([len(row) for row in rows], self.plan.batch_tokens):
             chosen = [rows[index] for index in batch]
@@ -274,14 +275,14 @@ class _Build:
 
 
 def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Cut rows into batches of like length, whose padded size is at most `batch_tokens`.
+    """Group rows of similar length into batches whose padded size is at most `batch_tokens`.
 
     Args:
-        lengths: of each row, tokens.
-        batch_tokens: longest row times number of rows; a longer row is a batch by itself.
+        lengths: tokens of each row.
+        batch_tokens: limit of longest row times number of rows; a longer row is a batch of its own.
 
     Returns:
-        The numbers of the rows of each batch, shortest first.
+        The indices of the rows in each batch, shortest first.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):  # stable
@@ -294,7 +295,7 @@ def batches_of(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def _prepare(folder: Path, plan: CachePlan, overwrite: bool) -> None:
-    """Leave nothing in the folder but this plan and shards that may be its own."""
+    """Write the plan, and remove all else but shards that may belong to it."""
     ours = {INDEX, PLAN, TIMINGS, LOCK}
     names = sorted(path.name for path in folder.iterdir())
     foreign = [
@@ -314,7 +315,7 @@ def _prepare(folder: Path, plan: CachePlan, overwrite: bool) -> None:
                 f"`folder` must be new, or hold a cache of the same plan, unless overwrite is set; "
                 f"{folder} {reason}"
             )
-        # the plan last: a run that is killed here leaves a folder that is refused again
+        # the plan last, so that a run killed here leaves a folder that is refused again
         for name in (INDEX, TIMINGS, *filter(is_shard_name, names), PLAN):
             (folder / name).unlink(missing_ok=True)
     if not os.path.lexists(folder / PLAN):

@@ -1,4 +1,4 @@
-"""Which vocabulary ids the penalty looks at, and where they come from."""
+"""Safety tokens: the vocabulary ids whose logits are penalised, and how they are chosen."""
 
 from __future__ import annotations
 

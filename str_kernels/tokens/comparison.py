@@ -1,4 +1,4 @@
-"""What two sets of safety tokens have in common."""
+"""Comparison of two sets of safety tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .safety_tokens import SafetyTokens
 
 @dataclass(frozen=True)
 class TokenComparison:
-    """Two sets of safety tokens, side by side.
+    """The result of `compare_tokens`.
 
     Args:
-        both: ids in both, in the order of the first.
-        only_first: ids in the first alone, in its order.
-        only_second: ids in the second alone, in its order.
+        both: ids in both sets, in the order of the first.
+        only_first: ids only in the first set, in its order.
+        only_second: ids only in the second set, in its order.
         jaccard: share of all ids that are in both, in [0, 1]; 1 for two empty sets.
-        rank_correlation: Spearman's, of the two scores of the ids in both, in [-1, 1]; None where
-            a set has no scores, fewer than two ids are in both, or all scores of one are equal.
+        rank_correlation: Spearman's correlation, in [-1, 1], of the scores of the ids in both; None
+            if a set has no scores, fewer than two ids are in both, or all scores of one are equal.
     """
 
     both: tuple[int, ...]
@@ -46,10 +46,10 @@ def compare_tokens(first: SafetyTokens, second: SafetyTokens) -> TokenComparison
         The TokenComparison.
 
     Raises:
-        ValueError: they were made with different tokenizers, so that an id means two things.
+        ValueError: they belong to different tokenizers, so that an id means different tokens.
 
     Notes:
-        A set that does not know its tokenizer (made from bare ids) is compared all the same.
+        A set made from bare ids, without a tokenizer, is compared without this check.
 
     References:
         Spearman 1904, Am. J. Psychol. 15(1), 72-101.
@@ -95,7 +95,7 @@ def _spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Return each value's rank from 0, equal ones sharing the mean of theirs."""
+    """Return each value's rank, from 0; equal values share the mean of their ranks."""
     ordered = sorted(values)
     first = {value: at for at, value in reversed(list(enumerate(ordered)))}
     return [first[value] + (ordered.count(value) - 1) / 2 for value in values]

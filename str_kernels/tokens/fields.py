@@ -1,4 +1,4 @@
-"""The fields of SafetyTokens, checked and brought to one form."""
+"""Checks and conversions of the fields of SafetyTokens."""
 
 from __future__ import annotations
 

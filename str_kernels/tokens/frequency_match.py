@@ -1,4 +1,4 @@
-"""Tokens as frequent in a corpus as given ones: the draw behind a matched control."""
+"""Draw tokens that are as frequent in a corpus as given ones, for a matched control."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-NEAREST = 4  # among how many of the nearest is drawn: with 1 every seed gives nearly the same set
+NEAREST = 4  # candidates of each draw: with 1, every seed gives nearly the same set
 
 
 def count_ids(corpus: Iterable[Iterable[int]]) -> Counter[int]:
     """Count how often each id occurs.
 
     Args:
-        corpus: rows of ids; read once, so a generator will do.
+        corpus: rows of ids; read once, so it may be a generator.
 
     Returns:
-        Occurrences by id; 0 for any id that is not there.
+        Occurrences by id; 0 for an id that does not occur.
 
     Raises:
-        ValueError: there is no id in it.
+        ValueError: the corpus has no ids.
     """
     counts: Counter[int] = Counter()
     for row in corpus:
@@ -34,16 +34,16 @@ def count_ids(corpus: Iterable[Iterable[int]]) -> Counter[int]:
 def draw_matched(
     counts: Mapping[int, int], wanted: Sequence[int], pool: Sequence[int], *, seed: int
 ) -> list[int]:
-    """Draw for each wanted id another one that is nearly as frequent.
+    """Draw, for each wanted id, another id that is nearly as frequent.
 
     With f(v) the occurrences of v, the distance of two ids is
 
         d(v, w) = | log(1 + f(v)) - log(1 + f(w)) |
 
-    The wanted ids are served from the most frequent to the least, since a frequent one has the
-    fewest near it (of equals, the first listed goes first). For each, the free ids of the pool are
-    put in the order of d, those of equal d in random order; one of the first NEAREST is drawn
-    uniformly and is no longer free.
+    The wanted ids are matched from the most frequent to the least, because a frequent id has the
+    fewest candidates near it (equally frequent ids in their given order). For each, the remaining
+    ids of the pool are sorted by d, ties in random order; one of the first NEAREST is drawn
+    uniformly and removed from the pool.
 
     Args:
         counts: occurrences by id; an id that is missing counts 0.
@@ -52,14 +52,14 @@ def draw_matched(
         seed: of the draw.
 
     Returns:
-        As many distinct ids as wanted; entry k stands for wanted[k].
+        As many distinct ids as wanted; entry k matches wanted[k].
 
     Raises:
-        ValueError: the pool is smaller than what is wanted.
+        ValueError: the pool has fewer ids than wanted.
 
     Notes:
-        The match is as near as the corpus allows. Few tokens are as frequent as its most frequent
-        ones, so there the frequencies differ most; of what never occurs there is plenty.
+        The match is as close as the corpus allows: close for rare ids, which have many candidates,
+        and least close for the most frequent ids, which have few.
     """
     if len(pool) < len(wanted):
         raise ValueError(
@@ -79,7 +79,7 @@ def draw_matched(
         limit = distance.kthvalue(reach).values
         nearer = (distance < limit).nonzero().flatten().tolist()
         at_limit = (distance == limit).nonzero().flatten().tolist()
-        place = draw.randrange(reach)  # from len(nearer) on these are equals: any of them
+        place = draw.randrange(reach)  # from len(nearer) on, all are at the limit: draw any
         chosen = nearer[place] if place < len(nearer) else draw.choice(at_limit)
         taken[chosen] = True
         drawn[k] = ordered[chosen]

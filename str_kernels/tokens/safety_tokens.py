@@ -1,4 +1,4 @@
-"""SafetyTokens: which vocabulary ids are held to the reference, and where they came from."""
+"""SafetyTokens: the vocabulary ids whose logits are penalised, and how they were chosen."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _TEMPLATES_FILE = "refusal_templates.txt"
 
 @dataclass(frozen=True, eq=False, init=False)
 class SafetyTokens:
-    """A set of distinct vocabulary ids whose logits the penalty holds.
+    """A set of distinct vocabulary ids whose logits the penalty keeps near the reference's.
 
     Args:
         ids: the K ids, int64 or a list of int; distinct, each >= 0 and inside the vocabulary.
         id_weights: (K,) factors a_k >= 0 of the penalty, or None for all ones.
-        pieces: the text of each id, for people.
-        source: how the ids were chosen, for people.
+        pieces: the text of each id, for people to read.
+        source: how the ids were chosen, for people to read.
         vocab_size: number of tokens of the tokenizer they belong to.
         tokenizer_hash: its fingerprint, see `tokenizer_hash()`.
-        scores: K finite numbers by which the ids were chosen, for people; what they mean, the
-            function that chose them says.
+        scores: K finite numbers by which the ids were chosen, for people to read; the function
+            that chose them documents their meaning.
 
     Raises:
         TypeError: an id or a score is not a number.
@@ -102,14 +102,14 @@ class SafetyTokens:
     def fingerprint(self) -> str:
         """SHA-256, as hex, of the ids in their order and of the tokenizer's hash.
 
-        Two sets with one fingerprint have the same safety logits in the same columns. Weights,
-        pieces, scores and source make no difference.
+        Two sets with the same fingerprint have the same safety logits in the same columns. Weights,
+        pieces, scores and source do not change it.
         """
         content = json.dumps([self.ids.tolist(), self.tokenizer_hash])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def ids_on(self, device: torch.device | str) -> Tensor:  # (K,)
-        """Return the ids on `device`, copied there once."""
+        """Return the ids on `device`; the copy is kept."""
         device = torch.device(device)
         if device not in self._on_device:
             self._on_device[device] = self.ids.to(device)
@@ -125,14 +125,14 @@ class SafetyTokens:
         id_weights: Tensor | Sequence[float] | None = None,
         scores: Sequence[float] | None = None,
     ) -> SafetyTokens:
-        """Make the set of these ids with their pieces and the tokenizer's fingerprint.
+        """Make a set from ids, and add their pieces and the tokenizer's fingerprint.
 
         Args:
             tokenizer: the model's tokenizer.
-            ids: as for the class, and so are source, id_weights and scores.
-            source: how they were chosen.
-            id_weights: factors of the penalty.
-            scores: by which they were chosen.
+            ids: as in the class.
+            source: as in the class.
+            id_weights: as in the class.
+            scores: as in the class.
 
         Returns:
             The SafetyTokens, in the order of ids.
@@ -156,28 +156,28 @@ class SafetyTokens:
         *,
         tokens_per_template: int | None = None,
     ) -> SafetyTokens:
-        """Take the tokens of refusal sentences, as they stand at a sentence's start and inside one.
+        """Take the tokens of refusal sentences.
 
-        Each template is encoded as it is and after a space, without special tokens; the ids are
-        kept in the order they first appear. The score of an id is the share of the templates that
-        it is in, in (0, 1].
+        Each template is encoded twice, as it is and after a space, without special tokens: a word
+        has different ids at the start of a text and inside it. The ids are kept in the order of
+        their first appearance. An id's score is the share of templates that contain it, in (0, 1].
 
         Args:
             tokenizer: the model's tokenizer.
             templates: a text file with one template per line ("#" starts a comment), a list of
                 sentences, or None for the file that comes with the package.
-            tokens_per_template: use only this many tokens from each beginning; all when None.
+            tokens_per_template: use only the first tokens of each template; all when None.
 
         Returns:
             The SafetyTokens, with pieces, scores, source and the tokenizer's fingerprint.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: there is no template, it is not text, or none leaves a token.
+            ValueError: there is no template, one is not text, or there are no tokens.
 
         References:
             Bach and Tran 2026, arXiv:2604.17210, takes the tokens of the aligned model's own
-            rejection templates. Which templates, and how many tokens, is not known to us.
+            rejection templates. We do not know which templates, or how many tokens.
         """
         if templates is None:
             built_in = resources.files("str_kernels").joinpath("data", _TEMPLATES_FILE)
@@ -224,24 +224,25 @@ class SafetyTokens:
         like: SafetyTokens | None = None,
         corpus: Iterable[Iterable[int]] | None = None,
     ) -> SafetyTokens:
-        """Draw ordinary tokens: the control that a claim about safety tokens needs.
+        """Draw ordinary tokens, the control for any claim about safety tokens.
 
-        Without a corpus they are drawn uniformly. With `like` and a corpus each stands for one
-        token of `like`, nearly as frequent in the corpus (`frequency_match.draw_matched` has the
-        rule): what safety tokens do beyond these is not explained by their being common words.
+        Without a corpus they are drawn uniformly. With `like` and a corpus, each token matches one
+        token of `like` and is nearly as frequent in the corpus (see
+        `frequency_match.draw_matched`). If safety tokens work better than these, the reason is not
+        that they are common words.
 
         Args:
             tokenizer: the model's tokenizer.
             count: K, how many to draw; as many as `like` when None.
             seed: of the draw; the same seed gives the same ids.
-            exclude: tokens that must not be drawn, in general the ones compared against.
-            like: tokens of the same tokenizer to be matched in number; none of them is drawn.
-                Their weights are taken over.
+            exclude: tokens not to draw, usually the ones compared against.
+            like: tokens of the same tokenizer; as many are drawn, none of them itself, and their
+                weights are copied.
             corpus: rows of ids, such as the training data's; read once. Needs `like`.
 
         Returns:
-            The SafetyTokens: in ascending order of id, or, with a corpus, in the order of `like`,
-            entry k for its entry k, and then scored by their occurrences per million ids.
+            The SafetyTokens, in ascending order of id. With a corpus: in the order of `like`, entry
+            k matching its entry k, with occurrences per million ids as scores.
 
         Raises:
             ValueError: there are fewer tokens to draw from than wanted; `count` is not the length
@@ -280,16 +281,16 @@ class SafetyTokens:
 
         Args:
             path: the JSON file.
-            tokenizer: the tokenizer the ids will be used with; compared with the one they came
-                from when given.
+            tokenizer: the tokenizer the ids will be used with. If given, it must be the one that
+                they were made with.
 
         Returns:
             The SafetyTokens.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not one of ours, is damaged, or belongs to another tokenizer; the
-                message names the file and says what differs.
+            ValueError: `save` did not write the file, it is damaged, or it belongs to another
+                tokenizer; the message says what is wrong.
         """
         try:
             fields = json.loads(read_text_file("it", path))
@@ -326,7 +327,7 @@ class SafetyTokens:
         }
 
     def weigh(self, penalty: SafetyPenalty | None) -> SafetyPenalty:
-        """Return the penalty with these tokens' weights, unless it has its own.
+        """Return the penalty with these tokens' `id_weights`, unless it has its own.
 
         Args:
             penalty: kind and weight; the defaults of SafetyPenalty when None.
@@ -339,10 +340,10 @@ class SafetyTokens:
         return replace(penalty, id_weights=self.id_weights)
 
     def verify(self, tokenizer: Tokenizer) -> None:
-        """Check that the ids mean in `tokenizer` what they meant where they were made.
+        """Check that `tokenizer` is the one that the ids were made with.
 
         Args:
-            tokenizer: the tokenizer to be used with them.
+            tokenizer: the tokenizer to use them with.
 
         Raises:
             ValueError: it is another tokenizer; the message lists what differs.

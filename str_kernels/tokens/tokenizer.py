@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer, and how two of them are told apart."""
+"""The interface of a tokenizer, and a hash that identifies one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import json
 from typing import Any, Protocol
 
-# Two tokenizers with one vocabulary may still cut text differently; this text tells them apart.
+# Two tokenizers with the same vocabulary may still split text differently; this text shows it.
 _PROBE_TEXT = "I'm sorry, but I can't help with that. 12 345 naïve Übung\n\tdef f(x): return x"
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer; every Hugging Face tokenizer has it."""
+    """The part of a tokenizer's interface that is used; every Hugging Face tokenizer has it."""
 
     all_special_ids: list[int]
 
@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Cut a text into ids."""
+        """Return the ids of a text."""
         ...
 
     def decode(self, token_ids: list[int]) -> Any:
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Return a SHA-256 over the vocabulary, the special ids and how a probe text is cut."""
+    """Return a SHA-256 of the vocabulary, the special ids and the encoding of a probe text."""
     content = [
         sorted(tokenizer.get_vocab().items()),
         sorted(tokenizer.all_special_ids),

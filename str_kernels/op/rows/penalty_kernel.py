@@ -8,9 +8,9 @@ LEAST_REST = tl.constexpr(2.0**-13)  # as in penalties
 
 @triton.jit
 def masked_sum(x, mask):
-    """Sum over threads, each of which has the same number in the end."""
-    # Without the select a product in x would be fused with the first addition, which then rounds
-    # otherwise in each thread; and all of them store what they have in one place.
+    """Sum over threads, so that every thread gets bitwise the same result."""
+    # Without the select, a product in x would be fused with the first addition, and threads would
+    # round differently; all of them store their result to the same address.
     return tl.sum(tl.where(mask, x, 0.0), 0)
 
 
@@ -40,18 +40,18 @@ def penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND: tl.constexp
         q = tl.where(is_held, tl.exp(r), 0.0)
         rest = 1.0 - tl.sum(p, 0)
         ref_rest = 1.0 - tl.sum(q, 0)
-        # by where, which keeps NaN, and not by maximum
+        # tl.where keeps NaN, tl.maximum would not
         is_free = rest > LEAST_REST
         rest = tl.where(rest < LEAST_REST, LEAST_REST, rest)
         ref_rest = tl.where(ref_rest < LEAST_REST, LEAST_REST, ref_rest)
         gap = tl.where(q == 0.0, 0.0, -q * drift)
         phi = masked_sum(a * (gap + (p - q)), mask_k)
-        ratio = tl.div_rn(ref_rest, rest)  # of equal ones 1, which a GPU's `/` may miss by 2^-22
+        ratio = tl.div_rn(ref_rest, rest)  # exactly 1 if equal; a GPU's `/` may be off by 2^-22
         phi += ref_rest * tl.log(ratio) + (rest - ref_rest)
         slope = a * (p - q) + p * tl.where(is_free, ratio - 1.0, 0.0)
     else:
         a = a * inv_k
-        # by where, since minimum and maximum would make a number of NaN
+        # tl.where keeps NaN, tl.minimum and tl.maximum would not
         if KIND == "huber":
             x = tl.where(drift > delta, delta, tl.where(drift < -delta, -delta, drift))
             phi = masked_sum(a * x * (drift - 0.5 * x), mask_k)

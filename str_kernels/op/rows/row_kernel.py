@@ -1,11 +1,11 @@
 """The row step as one Triton kernel, a program per row.
 
-First pass: maximum and sum (online: Milakov and Gimelshein, arXiv:1805.02867), each thread of its
-own logits. Second pass: the softmax times a number, written over the row. Then the columns of the
-target and of the safety ids, whole in float32 and rounded once. Nothing is done for every logit
-that can be done for a thread, a row or a column: `python -m bench sass` counts what is left.
+First pass: each thread computes maximum and sum of its own logits (online: Milakov and Gimelshein,
+arXiv:1805.02867). Second pass: the softmax times a factor is written over the row. Then the columns
+of the target and of the safety ids are computed in float32 and rounded once. All work that can be
+done once per thread, row or column is not done per logit: `python -m bench sass` counts the rest.
 
-Flags (HAS_...) are compiled in; numbers are not, so that no schedule recompiles.
+Flags (HAS_...) are compile-time constants; numbers are not, so that a schedule never recompiles.
 """
 
 import triton
@@ -19,18 +19,18 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: -inf - -inf would be Na
 
 @triton.jit
 def _exp(x):
-    # Takes what is below 2^-126 for 0, in one instruction; tl.exp, which does not, is four.
+    # One instruction, which flushes results below 2^-126 to 0; tl.exp does not, and takes four.
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def _tanh(x):
-    # From exp, since the interpreter has no libdevice: exp(-2|x|) cannot overflow, and below 0.25,
-    # where the difference cancels, the odd series is exact to 1 ulp of float32.
+    # By exp, since the interpreter has no libdevice. exp(-2|x|) cannot overflow; below 0.25, where
+    # 1 - 2 e / (1 + e) would cancel, the odd series is exact to 1 ulp of float32.
     e = _exp(-2.0 * tl.abs(x))
-    rest = tl.rsqrt((1.0 + e) * (1.0 + e))  # 1 / (1 + e): a division is eight instructions
+    rest = tl.rsqrt((1.0 + e) * (1.0 + e))  # 1 / (1 + e); a division takes eight instructions
     far = (1.0 - 2.0 * (e * rest)).to(tl.int32, bitcast=True)
-    sign = x.to(tl.int32, bitcast=True) & -2147483648  # by its bit: one instruction, no select
+    sign = x.to(tl.int32, bitcast=True) & -2147483648  # the sign bit: one instruction, no select
     s = x * x
     series = 0.13333333333333333 + s * (-0.05396825396825397 + s * 0.021869488536155203)
     near = x * (1.0 + s * (-0.3333333333333333 + s * series))
@@ -39,7 +39,7 @@ def _tanh(x):
 
 @triton.jit
 def _capped(u, to_cap, HAS_SOFTCAP: tl.constexpr):
-    """Return x of raw logits, where the logit is x * rate: that product is part of a sum later."""
+    """Return x with logit = x * rate; the product is left for later, to be fused with a sum."""
     x = u.to(tl.float32)
     if HAS_SOFTCAP:
         x = _tanh(x * to_cap)
@@ -63,9 +63,9 @@ def _load(Logits, start, offs, v_padded, IS_EDGE: tl.constexpr, PAIRED: tl.const
 def _logits(
     u, inside, to_cap, DTYPE: tl.constexpr, IS_EDGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """Return x of a loaded block, -inf where it is not inside the row."""
+    """Return x of a loaded block, -inf outside the row."""
     if u.dtype == tl.int32:  # PAIRED
-        if DTYPE == tl.bfloat16:  # its bits are the upper ones of a float32
+        if DTYPE == tl.bfloat16:  # the upper half of a float32
             low, high = (u << 16), (u & -65536)
             u = tl.interleave(low, high).to(tl.float32, bitcast=True)
         else:
@@ -79,7 +79,7 @@ def _logits(
 
 @triton.jit
 def _of_thread(x):
-    """Sum what a thread has of a block."""
+    """Sum each thread's part of a block."""
     return tl.sum(tl.sum(x, 2), 0)
 
 
@@ -88,14 +88,14 @@ def _online(
     x, rate, inside, top, d, total, plogp, base,
     IS_EDGE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_METRICS: tl.constexpr,
 ):  # fmt: skip
-    """Take a block into the running sums of each thread."""
+    """Add a block to each thread's running sums."""
     m = tl.maximum(top, tl.max(tl.max(x, 2), 0) * rate)
     below = x * rate - m[None, :, None]
     e = _exp(below)
-    shrink = _exp(tl.maximum(top - m, -1000.0))  # a number, not an overflow of LOWEST
+    shrink = _exp(tl.maximum(top - m, -1000.0))  # top may be LOWEST, whose difference overflows
     if HAS_METRICS:
         moved = tl.where(d > 0.0, (top - m) * d, 0.0)
-        # 0 (-inf) is 0. The maximum makes a number of NaN, but e is NaN there, too.
+        # 0 (-inf) should be 0, hence the maximum. It drops NaN, but then e is NaN.
         plogp = shrink * (plogp + moved) + _of_thread(e * tl.maximum(below, -1000.0))
     if HAS_SMOOTHING:
         apart = m - base
@@ -111,7 +111,7 @@ def _write(
     Grad, at, x, rate, m, factor, flat, V, v_padded,
     IS_EDGE: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of the gradient as if it had no single columns."""
+    """Write a block of the gradient, without regard to the target's and safety columns."""
     du = _exp(x * rate - m) * factor
     if HAS_SMOOTHING:
         du -= flat
@@ -126,7 +126,7 @@ def _write(
 
 @triton.jit
 def _column(x, is_y, rate, m, inv_d, ce_scale, takes_ce, extra, smoothing, inv_v, slope):
-    """The gradient at single columns, without the penalty's pull on its own, unrounded."""
+    """Return the unrounded gradient at single columns, without the penalty's direct part."""
     p = _exp(x * rate - m) * inv_d
     dz = (tl.where(is_y, (p - 1.0) + smoothing, p) - smoothing * inv_v) * ce_scale
     dz = tl.where(takes_ce, dz, 0.0) + tl.where(extra != 0.0, extra * p, 0.0)
@@ -136,7 +136,7 @@ def _column(x, is_y, rate, m, inv_d, ce_scale, takes_ce, extra, smoothing, inv_v
 
 @triton.jit
 def _slope(x, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """dz/du where the logit is x * rate."""
+    """Return dz/du of the logit x * rate."""
     if HAS_SOFTCAP:
         return logit_scale * (1.0 - x * x)
     else:
@@ -156,12 +156,12 @@ def scatter_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write the safety and the target's columns of some rows, after the launch that wrote all."""
+    """Write the safety and target columns of some rows, after the launch that wrote the rest."""
     offs_n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     offs_k = tl.arange(0, BLOCK_K)[None, :]
     y = tl.load(Target + offs_n, mask=offs_n < N, other=-1)
     s = tl.load(SafetyIds + offs_k, mask=offs_k < K, other=-1)
-    y_in_s = tl.sum((s == y).to(tl.int32), 1)[:, None] > 0  # then the id's value is the whole one
+    y_in_s = tl.sum((s == y).to(tl.int32), 1)[:, None] > 0  # only the id's value is then complete
     column = tl.where(offs_k < K, s, tl.where((offs_k == K) & (y_in_s == 0), y, -1))
     mask = (offs_n < N) & (column >= 0) & (column < V)
     values = tl.load(Values + offs_n * (K + 1) + offs_k, mask=mask)
@@ -169,7 +169,7 @@ def scatter_kernel(
 
 
 # Slices of a batch start anywhere, and a chunk or a last batch has any number of rows: neither may
-# compile anew. The rows' own alignment stays compiled in, for wide loads.
+# cause a recompilation. The alignment of Logits and Grad is still specialised, for wide loads.
 @triton.jit(
     do_not_specialize=["N"],
     do_not_specialize_on_alignment=[
@@ -215,13 +215,13 @@ def row_step_kernel(
     HAS_GRAD: tl.constexpr,
     HAS_STASH: tl.constexpr,
     KIND: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # logits at a time,
-    LANES: tl.constexpr,  # for so many threads,
-    WIDE: tl.constexpr,  # so many side by side in a load
+    BLOCK_V: tl.constexpr,  # logits at a time
+    LANES: tl.constexpr,  # number of threads
+    WIDE: tl.constexpr,  # consecutive logits in one load
     BLOCK_K: tl.constexpr,
-    HELD: tl.constexpr,  # blocks of the row that stay in registers: all of them, or 0
+    HELD: tl.constexpr,  # number of blocks in the row, if all stay in registers, or 0
 ):
-    """Make one row's terms (or take its Norm), and write its gradient if there is a Grad."""
+    """Compute one row's terms (or read its Norm), and write its gradient if there is a Grad."""
     pid_n = tl.program_id(0).to(tl.int64)
     Logits += pid_n * stride_logits_n
     y = tl.load(Target + pid_n)
@@ -231,19 +231,19 @@ def row_step_kernel(
     rate, to_cap = logit_scale, 0.0
     if HAS_SOFTCAP:
         rate, to_cap = softcap, tl.div_rn(logit_scale, softcap)
-    # Single columns are read before the first pass and not after it: the barriers below are what
-    # keeps a faster warp from overwriting them (Grad may be Logits) before a slower one has read.
+    # Single columns are read before the first pass: the barriers below then keep a faster warp from
+    # overwriting them (Grad may be Logits) before a slower one has read them.
     x_y = _capped(tl.load(Logits + y, mask=inside, other=0.0), to_cap, HAS_SOFTCAP)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     if HAS_SAFETY:
         s = tl.load(SafetyIds + offs_k, mask=mask_k, other=-1)
-        # Two values of one logit: the row's own, of which m and d are made, for the softmax, and
-        # the finer one for the penalty. Mixed, they spoil p_y - 1 at y in S.
+        # Each safety logit has two values: the row's own, from which m and d come, for the softmax,
+        # and a more precise one for the penalty. Mixing them would spoil p_y - 1 if y is in S.
         mask_s = mask_k & (s >= 0) & (s < V)
         x_s = _capped(tl.load(Logits + s, mask=mask_s, other=0.0), to_cap, HAS_SOFTCAP)
 
-    # A thread's logits lie along the first and the last axis, so that sums over those stay in it.
+    # A thread's logits lie along the first and last axis, so that sums over them need no exchange.
     DTYPE: tl.constexpr = Logits.dtype.element_ty
     PAIRED: tl.constexpr = WIDE > 1 and DTYPE != tl.float32
     EACH: tl.constexpr = WIDE // 2 if PAIRED else WIDE
@@ -251,8 +251,8 @@ def row_step_kernel(
     pieces, lanes = tl.arange(0, PIECES)[:, None, None], tl.arange(0, LANES)[None, :, None]
     offs_v = (pieces * LANES + lanes) * WIDE + tl.arange(0, WIDE)[None, None, :]
     offs_u = (pieces * LANES + lanes) * EACH + tl.arange(0, EACH)[None, None, :]
-    # Blocks before `begin` are read where they are needed, without a mask; then come those that may
-    # be held, the last of which is the edge of the row.
+    # Blocks before `begin` are read in each pass, without a mask. After them come the blocks that
+    # may be held in registers, the last of which contains the end of the row.
     begin = 0 if HELD else tl.multiple_of(V - V % BLOCK_V, BLOCK_V)
     BLOCKS: tl.constexpr = HELD if HELD else 1
     held = ()
@@ -262,10 +262,10 @@ def row_step_kernel(
         inv_d = _exp(-log_d)
     else:
         z_y = x_y * rate
-        base = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)  # for a sum of small numbers
+        base = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)  # subtracted, to sum small numbers
         top = tl.full([LANES], LOWEST, tl.float32)
-        before = top  # top of the blocks before the target's
-        part = tl.zeros_like(top)  # d of a thread's own logits and maximum
+        before = top  # maximum of the blocks before the target's
+        part = tl.zeros_like(top)  # d of a thread's own logits, relative to its own maximum
         total, plogp = part, part
         for start in range(0, begin, BLOCK_V):
             u = _load(Logits, start, offs_u, v_padded, False, PAIRED)
@@ -291,7 +291,7 @@ def row_step_kernel(
         d = masked_sum(part * shrink, part != 0.0)
         inv_d = tl.div_rn(1.0, d)
         log_d = tl.log(d)
-        ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): the small numbers, not the large ones
+        ce = log_d - (z_y - m)  # (lse - m) - (z_y - m): subtracts small numbers, not large ones
         if HAS_SMOOTHING:
             smooth = log_d - ((base - m) + tl.sum(total, 0) / V)
             ce = (1.0 - smoothing) * ce + smoothing * smooth
@@ -301,8 +301,8 @@ def row_step_kernel(
         tl.store(Norm + pid_n, m)
         tl.store(Norm + N + pid_n, log_d)
         if HAS_METRICS:
-            # Of equal maxima the first is the prediction. The target's block is read once more:
-            # a comparison with each column would cost more than the rest of the pass.
+            # The first of equal maxima is the prediction. The target's block is read again, because
+            # comparing every column in the first pass would cost more than the rest of that pass.
             start = tl.multiple_of(column - column % BLOCK_V, BLOCK_V)
             u = _load(Logits, start, offs_u, v_padded, True, PAIRED)
             x = _logits(u, start + offs_v < column, to_cap, DTYPE, True, HAS_SOFTCAP)
@@ -322,8 +322,8 @@ def row_step_kernel(
         phi, pull, drift = penalty(z_s, r, a, lse, mask_k, inv_k, temperature, delta, KIND)
         if not HAS_NORM:
             tl.store(Terms + N, phi)
-            # by their bits, which are in the order of numbers >= 0 and have NaN above inf: a
-            # maximum skips NaN, and would report a broken row as a healthy one
+            # Compare bit patterns, which order floats >= 0 and put NaN above inf: a float maximum
+            # skips NaN, and would report a broken row as a healthy one.
             worst = tl.max(tl.abs(drift).to(tl.int32, bitcast=True), 0)
             tl.store(Terms + N + N, worst.to(tl.float32, bitcast=True))
     elif not HAS_NORM:
@@ -336,7 +336,7 @@ def row_step_kernel(
         ce_scale = tl.load(CeScale + pid_n)
         takes_ce = ce_scale != 0.0
         ce_scale = tl.where(inside | (kept == 0), ce_scale, float("nan"))
-        extra = 0.0  # of the z-loss, and of a penalty on log-probabilities
+        extra = 0.0  # from the z-loss and a penalty on log-probabilities, times the softmax
         if HAS_Z_LOSS:
             extra = tl.where(takes_ce, ce_scale * (2.0 * z_loss_weight * lse), 0.0)
         if HAS_SAFETY:
@@ -376,8 +376,8 @@ def row_step_kernel(
                     Grad, start + offs_v, x, rate, m, factor, flat, V, v_padded, False,
                     HAS_SMOOTHING, HAS_SOFTCAP,
                 )  # fmt: skip
-            # 0, but the compiler cannot know: it would keep the float32 and the masks of the first
-            # pass, which are twice the registers, and spill.
+            # Always 0, but the compiler cannot know. Otherwise it would keep the float32 values and
+            # masks of the first pass, which take twice the registers, and spill.
             nothing = tl.minimum(K, 0)
             for i in tl.static_range(BLOCKS):
                 at = begin + i * BLOCK_V + offs_v

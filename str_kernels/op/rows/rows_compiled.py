@@ -1,7 +1,7 @@
-"""The torch row step with its width-V part compiled by torch.compile.
+"""The torch row step, with the part that works on all V columns compiled by torch.compile.
 
-On a CPU it needs a C++ compiler and some seconds on first use, so it is asked for by name
-(backend="compiled"). The columns of the target and the safety ids stay in `rows_torch`.
+On a CPU it needs a C++ compiler and some seconds on first use, so it is opt-in
+(backend="compiled"). The columns of the target and the safety ids are computed in `rows_torch`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..contracts import RowOptions, RowTerms, accumulation_dtype
 from ..projection import scale_and_cap
 from .rows_torch import Scratch, Soft, Wide, row_step_torch
 
-_BLOCK_BYTES = 8 << 20  # larger than eager's: a call of compiled code costs as much as some rows do
+_BLOCK_BYTES = 8 << 20  # larger than in rows_torch, because a call of compiled code costs more
 
 
 def row_step_compiled(*args: Any, **kwargs: Any) -> RowTerms:
-    """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
+    """Compute terms and gradient of every row; `contracts.RowStep` documents the arguments."""
     return row_step_torch(*args, **kwargs, block_step=_block_step, block_bytes=_BLOCK_BYTES)
 
 
@@ -40,11 +40,11 @@ def _block_step(
     with torch.no_grad():
         z, scale = logits, options.logit_scale
         if options.softcap:
-            # once, into cache: the loops below would each take the tanh anew
+            # once, and kept in cache: each loop below would otherwise compute tanh again
             z = scratch.like(logits, "z", dtype)
             _capped(options.logit_scale, options.softcap)(logits, z)
             scale = 1.0
-        # By itself inductor would allocate memory for exp in every call, and have it cleared.
+        # Preallocated, because inductor would allocate and clear memory for exp in every call.
         e = None if norm_known or soft is None else scratch.like(logits, "e", dtype)
         if not norm_known:
             find = _terms(scale, e is not None, wide.mean.dim() == 1, wide.right.dim() == 1)
@@ -62,19 +62,19 @@ def _block_step(
             )
             nothing = wide.top.new_empty(0)
             per_row = (nothing if x is None else x for x in soft)
-            # one tensor twice would be two to the compiler, which then copies to be safe
+            # passed once, because the compiler would copy a tensor that is passed twice
             target = None if in_place and not options.softcap else grad
             write(z, e, wide.top, wide.log_total, *per_row, target)
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Dynamo counts compilations by code object and gives up at eight; each variant has its own.
+    # Dynamo gives up after eight compilations of one code object, so each variant gets its own.
     function.__code__ = function.__code__.replace()
     return torch.compile(function, dynamic=True)
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """Compute float32 tanh from exp, as the Triton kernel does: a third of the time of tanh."""
+    """Compute float32 tanh by exp, as the Triton kernel does, in a third of the time of tanh."""
     a = x.abs()
     e = (-2.0 * a).exp()
     s = x * x
@@ -111,11 +111,11 @@ def _terms(
         if wants_mean:
             mean = shifted.mean(dim=1)
         if wants_metrics:
-            # of equal maxima the first is the prediction; an argmax would not be vectorised
+            # the first of equal maxima is the prediction; argmax would not be vectorised
             column = torch.arange(z.shape[1], dtype=torch.int32, device=z.device)
             is_top = z == top.unsqueeze(1)
             right = torch.where(is_top, column, z.shape[1]).amin(dim=1) == target
-            # 0 (-inf) is 0: a masked column has no part in the entropy
+            # 0 (-inf) is 0: a masked column adds nothing to the entropy
             products = torch.where(e > 0, e * shifted, 0.0)
             entropy = log_total - products.sum(dim=1) / total
         return top, log_total, mean, right, entropy

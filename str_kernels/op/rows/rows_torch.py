@@ -1,9 +1,9 @@
 """The row step in plain PyTorch: for CPUs, for float64, and for any device without Triton.
 
-The part of width V works on a few rows at a time in a float32 scratch block that stays in cache (or
-on the logits themselves, where they are float32 and owned). So the width-V traffic is one read of
-the logits and one write of the gradient per pass, and no tensor of the logits' size exists in
-float32. The columns of the target and of the safety ids are made apart, and rounded once.
+The work on all V columns goes through a few rows at a time in a float32 scratch block that stays in
+cache (or in the logits themselves, if they are float32 and may be overwritten). So each pass reads
+the logits once and writes the gradient once, and no float32 copy of all logits exists. The columns
+of the target and of the safety ids are computed separately, and rounded once.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from ..parallel import RowSums, VocabShard
 from ..penalties import KINDS, NEEDS_NORM, ON_LOG_PROBS, Subset, subset_of
 
 _BLOCK_BYTES_CPU = 2 << 20  # about one core's L2; see docs/log.md for the measurement
-_BLOCK_BYTES = 64 << 20  # a device needs many rows at once to be busy
+_BLOCK_BYTES = 64 << 20  # a GPU needs many rows at once to be busy
 
 
 class Soft(NamedTuple):
-    """The factors of a row's gradient that hold for all V: (soft p_v - flat) dz/du.
+    """The factors of a row's gradient that are the same for all V columns: (soft p_v - flat) dz/du.
 
-    soft = ce_scale (1 + 2 zeta lse) - (kinds on log-probabilities) the sum of the pulls on S, which
-    is linear in lse, too. So soft = at_0 + per_lse * lse, and lse need not be known beforehand.
+    soft = ce_scale (1 + 2 zeta lse), minus the sum of the penalty's gradients on S for kinds on
+    log-probabilities. Both are linear in lse, so soft = at_0 + per_lse * lse, and lse need not be
+    known beforehand.
     """
 
-    takes: Tensor  # (n,) bool: the row takes part; else it is 0 whatever it holds
+    takes: Tensor  # (n,) bool: the row takes part; else its gradient is 0, even for inf and NaN
     at_0: Tensor  # (n,)
     per_lse: Tensor | None  # (n,)
     flat: Tensor | None  # (n,) ce_scale e / V
 
 
 class Wide(NamedTuple):
-    """What the part of width V needs to know of its rows and what it finds, (n,) each.
+    """Input and results of the work on all V columns, (n,) each.
 
-    What was not asked for is empty, of shape (n, 0), so that all can be cut into blocks alike.
+    What is not requested is empty, of shape (n, 0), so that all fields can be cut into blocks.
     """
 
     target: Tensor
@@ -49,7 +50,7 @@ class Wide(NamedTuple):
 
 
 class Scratch:
-    """Memory for blocks of rows, the same for every block of a call."""
+    """Memory for blocks of rows, shared by all blocks of a call."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
@@ -62,7 +63,7 @@ class Scratch:
 
 
 class BlockStep(Protocol):
-    """The part of width V of some rows: fill what `wide` asks for, write the soft gradient."""
+    """The work on all V columns of some rows: fill the fields of `wide`, write the gradient."""
 
     def __call__(
         self,
@@ -97,11 +98,11 @@ def row_step_torch(
     block_bytes: int | None = None,
     shard: VocabShard | None = None,
 ) -> RowTerms:
-    """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are.
+    """Compute terms and gradient of every row; `contracts.RowStep` documents the arguments.
 
-    With `shard`, `logits` and `grad` have the columns of this rank and one more, of the caller's
-    memory: it stands for every id that is not here, and is 0 in the gradient. The other arguments
-    are those of the whole vocabulary, and so are the terms.
+    With `shard`, `logits` and `grad` have this rank's columns and one more, which stands for all
+    ids of other ranks and is 0 in the gradient. The other arguments and the terms are those of the
+    whole vocabulary.
     """
     rows, vocab = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -116,10 +117,10 @@ def row_step_torch(
     if shard is not None:
         hit = column = shard.columns(target)
         id_columns = shard.columns(safety_ids)
-    # Everything that single columns need is read before `grad`, which may be `logits`, is written.
+    # Read the single columns before `grad` is written, since `grad` may be `logits`.
     z_y = _scale_and_cap_(logits.gather(1, column.unsqueeze(1)).squeeze(1).to(dtype), options)
-    # Two values of one logit: the row's own, which lse is made of, for the softmax, and the finer
-    # one of `project` for the penalty. Mixing them would spoil p_y - 1 where y is a safety id.
+    # Each safety logit has two values: the row's own, from which lse comes, for the softmax, and
+    # the more precise one of `project` for the penalty. Mixing them would spoil p_y - 1 at y in S.
     row_safety_logits = _scale_and_cap_(logits.index_select(1, id_columns).to(dtype), options)
     z_s = row_safety_logits if safety_logits is None else safety_logits
 
@@ -149,7 +150,7 @@ def row_step_torch(
         known = True
     soft = None
     if ce_scale is not None and penalty_scale is not None and has_grad:
-        # a label that is no column: the row's gradient is NaN
+        # an invalid label makes the row's gradient NaN
         ce_scale = torch.where(inside | ignored, ce_scale, torch.nan)
         subset = subset_of(z_s, ref, id_weights, top + log_total if known else None, options)
         soft = _soft(ce_scale, penalty_scale, subset, vocab)
@@ -161,7 +162,7 @@ def row_step_torch(
         none = top[:0]
         terms = RowTerms(none, none, none, norm, none, none)
     else:
-        # (lse - m) - (z_y - m): the small numbers are subtracted, not the large ones
+        # (lse - m) - (z_y - m): subtracts small numbers, not the large lse and z_y
         ce = log_total - (z_y - top)
         if options.label_smoothing > 0:
             e = options.label_smoothing
@@ -173,9 +174,9 @@ def row_step_torch(
         terms = RowTerms(ce, penalty, worst, norm, wide.right.flatten(), wide.entropy.flatten())
 
     if soft is not None and grad is not None and ce_scale is not None and penalty_scale is not None:
-        # These columns hold more than softmax: each is computed whole, then rounded once.
-        # Adding to the rounded softmax would lose most bits where p_y is near 1. (By index_put_:
-        # scatter_ on a CPU allocates twice the size of `grad`.)
+        # The gradient here is more than the softmax. It is computed in full and rounded once, since
+        # adding to the rounded softmax would lose most bits if p_y is near 1. (Not by scatter_,
+        # which on a CPU allocates twice the size of `grad`.)
         row = torch.arange(rows, device=grad.device)
         p_y = torch.exp((z_y - top) - log_total)
         grad[row, column] = _column(p_y, 1.0, z_y, soft, ce_scale, lse, options).to(grad.dtype)
@@ -200,7 +201,7 @@ def _exchange(
     z_y: Tensor,
     options: RowOptions,
 ) -> tuple[Wide, Tensor]:
-    """Look at this rank's columns, and learn of the other ranks' what a row needs."""
+    """Compute the sums over this rank's columns, and combine them with the other ranks'."""
     if logits.shape[1]:
         _in_blocks(step, n_block, logits, wide, options, False, None, None)
     else:
@@ -243,7 +244,7 @@ def _column(
     lse: Tensor,
     options: RowOptions,
 ) -> Tensor:
-    """Return single columns of the gradient without the penalty's pull, unrounded."""
+    """Return single columns of the gradient, unrounded and without the penalty's direct part."""
 
     def along(x: Tensor) -> Tensor:
         return x if p.dim() == 1 else x.unsqueeze(1)
@@ -257,7 +258,7 @@ def _column(
         dz = dz + _where_nonzero(along(extra), p)
     if soft.flat is not None:
         dz = dz - along(soft.flat)
-    # not a product: with a cap the slope of a masked row's NaN is NaN too
+    # torch.where, not only a product: with a cap, a masked row's NaN makes the slope NaN
     return torch.where(dz != 0, dz * _slope(z, options), 0.0)
 
 
@@ -296,7 +297,7 @@ def _block_step(
     soft: Soft | None,
     grad: Tensor | None,
 ) -> None:
-    # float32 logits that are to become their gradient are worked on where they are
+    # float32 logits that the gradient overwrites anyway need no copy
     dtype = wide.top.dtype
     owned = grad is not None and logits.dtype == dtype and grad.data_ptr() == logits.data_ptr()
     z = logits if owned else scratch.like(logits, "z", dtype).copy_(logits)
@@ -353,8 +354,8 @@ def _where_nonzero(scale: Tensor, value: Tensor) -> Tensor:
 
 
 def _zero_rows_(z: Tensor, rows: Tensor) -> None:
-    """Set rows (a mask) to 0, which a product would not do to inf and NaN."""
-    if z.device.type == "cpu":  # no pass over the block when no row is ignored
+    """Set masked rows to 0, even if they hold inf or NaN."""
+    if z.device.type == "cpu":  # touches no memory if no row is ignored
         z.index_fill_(0, rows.nonzero().squeeze(1), 0.0)
     else:
         z.masked_fill_(rows.unsqueeze(1), 0.0)

@@ -1,9 +1,9 @@
-"""The row step by Triton: the launcher and its block sizes; the kernel is in `row_kernel`.
+"""The row step in Triton: the launcher and its block sizes; the kernel is in `row_kernel`.
 
-Traffic per row: 2 reads and 1 write of V logits with a gradient, 1 read without; where the row fits
-one program 1 read and 1 write.
+Memory traffic per row of V logits: 2 reads and 1 write with a gradient (1 read if the row fits in
+one program's registers), 1 read without.
 
-No kernel has run on a GPU yet: they are tested in Triton's interpreter and compiled.
+No kernel has run on a GPU yet: they are tested in Triton's interpreter, and compiled.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..contracts import RowOptions, RowTerms
 from .row_kernel import row_step_kernel, scatter_kernel
 
-# A block is what a program works on at a time: 16 logits per thread, or 8 where the row is held or
-# the options of the loss ask for more numbers beside each. A held row stays in registers between
-# the passes, 128 bytes of it per thread (16 logits with such options): 32 of the 64 registers that
-# let two rows of 512 threads share a multiprocessor. The numbers come from `python -m bench
-# compile`: with them nothing spills.
+# A program works on one block at a time: 16 logits per thread, or 8 if the row is held or if
+# options of the loss need more registers per logit ("busy"). A held row stays in registers between
+# the passes, 128 bytes of it per thread (16 logits if busy): 32 of the 64 registers that let two
+# rows of 512 threads share a multiprocessor. The numbers come from `python -m bench compile`: with
+# them nothing spills.
 _THREADS = 256  # small programs let several rows share a multiprocessor
 _MAX_THREADS = 1024
 _PER_THREAD = 16
@@ -30,20 +30,20 @@ _PER_THREAD_BUSY = 8
 _HELD_THREADS = 512
 _HELD_BYTES = 128  # of a row in the registers of one thread
 THREADS_PER_WARP = 64 if torch.version.hip else 32
-# Left to itself ptxas spills a few bytes to need fewer registers than that, for more programs at a
-# time, or it takes so many that there is room for one; 1,024 threads have no more than 64 anyway.
+# Without a limit, ptxas spills a few bytes to use fewer registers and run more programs at a time,
+# or takes so many that only one fits. (1,024 threads cannot have more than 64 anyway.)
 CAPS_REGISTERS = bool(torch.version.cuda)
 _REGISTERS = 64
 _REGISTERS_BUSY = 80
-_MANY_REGISTERS = 128  # for a held row with many ids beside it
+_MANY_REGISTERS = 128  # for a held row with many safety ids
 _MANY_IDS = 256
-# AMD's compiler moves a load past a barrier to where its value is used, which may be after another
-# warp has overwritten it; not past one that a store of what was made of it precedes.
+# AMD's compiler may move a load past a barrier to where its value is used, and another warp may
+# have overwritten it by then. It does not if a store that uses the value precedes the barrier.
 BARRIERS_HOLD_LOADS = not torch.version.hip
 
 
 class Launch(NamedTuple):
-    """The sizes of one launch; HELD: blocks that the row is, if it is read once and held, or 0."""
+    """The sizes of one launch; HELD: number of blocks in a row that is held in registers, or 0."""
 
     BLOCK_V: int
     BLOCK_K: int
@@ -60,14 +60,14 @@ def launch_sizes(
     *,
     one_launch: bool,
 ) -> Launch:
-    """Return the sizes for a vocabulary, a number of safety ids and the logits' bytes each.
+    """Return the sizes of a launch.
 
     Args:
         vocab: V.
         ids: K.
         itemsize: bytes of a logit.
         options: some need more registers per logit.
-        one_launch: whether terms and gradient are made together, so that holding the row pays.
+        one_launch: whether terms and gradient are computed together, so that holding the row pays.
     """
     block_k = max(16, triton.next_power_of_2(ids))
     is_busy = _is_busy(options)
@@ -91,7 +91,7 @@ def _is_busy(options: RowOptions) -> bool:
 
 
 def _keywords(sizes: Launch, wide: int) -> dict[str, int | bool]:
-    """Return the sizes as the launch takes them; `wide` logits lie side by side in a load."""
+    """Return the sizes as the kernel's keywords; a load has `wide` consecutive logits."""
     keywords: dict[str, int | bool] = sizes._asdict()
     threads = sizes.num_warps * THREADS_PER_WARP
     keywords["WIDE"] = wide
@@ -102,7 +102,7 @@ def _keywords(sizes: Launch, wide: int) -> dict[str, int | bool]:
 
 
 def _is_aligned(logits: Tensor, grad: Tensor | None, padded: bool) -> bool:
-    """Whether every row starts at a multiple of 16 bytes and is read and written 16 at a time."""
+    """Return whether every row can be read and written 16 bytes at a time."""
     numbers = [0 if padded else logits.shape[1]]
     for rows in (logits, logits if grad is None else grad):
         numbers += [rows.stride(0), rows.data_ptr()]
@@ -128,7 +128,7 @@ def row_step_triton(
     grad: Tensor | None = None,  # (n, V)
     padded: bool = False,
 ) -> RowTerms:
-    """Compute terms and gradient of every row; `contracts.RowStep` says what the arguments are."""
+    """Compute terms and gradient of every row; `contracts.RowStep` documents the arguments."""
     rows, vocab = logits.shape
     ids = safety_ids.shape[0]
     out = grad
@@ -160,10 +160,10 @@ def row_step_triton(
     )
     safety_ids = safety_ids.to(torch.int32)  # half the bytes, in every row
     stash = None
-    if out is not None and not BARRIERS_HOLD_LOADS:  # these columns wait for a second launch
+    if out is not None and not BARRIERS_HOLD_LOADS:  # a second launch writes these columns
         stash = out.new_empty((rows, ids + 1))
     wide = 16 // logits.element_size() if _is_aligned(logits, out, padded) else 1
-    # Triton launches on the current device, wherever its arguments are.
+    # Triton launches on the current device, not on that of the arguments.
     with _current(logits.device):
         row_step_kernel[(rows,)](
             logits,
@@ -204,7 +204,7 @@ def row_step_triton(
             HAS_GRAD=out is not None,
             HAS_STASH=stash is not None,
             KIND=options.kind,
-            # Said aloud because Triton's default changes in 3.10; the sums are the same either way.
+            # Explicit, because Triton's default changes in 3.10; the sums are the same either way.
             enable_fp_fusion=True,
             **_keywords(sizes, wide),
         )
