@@ -234,7 +234,7 @@ def trainers(
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """A LoRA run in a plain loop, Accelerate, Trainer and TRL: the same losses, step by step."""
+    """Run LoRA in a plain loop, Accelerate, Trainer and TRL, and compare the losses by step."""
     from .steps.trainers import TRAINERS, draw, measure
 
     rows = measure(steps)
@@ -312,7 +312,7 @@ def compile_kernels(
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Compile the kernels for GPUs that are not here: registers, spills, width of the loads."""
+    """Compile the kernels for GPUs without having one: registers, spills, width of the loads."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
     from .compiled import compile_report as made

@@ -1,4 +1,4 @@
-"""The commands that say what can be known of a kernel without a GPU."""
+"""The commands that examine a kernel without a GPU."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def execute(
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Execute the kernels' PTX on the CPU: instructions, bytes and barriers of each logit."""
+    """Execute the kernels' PTX on the CPU: instructions, bytes and barriers per logit."""
     given = targets or ["sm_90", "sm_100"]
     for target in given:
         if target not in ("sm_80", "sm_90", "sm_100"):

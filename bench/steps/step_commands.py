@@ -94,7 +94,7 @@ def plan(
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Peaks that `str-kernels plan` predicts for the built-in model, beside measured ones."""
+    """Compare peaks that `str-kernels plan` predicts for the built-in model with measured ones."""
     from ..memory.plan import OTHERS_AT, TOKENS, measure
 
     with tables.progress("measuring") as (_, advanced):
@@ -154,7 +154,7 @@ def longcontext(
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Long rows: peak memory and time of a training step, each way in a process of its own."""
+    """Long rows: peak memory and time of a training step, each way in its own process."""
     from ..memory import longcontext as bench
     from ..memory import longcontext_plan
     from ..memory.memory_parts import parts_of
@@ -224,7 +224,7 @@ def show_parts(found: list[Row]) -> None:
 
 
 def show_planned(found: list[Row]) -> None:
-    """Print what larger models would take, and which card that fits."""
+    """Print the memory that larger models would need, and the smallest card that has it."""
     from ..memory.longcontext_plan import smallest_card
 
     ways = ("own", "naive", "ours")
