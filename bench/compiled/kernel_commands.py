@@ -59,7 +59,7 @@ def execute(
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="sm_80, sm_90 or sm_100; may be repeated.")
     ] = None,
-    short: Annotated[bool, typer.Option("--small", help="The smallest kernels alone.")] = False,
+    short: Annotated[bool, typer.Option("--small", help="Only the smallest kernels.")] = False,
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
