@@ -58,16 +58,16 @@ def speed(
     tokens: Annotated[int, typer.Option(min=1, help="Rows N.")] = 2048,
     ids: Ids = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    train_head: Annotated[bool, typer.Option(help="Make the head's gradient too.")] = False,
+    train_head: Annotated[bool, typer.Option(help="Compute the head's gradient too.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 15,
     providers: Annotated[
-        list[str] | None, typer.Option(help="Only those whose name begins so; may be repeated.")
+        list[str] | None, typer.Option(help="Only names that begin with this; may be repeated.")
     ] = None,
     all_options: Annotated[
         bool, typer.Option("--all-options", help="Add ours with every option of the loss on.")
     ] = False,
     pairs: Annotated[
-        bool, typer.Option("--penalty-pairs", help="Only ours, with against without the penalty.")
+        bool, typer.Option("--penalty-pairs", help="Only ours, with and without the penalty.")
     ] = False,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory too.")] = True,
     save: Save = False,
@@ -115,10 +115,10 @@ def speed(
 def memory(
     head: Head = "smollm2",
     tokens: Annotated[
-        list[int] | None, typer.Option(help="N, by hand and ours; may be repeated.")
+        list[int] | None, typer.Option(help="N for both, by hand and ours; may be repeated.")
     ] = None,
     long: Annotated[
-        list[int] | None, typer.Option(help="N, ours alone; may be repeated. Default: 131072.")
+        list[int] | None, typer.Option(help="N for ours alone; may be repeated. Default: 131072.")
     ] = None,
     ids: Ids = 64,
     save: Save = False,
@@ -195,7 +195,9 @@ def growth(
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 7,
     figure: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES
     / "growth.png",
-    small: Annotated[bool, typer.Option("--small", help="Sizes for a try, of no use.")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="Small sizes, for a quick try only.")
+    ] = False,
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
@@ -234,7 +236,7 @@ def trainers(
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """A LoRA run in a plain loop, Accelerate, Trainer and TRL: the same losses, step by step."""
+    """Run LoRA in a plain loop, Accelerate, Trainer and TRL, and compare the losses by step."""
     from .steps.trainers import TRAINERS, draw, measure
 
     rows = measure(steps)
@@ -306,13 +308,13 @@ def traffic(
 def compile_kernels(
     every: Annotated[bool, typer.Option("--all", help="All configurations; minutes.")] = False,
     lines: Annotated[
-        Path, typer.Option(help="JSON lines that --all adds to, and goes on from.")
+        Path, typer.Option(help="JSON lines that --all adds to and resumes from.")
     ] = ROOT / ".benchmarks" / "compile.jsonl",
     save: Save = False,
     results: Results = results.FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Compile the kernels for GPUs that are not here: registers, spills, width of the loads."""
+    """Compile the kernels for GPUs without having one: registers, spills, width of the loads."""
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise typer.BadParameter("`TRITON_INTERPRET` must be unset; it leaves nothing to compile")
     from .compiled import compile_report as made
@@ -337,8 +339,8 @@ def compile_kernels(
 @app.command()
 def figure(
     head: Head = "smollm2",
-    dtype: Annotated[str, typer.Option(help="The run in this dtype.")] = "bfloat16",
-    train_head: Annotated[bool, typer.Option(help="The run with a trainable head.")] = False,
+    dtype: Annotated[str, typer.Option(help="Which run: its dtype.")] = "bfloat16",
+    train_head: Annotated[bool, typer.Option(help="Which run: with a trainable head.")] = False,
     to: Annotated[Path, typer.Option(help="The PNG to write.")] = results.FIGURES / "bench.png",
     results: Results = results.FOLDER,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""Who is right: a provider's loss and gradients against the loss by hand in float32."""
+"""Check a provider's loss and gradients against the loss written by hand, in float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .inputs import Inputs
 from .steps.providers import Provider, by_hand, missing
 from .steps.timing import one_line
 
-ROWS = 256  # compared; several chunks of ours at V = 49,152 on a CPU
+ROWS = 256  # that are compared: several of our chunks at V = 49,152 on a CPU
 
 # bfloat16 rounds dZ, then dX: each 2^-9 of the largest entries, and sums of them
 LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -25,8 +25,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         status: "right", "wrong", "failed" or "absent".
-        why: the reason, where there is one; of a right provider, what it warned of.
-        gradient_error: largest entry of the difference to the truth, over its largest entry.
+        why: the reason, if there is one; for a right provider, the warning it gave.
+        gradient_error: the largest difference from the truth, over the truth's largest entry.
     """
 
     status: str
@@ -40,15 +40,15 @@ def check(
     """Compare each provider's loss and gradients on the first rows.
 
     Args:
-        listed: who is asked.
+        listed: the providers to check.
         inputs: what they will be timed on.
-        free_bytes: memory that one may take; None for no limit.
+        free_bytes: memory that each may take; None for no limit.
 
     Returns:
         Verdicts by name.
     """
 
-    @functools.cache  # most have the same truth
+    @functools.cache  # most providers have the same truth
     def truth(loss_of: Callable[[Inputs], Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         return _run(loss_of, inputs.first(ROWS, torch.float32))
 
@@ -68,18 +68,18 @@ def _check(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loss, grads = _run(provider.loss, part)
-    except Exception as error:  # any crash of another's code is a result to report
+    except Exception as error:  # a crash in someone else's code is a result to report
         return Verdict("failed", one_line(error))
     exact, wanted = truth(provider.truth or by_hand)
     limit = LIMITS[inputs.hidden.dtype]
-    # max() of torch: Python's passes over a NaN that is not the first
+    # torch's max(), because Python's skips a NaN that is not the first
     errors = [_relative(g, w) for g, w in zip(grads, wanted, strict=True)]
     gradient_error = float(torch.stack(errors).max())
     off = abs(float(loss) - float(exact)) / abs(float(exact))
     if not (gradient_error <= limit and off <= limit):  # NaN is wrong too
         why = f"loss off by {off:.1e}, gradient by {gradient_error:.1e}, limit {limit:.0e}"
         return Verdict("wrong", why, gradient_error)
-    # what a library tells its user; deprecations are for its developers
+    # warnings for a library's users; deprecations are for its developers
     said = [str(w.message).split("\n")[0] for w in caught if issubclass(w.category, UserWarning)]
     return Verdict("right", said[0][:160] if said else "", gradient_error)
 

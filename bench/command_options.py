@@ -1,4 +1,4 @@
-"""The options that the commands of `python -m bench` have in common."""
+"""Options shared by the commands of `python -m bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test run on certain releases came to, as a row of compat.csv; noxfile.py calls it.
+"""Write the result of a test run on certain releases as a row of compat.csv, for noxfile.py.
 
 `python -m bench.compat report.xml transformers peft` reads pytest's JUnit report.
 """
@@ -21,11 +21,11 @@ PROTOCOL = (
 
 
 def row_of(report: Path, packages: Sequence[str]) -> Row:
-    """Count a report's tests, and name what they ran on.
+    """Count a report's tests, and list the versions that they ran on.
 
     Args:
         report: what `pytest --junitxml` wrote.
-        packages: installed distributions, whose versions are named.
+        packages: installed distributions whose versions are recorded.
 
     Returns:
         Origin, versions, and the numbers of tests that passed, failed (errors are among them) and

@@ -1,4 +1,4 @@
-"""The figure of `python -m bench speed`: time and peak memory of each way to make the loss."""
+"""The figure of `python -m bench speed`: time and peak memory of each way to compute the loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .results import newest, read_rows
 from .steps.providers import ALL_OPTIONS, EAGER
 
 _BEST = "ours (torch)"
-_LEFT_OUT = (", no penalty", ALL_OPTIONS)  # the table has them; here they would only add bars
+_LEFT_OUT = (", no penalty", ALL_OPTIONS)  # in the table; in the figure they would only add bars
 _BY_HAND = "by hand (eager)"
 
 
@@ -50,12 +50,12 @@ def last_run(
 def saved_runs(
     results: Path, head: str, dtype: str, train_head: bool
 ) -> list[list[dict[str, str]]]:
-    """Return the newest run of each file of `speed` in a folder, the main one first.
+    """Return the newest run in each of the files of `speed` in a folder, the main one first.
 
-    The other file has CCE, in a run on a machine of its own.
+    The other file has CCE, from a run on a different machine.
 
     Raises:
-        ValueError: speed.csv has none with this head and dtype.
+        ValueError: speed.csv has no run with this head and dtype.
         OSError: there is no speed.csv.
     """
     runs = [last_run(read_rows(results / "speed.csv"), head, dtype, train_head)]
@@ -67,10 +67,10 @@ def saved_runs(
 
 
 def draw(runs: Sequence[Sequence[Mapping[str, str]]], path: Path) -> None:
-    """Draw medians and quartiles of the time, and peak memory, of each way; a PNG.
+    """Draw each provider's time (median and quartiles) and peak memory as a PNG.
 
     Args:
-        runs: of one head and dtype, each on a machine of its own; a pair of panels for each.
+        runs: of one head and dtype, each from a different machine; a pair of panels for each.
         path: the PNG file.
     """
     shown = [[row for row in run if _is_shown(row)] for run in runs]
@@ -104,7 +104,7 @@ def _is_shown(row: Mapping[str, str]) -> bool:
 
 
 def _says_nothing(row: Mapping[str, str]) -> bool:
-    """Tell whether a row is a loss without its kernel: TRL's, on a CPU."""
+    """Tell whether a row's loss ran without its kernel, as TRL's does on a CPU."""
     return row["provider"] == "TRL" and "thread" in row["device"]  # as a CPU is named in `results`
 
 
@@ -131,7 +131,7 @@ def _draw_peaks(
 
 
 def _title(runs: Sequence[Sequence[Mapping[str, str]]]) -> str:
-    """Say what ours takes beside the loss by hand, where both were measured."""
+    """Compare ours with the loss by hand, if both were measured."""
     peaks, ratios = [], []
     for run in runs:
         timed = {row["provider"]: row for row in run if row["status"] == "timed"}

@@ -1,6 +1,6 @@
 """`make gpu`: the timing table of this GPU, with nothing but torch and triton installed.
 
-The sizes that the targets are stated for come first, the others while there is time.
+The sizes that the targets are stated for come first; the others are measured while time remains.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COMPILED = "torch.compile"
 _OTHERS = ("eager", "F.linear_cross_entropy", "Liger", "CCE")
 _LOGITS = "ours, logits path"
 
-# What is promised; a row that one of them is about says whether it is met.
+# The targets; a row that has one says whether it is met.
 MAX_OF_PRODUCTS = 1.15  # linear path, frozen head: time over that of the two products
 MIN_OF_COPY = 0.85  # logits path: its bytes per second over those of a copy
 MAX_OF_CHUNK = 1.2  # linear path, frozen head: peak above inputs and gradient, over the chunk
@@ -70,15 +70,15 @@ def run(
     keep: Callable[[list[Row]], None] = lambda rows: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Row], list[str]]:
-    """Measure sizes one after the other while the next one can be expected to end in time.
+    """Measure one size after another, as long as the next can be expected to finish in time.
 
     Args:
-        sizes: the first `len(TARGET_SIZES)` of them are measured with torch.compile, whose
-            compilations take longer than all else.
+        sizes: the first `len(TARGET_SIZES)` of them are measured with torch.compile too, whose
+            compilations take longer than everything else.
         deadline: seconds from now.
         measure_size: measures one size, with torch.compile or without.
-        keep: is given each size's rows at once, so that a kill loses one size and not all.
-        clock: seconds.
+        keep: called with each size's rows at once, so that a kill loses only one size.
+        clock: returns seconds.
 
     Returns:
         The rows, and a line for each size that was left out.
@@ -111,7 +111,7 @@ def run(
 def measure_size(
     size: Size, with_compile: bool, *, device: str = "cuda", count: int = _ROUNDS
 ) -> list[Row]:
-    """Measure one size: linear path with a frozen and a trained head, and logits path."""
+    """Measure one size: the linear path with a frozen and a trained head, and the logits path."""
     ours = "ours (triton)" if device == "cuda" else "ours (torch)"
     only = [*_OTHERS, ours, *([_COMPILED] if with_compile else [])]
     rows = []
@@ -125,7 +125,7 @@ def measure_size(
 
 
 def _linear_target(row: Row, size: Size, device: str) -> str:
-    """Say which targets of the frozen linear path are met."""
+    """Say which targets for the linear path with a frozen head are met."""
     if row["status"] != "timed":
         return f"not met: {row['status']}"
     said = [_judge("time", row["against_products"], "<=", MAX_OF_PRODUCTS)]
@@ -140,7 +140,7 @@ def _linear_target(row: Row, size: Size, device: str) -> str:
 
 
 def _logits_path(size: Size, device: str, count: int) -> Row:
-    """Time the loss from logits against a copy of them, the fastest pass over as many bytes."""
+    """Time the loss from logits against a copy of them, the fastest way to move as many bytes."""
     logits = torch.randn(size.tokens, size.vocab, device=device, dtype=torch.bfloat16)
     logits.requires_grad_()
     target = torch.randint(0, size.vocab, (size.tokens,), device=device)

@@ -1,4 +1,4 @@
-"""What every provider is given."""
+"""The inputs of every provider."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Inputs:
     target: Tensor  # (N,)
     ids: Tensor  # (K,)
     ref: Tensor  # (N, K) float32, the reference's safety logits
-    ref_hidden: Tensor  # (N, D), what `ref` was made of
+    ref_hidden: Tensor  # (N, D), from which `ref` was computed
     shape: HeadShape
     ref_log_probs: Tensor | None = None  # (N, K) float32, for the penalty on log-probabilities
 
     def leaves(self) -> list[Tensor]:
-        """Return what the step makes gradients of."""
+        """Return the tensors that get a gradient."""
         return [x for x in (self.hidden, self.head) if x.requires_grad]
 
     def first(self, rows: int, dtype: torch.dtype | None = None) -> Inputs:
@@ -60,7 +60,7 @@ def draw_inputs(
     train_head: bool = False,
     log_probs: bool = False,
 ) -> Inputs:
-    """Draw random inputs whose logits are about 1 and drift by about 0.5 from the reference's.
+    """Draw random inputs with logits of about 1 that drift by about 0.5 from the reference's.
 
     Args:
         shape: V, D, scale and cap.

@@ -1,4 +1,4 @@
-"""`python -m bench figures`: every figure of the docs again, from the saved rows."""
+"""`python -m bench figures`: redraw every figure of the docs from the saved rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def figures(
     to: Annotated[Path, typer.Option(help="The folder of the PNGs.")] = FIGURES,
     results: Annotated[Path, typer.Option(help="The folder of the CSV files.")] = FOLDER,
 ) -> None:
-    """Draw every figure of the docs again, from the saved rows; nothing is measured."""
+    """Redraw every figure of the docs from the saved rows, without measuring anything."""
     for name, draw in DRAWINGS.items():
         draw(results, to / name)
         tables.say(str(to / name))

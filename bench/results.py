@@ -1,4 +1,4 @@
-"""Results: where a row comes from, and files that rows are added to."""
+"""Result files, and the origin that is recorded in each row."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[1]
 """Where `python -m bench` is run."""
 
 FOLDER = ROOT / "bench" / "results"
-FIGURES = ROOT / "docs" / "img"  # where the figures of the docs lie
+FIGURES = ROOT / "docs" / "img"  # the figures of the docs
 Row = dict[str, Any]
 
 
 def device_name(device: str) -> str:
-    """Return the card's name, or the CPU's with the number of threads."""
+    """Return the GPU's name, or the CPU's with the number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -34,7 +34,7 @@ def device_name(device: str) -> str:
 
 
 def origin(device: str, protocol: str) -> Row:
-    """Return what every row of one run has in common: when, where, with what, and how."""
+    """Return the columns that all rows of a run share: when, where, with what, and how."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -46,9 +46,9 @@ def origin(device: str, protocol: str) -> Row:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a CSV file, made if missing; the file is whole at any moment.
+    """Add rows to a CSV file, or create it; the file is complete at any moment.
 
-    New columns are added on the right, and rows without them have nothing there.
+    New columns are added on the right, and rows without them are empty there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     every = [*(read_rows(path) if path.exists() else []), *rows]
@@ -72,11 +72,11 @@ def newest(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def _commit() -> str:
-    """Return the short commit, with a + where the tree differs from it."""
+    """Return the short commit, with a + if the tree differs from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        # status would else write the index, which another git may hold
+        # otherwise status would write the index, which another git may have locked
         quiet = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         folder = Path(__file__).parent
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Rows as a table in the terminal, as JSON and as Markdown."""
+"""Show rows as a table in the terminal, as JSON or as Markdown."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SPEED = (  # narrow, for a terminal of 80 columns
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
-    """Return a row's texts; a value that is None or "" is left blank."""
+    """Return the texts of a row; a value of None or "" is left blank."""
     texts = []
     for column in columns:
         keys = [column.key, column.upto] if column.upto else [column.key]
@@ -86,7 +86,7 @@ def show(title: str, rows: Iterable[Mapping[str, Any]], columns: Sequence[Column
 
 
 def show_speed(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print what was timed, then a line for each provider that was not, and how it was done."""
+    """Print the times, then why other providers were not timed, and how it was measured."""
     show(title, [row for row in rows if row["status"] == "timed"], SPEED)
     say_why(rows)
     for row in rows:
@@ -96,7 +96,7 @@ def show_speed(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def say_why(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print who was not timed and why, those with one reason together."""
+    """Print which providers were not timed and why, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] != "timed":
@@ -106,7 +106,7 @@ def say_why(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def say(text: str) -> None:
-    """Print text, wrapped; brackets in it are no markup."""
+    """Print text, wrapped; brackets in it are not markup."""
     Console().print(text, markup=False, highlight=False)
 
 
@@ -118,7 +118,7 @@ def print_json(rows: object) -> None:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
-    """Show a bar on stderr; yields what sets its length and what moves it on by one."""
+    """Show a progress bar on stderr; yield functions that set its length and advance it."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda total: bar.update(task, total=total), lambda: bar.advance(task)

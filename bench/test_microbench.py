@@ -1,7 +1,7 @@
 """Microbenchmarks of each op and row step: `make bench`, then `make bench-compare`.
 
-Small on purpose: they are to show that a change made one piece slower, in a minute. What a whole
-loss costs is `python -m bench speed`.
+They are small on purpose, to show within a minute that a change made one piece slower. For the cost
+of the whole loss use `python -m bench speed`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
-    """Take one thread, so that other work on the machine changes less."""
+    """Use one thread, so that other work on the machine matters less."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def inputs() -> Inputs:
 
 @pytest.fixture
 def timed(benchmark: Any) -> Callable[[Callable[[], object]], None]:
-    """Time a function with the device's work."""
+    """Time a function, including the device's work."""
 
     def run(function: Callable[[], object]) -> None:
         def step() -> None:
@@ -125,7 +125,7 @@ def test_linear_path(head: str, penalty: str, inputs: Inputs, timed: Any) -> Non
 @pytest.mark.benchmark(group="project")
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
 def test_project(what: str, inputs: Inputs, timed: Any) -> None:
-    """`project`, as the reference is made and as the student's safety logits are."""
+    """`project`, which computes the safety logits of the reference and of the student."""
     hidden = inputs.hidden.detach().requires_grad_(what != "forward")
     weight = inputs.head.detach()
 

@@ -1,1 +1,1 @@
-"""What the compilers made of the kernels: registers, spills, machine instructions."""
+"""The compiled kernels: registers, spills, machine instructions."""

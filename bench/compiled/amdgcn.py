@@ -1,7 +1,7 @@
-"""The instructions of a logit on an AMD GPU, counted in the text of its assembly, not executed.
+"""Instructions per logit on an AMD GPU, counted in the text of its assembly, not executed.
 
-Of each loop its body, over the logits that a lane takes in one round; of a code that holds its row,
-all of it. (Those of NVIDIA are in sass.py.)
+For each loop the instructions of its body are divided by the logits that a lane handles in one
+iteration; for a kernel that holds its row, all instructions are counted. (sass.py is for NVIDIA.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """An instruction: where it is, its name, and where it may branch to."""
+    """An instruction: its position, its name, and where it may branch to."""
 
     at: int
     opcode: str
@@ -21,11 +21,11 @@ class Instruction(NamedTuple):
 
 
 def amdgcn_of(text: str) -> list[Instruction]:
-    """Return the instructions of an AMD code; places are their numbers."""
+    """Return the instructions of AMD assembly; a position is the instruction's number."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
-    for line in text.rpartition("s_endpgm")[0].splitlines():  # a row may end early
+    for line in text.rpartition("s_endpgm")[0].splitlines():  # the last: a row may end early
         if match := re.match(r"(\.?L\w+):", line):
             labels[match[1]] = len(found)
         elif match := re.match(r"\s+([sv]_\w+|(?:global|buffer|flat|ds)_\w+)\s*(\S*)", line):
@@ -38,7 +38,7 @@ def amdgcn_of(text: str) -> list[Instruction]:
 
 
 def loops_of(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
-    """Return the outermost loops: what lies between a label and the last branch back to it."""
+    """Return the outermost loops, each from a label to the last branch back to it."""
     numbers = {instruction.at: n for n, instruction in enumerate(code)}
     spans: list[tuple[int, int]] = []
     for n, instruction in enumerate(code):
@@ -51,11 +51,11 @@ def loops_of(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
 
 
 def amdgcn_per_logit(code: Sequence[Instruction], per_lane: float, held: bool) -> Counter[str]:
-    """Return the vector instructions of a logit, packed ones once, and the transcendental ones."""
+    """Return vector instructions per logit, packed ones counted once, and transcendental ones."""
     found: Counter[str] = Counter()
     for body in [code] if held else loops_of(code):
         if not any("_load_" in instruction.opcode for instruction in body):
-            continue  # which writes zeros, in a row without loss
+            continue  # this loop writes zeros, in a row without loss
         for instruction in body:
             if instruction.opcode.startswith("v_"):
                 found["vector"] += 1

@@ -1,6 +1,6 @@
-"""Which kernels are compiled for which GPUs, and what must be true of each: no spill, wide loads.
+"""Compile the kernels for each GPU and check the results: no spill, wide loads.
 
-Also how many a training run compiles: one for each path, whatever changes between its steps.
+It also counts what a training run compiles: one kernel per path, whatever changes between steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = get_args(PenaltyKind)
 
 
 def every_variant() -> Iterator[Variant]:
-    """Yield every shipped configuration; many come down to the same code."""
+    """Yield every shipped configuration; many of them compile to the same code."""
     kinds = [(0, "mse"), *((64, kind) for kind in KINDS), (1024, "subset_kl"), (1024, "logprob")]
     kinds.append((1024, "coarse_kl"))
     for target, path, dtype, vocab, (ids, kind), everything in itertools.product(
@@ -50,7 +50,7 @@ def every_variant() -> Iterator[Variant]:
 
 
 def sample() -> Iterator[Variant]:
-    """Yield some of each: every path, dtype, target, kind and block, not every combination."""
+    """Yield a sample with every path, dtype, target, kind and block, but not every combination."""
     for target, path in itertools.product(TARGETS, PATHS):
         variants = [
             Variant(path, "bfloat16", vocab, 64, "mse", everything, target)
@@ -82,17 +82,17 @@ def report(
     started: Callable[[int], None] = lambda total: None,
     advanced: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Compile each different code once, and say what came out and whether it may be shipped.
+    """Compile each distinct kernel once, and report its properties and whether it may be shipped.
 
     Args:
         variants: what to compile.
-        lines: a file of JSON lines to which each result is added, and from which results of an
-            earlier, interrupted report are taken.
-        started: called once, with the number of different codes.
+        lines: a file of JSON lines to which each result is added; results of an earlier,
+            interrupted report are read from it.
+        started: called once, with the number of distinct kernels.
         advanced: called after each.
 
     Returns:
-        A row for each different code.
+        A row for each distinct kernel.
     """
     known = {row["key"]: row for row in _read(lines)}
     codes: dict[str, tuple[Variant, Any]] = {}
@@ -134,7 +134,7 @@ def _read(lines: Path | None) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Return a row for each target, path and dtype: how many codes, and the worst of each."""
+    """Return a row per target, path and dtype: how many kernels, and the worst of each value."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["status"] == "compiled":
@@ -164,15 +164,15 @@ EXPECTED_KEYS = {"linear": 1, "linear, packed": 1, "linear, no gradient": 1, "lo
 
 
 def launches_of_a_run(target: str = "sm_90", kernels: Any = row_kernel) -> list[Row]:
-    """Count the launches of a training run and the codes that they compile, for each path.
+    """Count the launches of a training run and the kernels that they compile, for each path.
 
-    The ops run as they are, with chunks of an odd number of rows; their launches are recorded and
-    not run. Step by step the number of rows, the weight of the penalty, the counts and the upstream
-    gradient change.
+    The ops run unchanged, with chunks of an odd number of rows; their launches are recorded and
+    not run. The number of rows, the weight of the penalty, the counts and the upstream gradient
+    change from step to step.
 
     Returns:
-        A row for each path: the launches, how many different codes they are, and how many of those
-        are expected: one for each different launch of a step.
+        A row for each path: the launches, how many distinct kernels they compile, and how many
+        are expected, which is one for each distinct launch of a step.
     """
     rows = []
     for path, expected in EXPECTED_KEYS.items():
@@ -185,7 +185,7 @@ def launches_of_a_run(target: str = "sm_90", kernels: Any = row_kernel) -> list[
             for number, n in enumerate(_RUN_ROWS):
                 _train_step(path, number, n)
         keys = {specialize(launch, TARGETS[target]).key for launch in launches}
-        # and one for a second launch, where there is one
+        # and one for a second launch, if there is one
         expected += len({launch.kernel for launch in launches}) - 1
         rows.append(
             {
@@ -228,7 +228,7 @@ def _train_step(path: str, number: int, rows: int) -> None:
 
 
 def show(rows: Sequence[Row], runs: Sequence[Row]) -> None:
-    """Print a table of what was compiled, then what is wrong and the runs."""
+    """Print a table of what was compiled, then the failures and the runs."""
     shown = summary(rows)
     tables.show(
         "compiled kernels",

@@ -1,8 +1,8 @@
-"""Kernels compiled for GPUs that are not here, and what came out of it.
+"""Compile kernels for GPUs without having one, and examine the results.
 
-What is compiled is what the launcher launches: it is called with the launch itself replaced by a
-recorder, and Triton specializes the recorded arguments as it would have (multiples of 16, ones,
-absent tensors). Triton must not be interpreting: such a process has no kernels to compile.
+What is compiled is what the launcher launches: it is called with a recorder in place of the launch
+itself, and Triton specializes the recorded arguments as for a real launch (multiples of 16, ones,
+absent tensors). Triton's interpreter must be off: with it there are no kernels to compile.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EVERYTHING = {
 
 
 class Variant(NamedTuple):
-    """What a caller may ask for, and the GPU it is for.
+    """A configuration that a caller may ask for, and the GPU that it is compiled for.
 
     Attributes:
         path: "linear" (terms and gradient together, in our workspace), "evaluation" (its terms
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
         kind: of the penalty.
         everything: every option of the loss is on: cap, smoothing, z-loss, metrics.
         target: a name of TARGETS.
-        large: the logits are of more than 2 GB, for which AMD's compiler has other instructions.
+        large: the logits take more than 2 GB, for which AMD's compiler uses other instructions.
     """
 
     path: str
@@ -79,7 +79,7 @@ class Variant(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel and the arguments it was to be launched with."""
+    """A kernel and the arguments of its launch."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -109,7 +109,7 @@ class Specialized(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Identify the code that comes out: source, specialization, options, GPU and compiler."""
+        """Identify the resulting code: source, specialization, options, GPU and compiler."""
         options = sorted((name, repr(value)) for name, value in self.options.items())
         whole = f"{self.source.hash()} {options} {self.target} {triton.__version__}"
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
@@ -117,7 +117,7 @@ class Specialized(NamedTuple):
 
 @contextlib.contextmanager
 def recording(target: GPUTarget, kernels: Any = row_kernel) -> Iterator[list[Launch]]:
-    """Record the launches of `rows_triton` inside, and run none; `kernels` has their source."""
+    """Record launches of `rows_triton` without running them; `kernels` has their source."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -142,7 +142,7 @@ def recording(target: GPUTarget, kernels: Any = row_kernel) -> Iterator[list[Lau
 
 
 def launch_of(variant: Variant, kernels: Any = row_kernel) -> Launch:
-    """Return the launch that a variant comes down to."""
+    """Return the launch that a variant results in."""
     vocab, ids, padded = variant.vocab, variant.ids, variant.padded
     width = -(-vocab // 16) * 16 if padded else vocab  # as our workspace is
     dtype = getattr(torch, variant.dtype)
@@ -171,12 +171,12 @@ def launch_of(variant: Variant, kernels: Any = row_kernel) -> Launch:
 
 
 def specialize(launch: Launch, target: GPUTarget) -> Specialized:
-    """Do what Triton does with the arguments of a launch, up to its look into the cache."""
+    """Specialize the arguments of a launch as Triton does before it looks into its cache."""
     kernel, args, kwargs = launch
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(*args, **kwargs, debug=False)
-    # the names of its launch: private, but no other place says what a launch compiles
+    # private, but nothing else says which kernel a launch compiles
     packed, signature, constants, attributes = kernel._pack_args(
         backend, {**kwargs, "debug": False}, bound, specialization, options
     )
@@ -184,7 +184,7 @@ def specialize(launch: Launch, target: GPUTarget) -> Specialized:
 
 
 def compile_and_examine(code: Specialized) -> dict[str, Any]:
-    """Compile, and return what came out; the time is that of a first compilation."""
+    """Compile, and return the code's properties; the time is that of a first compilation."""
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         start = time.perf_counter()
@@ -195,7 +195,7 @@ def compile_and_examine(code: Specialized) -> dict[str, Any]:
 
 
 def _expected(code: Specialized) -> dict[str, Any]:
-    """Return how many bytes of rows a thread loads and stores in the code, loops counted once."""
+    """Return the bytes of rows that a thread loads and stores in the code, loops counted once."""
     named = code.named
     sizes = {"num_warps": code.options["num_warps"]}
     if "BLOCK_V" not in named:
@@ -215,8 +215,8 @@ def _expected(code: Specialized) -> dict[str, Any]:
 def _examine(compiled: Any) -> dict[str, Any]:
     """Return registers, spills, the bytes of wide loads and stores, and the order of accesses.
 
-    The order is that in which narrow loads (l) and stores (s), wide ones (L, S: 16 bytes and more)
-    and barriers (b) stand in the code.
+    The order is that of narrow loads (l) and stores (s), wide ones (L, S: 16 bytes and more) and
+    barriers (b) in the code.
     """
     if "cubin" in compiled.asm:
         found, assembly = _examine_nvidia(compiled), compiled.asm["ptx"]

@@ -1,7 +1,7 @@
-"""What the compiled kernels execute for each logit, and what that leaves a GPU to be bound by.
+"""What the compiled kernels execute per logit, and what bounds them on a GPU.
 
-The PTX is executed on the CPU (bench/ptx), with every instruction, sector and barrier counted, and
-its numbers compared with float64 first. SASS is read, not executed. Nothing here is a time.
+The PTX is executed on the CPU (bench/ptx), and every instruction, sector and barrier is counted;
+before that, its results are compared with float64. SASS is read, not executed. No time is measured.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ IDS = 64
 
 
 class Device(NamedTuple):
-    """A GPU as its maker publishes it.
+    """A GPU's published properties.
 
     Attributes:
-        target: what is compiled for it.
-        bytes: per second, of its memory.
-        lanes: instructions of a thread per second, that it can issue.
+        target: the name of the compilation target.
+        bytes: that its memory moves per second.
+        lanes: instructions of single threads that it can issue per second.
         source: where the numbers are from.
     """
 
@@ -84,8 +84,8 @@ def measure(targets: Iterable[str] = ("sm_90", "sm_100"), *, short: bool = False
     """Execute and count each case, ours and Liger's, for each target.
 
     Args:
-        targets: of NVIDIA.
-        short: the smallest case alone, for a try.
+        targets: NVIDIA's, to compile for.
+        short: only the smallest case, for a quick try.
 
     Returns:
         A row for each kernel and target.
@@ -101,7 +101,7 @@ def measure(targets: Iterable[str] = ("sm_90", "sm_100"), *, short: bool = False
 
 
 def _run_ours(variant: Variant) -> Execution:
-    """Execute one of our kernels and compare what it made."""
+    """Execute one of our kernels and check its result."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, variant.dtype)
     width = -(-variant.vocab // 16) * 16 if variant.padded else variant.vocab
@@ -136,14 +136,14 @@ def _run_ours(variant: Variant) -> Execution:
 
 
 def _compare(grad: Tensor, truth: Tensor) -> None:
-    """Hold a gradient to a rounding of its dtype and a few of float32."""
+    """Check a gradient to within one rounding of its dtype and a few of float32."""
     step = torch.finfo(grad.dtype).eps
     atol = 1e-6 * float(truth.abs().max())
     torch.testing.assert_close(grad.double(), truth, rtol=max(step, 3e-6), atol=atol)
 
 
 def _liger(target: str, vocabs: Iterable[int]) -> list[Row]:
-    """Execute Liger's cross-entropy kernel as it is launched on such a GPU."""
+    """Execute Liger's cross-entropy kernel as Liger launches it on such a GPU."""
     if importlib.util.find_spec("liger_kernel") is None:
         return []
     from unittest import mock
@@ -184,7 +184,7 @@ def _amd_of(variant: Variant) -> Counter[str]:
 
 
 def _by_pipe(found: Passes) -> Counter[str]:
-    """Return the machine instructions of a logit on each pipe, and all of them as "issue"."""
+    """Return the machine instructions per logit on each pipe, and all of them as "issue"."""
     counted: Counter[str] = Counter()
     for counts, logits in found.loops:
         counted["issue"] += counts.instructions / logits  # type: ignore[assignment] # no integer
@@ -194,7 +194,7 @@ def _by_pipe(found: Passes) -> Counter[str]:
 
 
 def _row(variant: Variant, kernel: str, execution: Execution, amd: Counter[str]) -> Row:
-    """Return what a launch executed, by the logit, and what bounds it on each GPU."""
+    """Return what a launch executed per logit, and what bounds it on each GPU."""
     code, machine = execution
     named, counts, program = code.named, machine.counts, machine.program
     block = named.get("BLOCK_V") or named["BLOCK_SIZE"]
@@ -234,13 +234,13 @@ def _row(variant: Variant, kernel: str, execution: Execution, amd: Counter[str])
 
 
 def bounds(name: str, device: Device, moved: float, counted: Counter[str]) -> Row:
-    """Return the picoseconds of a logit that memory and instructions take at least, and the worst.
+    """Return the least picoseconds per logit for memory and instructions, and the larger one.
 
     Args:
         name: of the device.
         device: its published numbers.
-        moved: bytes of a logit, in whole sectors.
-        counted: instructions of a logit, on each pipe; "vector" and "transcendental" of AMD's.
+        moved: bytes per logit, in whole sectors.
+        counted: instructions per logit on each pipe; "vector" and "transcendental" for AMD.
     """
     if "vector" in counted:
         times = {

@@ -1,4 +1,4 @@
-"""The commands that say what can be known of a kernel without a GPU."""
+"""The commands that examine a kernel without a GPU."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def execute(
     targets: Annotated[
         list[str] | None, typer.Option("--target", help="sm_80, sm_90 or sm_100; may be repeated.")
     ] = None,
-    short: Annotated[bool, typer.Option("--small", help="The smallest kernels alone.")] = False,
+    short: Annotated[bool, typer.Option("--small", help="Only the smallest kernels.")] = False,
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Execute the kernels' PTX on the CPU: instructions, bytes and barriers of each logit."""
+    """Execute the kernels' PTX on the CPU: instructions, bytes and barriers per logit."""
     given = targets or ["sm_90", "sm_100"]
     for target in given:
         if target not in ("sm_80", "sm_90", "sm_100"):

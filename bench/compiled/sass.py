@@ -1,12 +1,12 @@
 """Machine instructions per logit of kernels compiled for NVIDIA: what bounds one, if not memory.
 
     loops(cubin)    the loops of a kernel, in the order of the code, with their instructions by pipe
-    whole(cubin)    the same of all its code
-    shuffled(cubin) which instructions take what another thread has
+    whole(cubin)    the same for all its code
+    shuffled(cubin) which instructions use a value from another thread
     measure()       ours and Liger's, in one run
 
-The code is counted as it stands. That is what runs: these loops have no branch but their own, and a
-predicated instruction is issued whether it is on or off.
+The instructions are counted in the text of the code. That equals what runs: these loops contain no
+other branch, and a predicated instruction is issued whether its predicate is true or not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _PIPES = {
 
 
 class Instruction(NamedTuple):
-    """An instruction of a GPU: where it stands, its name with all suffixes, its operands."""
+    """A GPU instruction: its address, its name with all suffixes, its operands."""
 
     address: int
     opcode: str
@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
 
     @property
     def pipe(self) -> str:
-        """Say which unit executes it: mufu, fma, memory, control, uniform or, all others, alu."""
+        """Say which unit executes it: mufu, fma, memory, control, uniform, or alu for the rest."""
         for pipe, names in _PIPES.items():
             if self.name in names:
                 return pipe
@@ -68,12 +68,12 @@ class Instruction(NamedTuple):
 
     @property
     def loaded(self) -> int:
-        """Return the bytes that a thread loads by it from global memory."""
+        """Return the bytes that a thread loads with it from global memory."""
         return _width(self.opcode) if self.name == "LDG" else 0
 
 
 class Counts(NamedTuple):
-    """A loop's instructions, or a kernel's: how many, by pipe, by name, and the bytes it loads."""
+    """The instructions of a loop or a kernel: total, by pipe, by name, and the bytes it loads."""
 
     instructions: int
     pipes: dict[str, int]
@@ -93,7 +93,7 @@ class Counts(NamedTuple):
 def loops(cubin: bytes) -> list[Counts]:
     """Return the counts of each loop of a kernel, in the order of the code.
 
-    A loop is what stands between a branch and the earlier address that it goes to.
+    A loop is the code between a branch and the earlier address that it jumps to.
 
     Args:
         cubin: of one kernel, `triton.compile(...).asm["cubin"]`.
@@ -113,7 +113,7 @@ def loops(cubin: bytes) -> list[Counts]:
 def whole(cubin: bytes) -> Counts:
     """Return the counts of all the code of a kernel."""
     code = disassemble(cubin)
-    while code and code[-1].name in ("NOP", "BRA"):  # what stands behind the end
+    while code and code[-1].name in ("NOP", "BRA"):  # what follows the end
         code.pop()
     return Counts.of(code)
 
@@ -139,10 +139,10 @@ def _width(opcode: str) -> int:
 
 
 def shuffled(cubin: bytes) -> dict[str, int]:
-    """Count by name the instructions that first use what a shuffle brought from another thread.
+    """Count by name the instructions that first use a value shuffled from another thread.
 
-    An FFMA among them is a product fused into a sum over threads: it rounds otherwise in each of
-    them, and where they store the sum the result depends on who is last.
+    An FFMA among them is a product fused into a sum over threads: it rounds differently in each
+    thread, so if several threads store the sum, the result depends on which is last.
     """
     code = disassemble(cubin)
     found: collections.Counter[str] = collections.Counter()
@@ -155,18 +155,18 @@ def shuffled(cubin: bytes) -> dict[str, int]:
 
 
 class Passes(NamedTuple):
-    """The ways of a row through a kernel: its loops, the logits a thread has in each, and the rest.
+    """A row's passes through a kernel: its loops, the logits of a thread in each, and the rest.
 
-    A row that is held has one way and no loop.
+    A held row has one pass and no loop.
     """
 
     loops: list[tuple[Counts, float]]
-    of_row: float  # instructions per logit of the whole way
-    fused: int  # products in sums over threads, see `shuffled`
+    of_row: float  # instructions per logit of the whole pass
+    fused: int  # products fused into sums over threads, see `shuffled`
 
 
 def passes(code: Specialized, vocab: int, itemsize: int) -> Passes:
-    """Compile, and count what a row of so many logits, of so many bytes each, comes through."""
+    """Compile, and count what a row of so many logits, of so many bytes each, executes."""
     cubin = triton.compile(code.source, target=code.target, options=code.options).asm["cubin"]
     threads = code.options["num_warps"] * code.target.warp_size
     all_code, every = whole(cubin), loops(cubin)
@@ -208,11 +208,11 @@ def measure(target: str = "sm_90", kernels: Any = None) -> list[Row]:
 
     Args:
         target: an NVIDIA GPU of `compiling.TARGETS`.
-        kernels: another module with our kernels' source; that of the package when None.
+        kernels: another module with our kernels' source; the package's when None.
 
     Returns:
-        A row for each case, with its instructions per logit, whole and by pass, and the clocks of a
-        multiprocessor that they and the row's bytes take at least.
+        A row for each case, with its instructions per logit, in total and by pass, and the least
+        clock cycles of a multiprocessor for the instructions and for the row's bytes.
     """
     rows = []
     for name, (path, dtype, vocab, ids, everything) in CASES.items():

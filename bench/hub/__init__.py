@@ -1,4 +1,4 @@
-"""The loss as a kernel of the Hugging Face `kernels` library: python -m bench hub."""
+"""Package the loss as a kernel of the Hugging Face `kernels` library: python -m bench hub."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The tree that kernel-builder publishes, and its builds, which `kernels.get_local_kernel` loads.
 
-The sources are str_kernels/op as it is, whose imports are all relative. What differs is the
-namespace of the ops: each build has an `_ops.py` as kernel-builder writes it, with a hash of the
-sources in the name, so that the kernel, another version of it and the installed package stand side
-by side in one process.
+The sources are those of str_kernels/op, unchanged, since all their imports are relative. Only the
+namespace of the ops differs: each build has an `_ops.py` as kernel-builder writes it, with a hash
+of the sources in the name. So the kernel, another version of it and the installed package can be
+loaded in one process.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 
 def write_tree(output: Path) -> list[Path]:
-    """Write the tree, in place of an older one.
+    """Write the tree, replacing an older one.
 
     Args:
         output: the folder; missing, empty, or written by this function before.
 
     Returns:
-        The folders of the builds, one a backend.
+        The folders of the builds, one per backend.
 
     Raises:
         ValueError: the folder holds something else.
@@ -126,7 +126,7 @@ def hub(
         Path, typer.Option(help="The folder; an older tree there is replaced.")
     ] = _DEFAULT,
 ) -> None:
-    """Write the loss as a kernel of the Hugging Face `kernels` library, with a build a backend."""
+    """Write the loss as a kernel of the Hugging Face `kernels` library: one build per backend."""
     try:
         builds = write_tree(output)
     except ValueError as error:

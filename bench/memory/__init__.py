@@ -1,1 +1,1 @@
-"""Bytes: measured in a process of their own, counted, or planned."""
+"""Memory benchmarks: measured in a separate process, counted, or planned."""

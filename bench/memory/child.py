@@ -1,4 +1,4 @@
-"""Peak memory of one provider in a process of its own: a CPU process keeps what it freed.
+"""Measure one provider's peak memory in a new process, since a CPU process keeps freed memory.
 
 `python -m bench.memory.child '{"provider": "eager", "tokens": 64, ...}'` is the child.
 """
@@ -31,7 +31,7 @@ def peak_in_child(
     dtype: torch.dtype = torch.bfloat16,
     train_head: bool = False,
 ) -> int:
-    """Return the bytes that a forward and backward takes above its inputs, on the CPU.
+    """Return the bytes that a forward and backward take above the inputs, on the CPU.
 
     Args:
         provider: a name of `providers()`, or "bare products".
@@ -39,7 +39,7 @@ def peak_in_child(
         tokens: N.
         ids: K.
         dtype: of hidden states and head.
-        train_head: whether the head's gradient is made too.
+        train_head: whether the head gets a gradient too.
 
     Raises:
         RuntimeError: the child failed; the message has its last line.
@@ -85,7 +85,7 @@ def _child(job: dict[str, Any]) -> int:
     # Libraries allocate their buffers at first use, and a compiler its memory, for this very shape.
     whole = provider is not None and provider.warm_up_whole
     step(job["tokens"] if whole else 1)
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must count again
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the warm-up freed would not count again
     peak = measure_peak(lambda: step(job["tokens"]))
     if peak is None:
         raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")

@@ -1,4 +1,4 @@
-"""How time grows with N, V and D, and memory with N: one figure, and the lines fitted to it."""
+"""How time grows with N, V and D, and memory with N: one figure, and the fitted lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     "D": (128, 256, 512, 1024),
     "memory, N": (1024, 4096, 16384),
 }
-_MIDDLE = {"N": 1024, "V": 16384, "D": 256}  # what stays where it is while one of them grows
+_MIDDLE = {"N": 1024, "V": 16384, "D": 256}  # the values of the others while one of them grows
 _IDS = 64
 _MEANS = {"N": "tokens", "V": "vocabulary", "D": "width"}
 
@@ -46,7 +46,7 @@ def measure(
     """Measure every size.
 
     Args:
-        sizes: by what grows: "N", "V", "D", or "memory, N".
+        sizes: the sizes for each kind of growth: "N", "V", "D" or "memory, N".
         count: rounds.
         device: "cpu" or "cuda"; memory is measured on the CPU.
 
@@ -100,7 +100,7 @@ def _rows(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw one panel for each thing that grows; a PNG.
+    """Draw one panel for each kind of growth as a PNG.
 
     Args:
         rows: of one `measure`, or of its file.
@@ -143,7 +143,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 class Line(NamedTuple):
-    """A straight line, and how far the farthest value is from it, relative to that value."""
+    """A straight line, and the largest relative distance of a value from it."""
 
     at_0: float
     per_one: float
@@ -151,7 +151,7 @@ class Line(NamedTuple):
 
 
 def fitted_line(sizes: Sequence[float], values: Sequence[float]) -> Line:
-    """Fit value = at_0 + per_one size by least squares of the relative errors."""
+    """Fit value = at_0 + per_one * size by least squares of the relative errors."""
     per_one, at_0 = numpy.polyfit(sizes, values, 1, w=[1 / value for value in values])
     off = max(abs(at_0 + per_one * x - y) / y for x, y in zip(sizes, values, strict=True))
     return Line(float(at_0), float(per_one), float(off))

@@ -1,4 +1,4 @@
-"""A training step of long rows, by every way to make the loss: peak memory and time."""
+"""A training step of long rows with every way to compute the loss: peak memory and time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .longcontext_child import ANCHORS, BY_HAND, CACHED, LIVE, OWN, TRL, WAYS
 
 TOKENS = (2048, 8192)
 _LEFT_FREE = 1 << 30  # bytes: for everything else on the machine
-# Of torch and glibc: `finetune` sets the first; the second is what a process has that sets nothing.
+# Settings of torch and glibc: `finetune` uses the first; the second is the default of a process.
 ALLOCATORS = {"pages": {"THP_MEM_ALLOC_ENABLE": "1"}, "default": {}}
 
 PROTOCOL = (
@@ -60,10 +60,10 @@ def measure(
     """Measure each way at each length.
 
     Args:
-        tokens: of the row.
-        ways: of WAYS.
-        rounds: of all ways in turn, at each length.
-        memory: GB that a process may take, no more than there are.
+        tokens: lengths of the row.
+        ways: names in WAYS.
+        rounds: how often all ways are measured in turn at each length.
+        memory: GB that a process may take, at most what the machine has.
         rank: of the adapters.
         allocator: "pages" or "default".
         advanced: called with each row when it is complete.
@@ -71,7 +71,7 @@ def measure(
 
     Returns:
         A row for each: status ("measured", "out of memory" or "failed: why"), peak bytes, seconds
-        and quartiles, and both against the model's own loss and naive STR of the same run.
+        and quartiles, and the ratios of both to the model's own loss and naive STR in this run.
     """
     limit = int(memory * 1e9)
     if there := available_bytes():  # 0 where the system does not say
@@ -85,14 +85,14 @@ def measure(
             found: dict[str, list[dict[str, Any]]] = {who: [] for who in ways}
             same = {"tokens": count, "rank": rank, "limit": limit, "folder": folder}
             same |= {"threads": torch.get_num_threads()}
-            if CACHED in ways:  # by another process: what that frees would be there in the step
+            if CACHED in ways:  # in another process: memory freed here could be reused in the step
                 built = _in_child({**same, "who": CACHED, "builds_cache": True}, {})
                 if built["status"] != "built":
                     found[CACHED].append(built)
             for _ in range(rounds):
                 for who in ways:
                     if any(one["status"] != "measured" for one in found[who]):
-                        continue  # it would again
+                        continue  # it would run out of memory again
                     found[who].append(_in_child({**same, "who": who}, ALLOCATORS[allocator]))
                     ran()
             for row in _rows(found):
@@ -102,7 +102,7 @@ def measure(
 
 
 def _rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Row]:
-    """Yield what was found at one length, each against the model's own loss and naive STR."""
+    """Yield the results at one length, compared with the model's own loss and naive STR."""
     good = {
         who: each for who, each in found.items() if all(x["status"] == "measured" for x in each)
     }
@@ -136,7 +136,7 @@ def _in_child(job: dict[str, Any], allocator: Mapping[str, str]) -> dict[str, An
 
 
 def draw_saved(rows: Sequence[Mapping[str, Any]], path: Path, allocator: str = "pages") -> None:
-    """Draw the rows of one allocator, beside what their tensors alone take."""
+    """Draw the rows of one allocator, with the memory of the tensors alone for comparison."""
     from .memory_parts import backward_bytes, parts_of
 
     mine = [row for row in rows if row["allocator"] == allocator]
@@ -147,17 +147,17 @@ def draw_saved(rows: Sequence[Mapping[str, Any]], path: Path, allocator: str = "
 def draw(
     rows: Sequence[Mapping[str, Any]], path: Path, computed: Mapping[int, int] | None = None
 ) -> None:
-    """Draw peak memory over the tokens, a line for each way, and the time of a step; a PNG.
+    """Draw peak memory and the time of a step over the tokens, a line for each way, as a PNG.
 
     Args:
-        rows: of `measure`, or of its file; of two of one way and length the later.
+        rows: of `measure`, or of its file; for one way and length the latest row counts.
         path: of the PNG.
-        computed: tokens to the bytes that layers' inputs and one layer's backward need.
+        computed: for each length, the bytes that layers' inputs and one layer's backward need.
     """
     latest = {(row["who"], int(row["tokens"])): row for row in rows}  # of several runs
     found = {key: row for key, row in latest.items() if row["status"] == "measured"}
     lengths = sorted({tokens for _, tokens in latest})
-    # the seconds of one way alone say little, and those of a long row least of all
+    # with nothing to compare it with, the time of one way says little, least for a long row
     compared = [n for n in lengths if sum(tokens == n for _, tokens in found) > 1]
     one = rows[0]
     figure = new_figure(
@@ -181,7 +181,7 @@ def draw(
 
 
 def _title(found: Mapping[tuple[str, int], Mapping[str, Any]], lengths: Sequence[int]) -> str:
-    """Say what ours takes at the longest length that the model's own loss was measured at too."""
+    """Say what ours takes at the longest length at which the model's own loss was measured too."""
     for tokens in reversed(lengths):
         if (OWN, tokens) in found and (ANCHORS, tokens) in found:
             ours, own = (float(found[who, tokens]["peak_bytes"]) / 1e9 for who in (ANCHORS, OWN))
@@ -216,7 +216,7 @@ def _draw_peaks(
         sizes = [size / 1e9 for size in computed.values()]
         axes.plot(list(computed), sizes, ":", color=BLACK, linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)  # whose ticks are few and whole
+    axes.set_yscale("log", base=2)  # so that the ticks are few and whole numbers
     axes.set_xticks(lengths)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -1,4 +1,4 @@
-"""One training step of long rows in a process of its own: its peak memory and its time.
+"""Run one training step of long rows in a separate process, for its peak memory and time.
 
 `python -m bench.memory.longcontext_child` with `{"who": "own", "tokens": 2048, ...}` prints, as
 JSON, the bytes above the loaded model and the seconds; or that memory ran out.
@@ -36,7 +36,7 @@ _WARM_UP = 16  # tokens: libraries load their code, and the optimizer makes its 
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure one step; the job has who, tokens, rank, threads, a folder, and a limit in bytes."""
+    """Measure one step; the job has `who`, tokens, rank, threads, a folder and a limit in bytes."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     logging.disable_progress_bar()
@@ -50,8 +50,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     step = make_step(model, job["who"], rows, tokenizer, job["rank"], Path(job["folder"]))
     if job.get("builds_cache"):
         return {"status": "built"}
-    step(rows[:, :_WARM_UP])  # and reads the weights, which the file is mapped for until then
-    ctypes.CDLL(None).malloc_trim(0)  # what that freed must count again
+    step(rows[:, :_WARM_UP])  # also reads the weights, which are only memory-mapped until then
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that this freed would not count again
     if job["limit"]:
         resource.setrlimit(resource.RLIMIT_DATA, (job["limit"], job["limit"]))
     seconds = 0.0
@@ -92,15 +92,15 @@ def make_step(
 def make_loss(
     model: Any, who: str, rows: torch.Tensor, tokenizer: Any, rank: int, folder: Path
 ) -> tuple[list[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """Return what is trained, and a way's loss of a row.
+    """Return the trained parameters, and the function that computes one way's loss of a row.
 
     Args:
         model: without adapters.
-        who: of WAYS.
-        rows: (1, T), of which a cache is made.
+        who: a name in WAYS.
+        rows: (1, T), for which a cache is made.
         tokenizer: of the model.
         rank: of the adapters.
-        folder: where caches are, by their lengths.
+        folder: where the caches are, one for each length.
     """
     if who == TRL:
         from trl.trainer.utils import add_fused_lm_head

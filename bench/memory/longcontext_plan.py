@@ -1,4 +1,4 @@
-"""What long rows of larger models would take, computed by the planner for cards of three sizes."""
+"""Memory of long rows of larger models, computed by the planner for cards of three sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..results import Row
 
 TOKENS = (8192, 32768, 131072, 1048576)
 CARDS = (24, 80, 141)  # GB
-_USABLE = 0.9  # the rest for the context, libraries and what an allocator cannot use
+_USABLE = 0.9  # the rest is for the context, libraries and what an allocator cannot use
 # the shapes of Llama 3.2 1B, 3.1 8B and 3.3 70B
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": {
@@ -46,13 +46,13 @@ def planned(
     """Plan a LoRA step of one row with gradient checkpointing, in bfloat16.
 
     Args:
-        tokens: of the row.
-        shapes: of SHAPES.
+        tokens: lengths of the row.
+        shapes: names in SHAPES.
         advanced: called after each row.
 
     Returns:
-        For each model and length the peaks in bytes, by the model's own loss, naive STR and ours
-        with anchors, and for each card whether they fit 0.9 of it.
+        For each model and length the peaks in bytes with the model's own loss, naive STR and ours
+        with anchors, and for each card whether they fit in 0.9 of it.
     """
     rows = []
     for name in shapes:

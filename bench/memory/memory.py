@@ -37,8 +37,8 @@ def measure(
 
     Args:
         shape: V, D, scale and cap.
-        tokens: each N that both are measured at.
-        long: each N that only ours is measured at.
+        tokens: each N at which both are measured.
+        long: each N at which only ours is measured.
         ids: K.
         dtype: of hidden states and head.
 

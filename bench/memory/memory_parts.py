@@ -1,8 +1,7 @@
-"""What holds the memory of a training step with gradient checkpointing, by part, computed.
+"""What holds the memory of a training step with gradient checkpointing, computed by part.
 
-The step runs on fake tensors (see str_kernels.integrations.plan.memory_ledger), so that 32,768
-tokens take seconds. A storage belongs to the module in whose forward it was made, or to the
-gradients.
+The step runs on fake tensors (see str_kernels.integrations.plan.memory_ledger), so 32,768 tokens
+take seconds. A storage belongs to the module whose forward made it, or to the gradients.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ _PARTS = {
 
 
 def parts_of(tokens: Sequence[int], rank: int = 8) -> list[Row]:
-    """Count the parts at the largest moment of each phase.
+    """Count the parts at the peak of each phase.
 
     Args:
         tokens: of the one row.
         rank: of the adapters.
 
     Returns:
-        For each length, phase and part its bytes above the weights, and those of a token.
+        For each length, phase and part its bytes above the weights, in total and per token.
     """
     rows = []
     for count in tokens:
@@ -69,7 +68,7 @@ def parts_of(tokens: Sequence[int], rank: int = 8) -> list[Row]:
 
 
 def backward_bytes(rows: Sequence[Row]) -> int:
-    """Return the peak of the backward below the loss, from rows of one length."""
+    """Return the peak of the backward through the layers, from rows of one length."""
     (found,) = (row["bytes"] for row in rows if (row["phase"], row["part"]) == (BACKWARD, "all"))
     return int(found)
 
@@ -97,7 +96,7 @@ def _at_peaks(tokens: int, rank: int) -> dict[str, Counter[str]]:
 
 
 class _Now:
-    """Knows which phase of the step it is, and the innermost module whose forward runs."""
+    """Tracks the current phase of the step and the innermost module whose forward is running."""
 
     def __init__(self, model: Any) -> None:
         self.phase = _WEIGHTS

@@ -1,4 +1,4 @@
-"""The planner's peaks beside measured ones, on the built-in model and the CPU."""
+"""The planner's peaks compared with measured ones, for the built-in model on the CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..results import ROOT, Row, origin
 
 TOKENS = (256, 512, 1024, 2048)
 OTHERS_AT = 512
-# Blocks that are freed go back to the system at once: else glibc keeps some, and how many depends
-# on what was freed before.
+# Return freed blocks to the system at once: otherwise glibc keeps some, and how many depends on
+# what was freed before.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 PROTOCOL = (
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 def cases(tokens: Sequence[int], others_at: int | None) -> Iterator[Case]:
-    """Yield the model's own loss and ours at each length, and the rest at one."""
+    """Yield the model's own loss and ours at each length, and the other cases at one length."""
     for checkpointing in (False, True):
         for count in tokens:
             yield Case("own", count, checkpointing)
@@ -72,7 +72,7 @@ def measure(
         advanced: called after each case.
 
     Returns:
-        A row for each case: predicted and measured bytes, of the step and of all, and their ratios.
+        A row for each case: predicted and measured bytes, for the step and in total, and ratios.
     """
     config = read_config("builtin")
     base = origin("cpu", PROTOCOL.format(batch=batch, rank=rank, dtype=dtype))

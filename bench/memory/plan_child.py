@@ -1,4 +1,4 @@
-"""A training step of the built-in model in a process of its own, for its peak memory.
+"""Run a training step of the built-in model in a separate process, for its peak memory.
 
 `python -m bench.memory.plan_child '{"who": "ours", "tokens": 512, ...}'` prints the bytes that the
 model, its adapters and the optimizer hold, and those that a step takes above them.
@@ -27,7 +27,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def main(job: dict[str, Any]) -> dict[str, int]:
-    """Measure one step; the job has who, batch, tokens, rank, dtype, attention and flags."""
+    """Measure one step; the job has `who`, batch, tokens, rank, dtype, attention and flags."""
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Bytes that the Triton kernels load and store, counted in Triton's interpreter on the CPU.
 
-What a launch asks for, that is: lanes that are on, times the element's size. A cache may serve some
-of it, and no cache can serve less than reading each logit once and writing each gradient once.
+The bytes that a launch asks for are its active lanes times the element's size. A cache may serve
+some of them, but each logit must be read once and each gradient written once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UPSTREAMS = (1.0, 0.5)  # of the loss; some libraries skip a pass over the grad
 
 @dataclass
 class Traffic:
-    """Bytes asked for so far."""
+    """The bytes requested so far."""
 
     read: int = 0
     written: int = 0
@@ -54,7 +54,7 @@ def interpret() -> None:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Traffic]:
-    """Count the bytes of every load and store of kernels run inside; the interpreter must be on."""
+    """Count the bytes that kernels run in the context load and store; needs the interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
     traffic = Traffic()
@@ -96,15 +96,15 @@ def counting() -> Iterator[Traffic]:
 
 
 def bound(vocab: int, ids: int) -> int:
-    """Return the bytes per row that an op of ours may ask for in bfloat16, forward and backward.
+    """Return the bytes per row that our ops may ask for in bfloat16, forward and backward.
 
-    Two reads and one write of the row (6 V), and little for each safety id and for the row.
+    These are two reads and one write of the row (6 V), and a little per safety id and per row.
     """
     return 6 * vocab + 32 * ids + 128
 
 
 def minimum(vocab: int) -> int:
-    """Return what no op can do without: each bfloat16 logit read once, its gradient written."""
+    """Return the least for any op: each bfloat16 logit read once, its gradient written once."""
     return 4 * vocab
 
 
@@ -114,7 +114,7 @@ def measure(vocab: int = 49152, ids: int = 64, tokens: int = 4) -> list[Row]:
     Args:
         vocab: V.
         ids: K.
-        tokens: N; more rows change the figures per row by nothing, and take longer.
+        tokens: N; more rows take longer and do not change the bytes per row.
 
     Returns:
         One row for each op and upstream gradient, with bytes per row of logits.
@@ -156,7 +156,7 @@ def _liger(base: Row, logits: Tensor, target: Tensor) -> list[Row]:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     def loss(x: Tensor) -> Tensor:
-        found: Tensor = liger_cross_entropy(x * 1, target)  # it overwrites what it is given
+        found: Tensor = liger_cross_entropy(x * 1, target)  # it overwrites its input
         return found
 
     return [_count(base, upstream, "liger-kernel", name, loss, logits) for upstream in _UPSTREAMS]

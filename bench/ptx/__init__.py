@@ -1,7 +1,7 @@
-"""PTX, the code that Triton compiles for NVIDIA's GPUs, executed on a CPU.
+"""Execute PTX, the code that Triton compiles for NVIDIA's GPUs, on a CPU.
 
-It lives in bench/ because `python -m bench execute` counts with it: tests may import bench, and
-bench nothing of the tests. `program` reads the code, `operations` are its arithmetic, `memory` and
-`races` watch the accesses, `counting` counts, `machine` runs all threads, `launcher` puts it in
-the place of a GPU under Triton's own launches.
+It is in bench/ because `python -m bench execute` counts with it, and bench may not import tests.
+`program` parses the code, `operations` has its arithmetic, `memory` and `races` check the accesses,
+`counting` counts, `machine` runs all threads, and `launcher` makes Triton launch on it instead of
+on a GPU.
 """

@@ -1,4 +1,4 @@
-"""Instructions that reach memory or other lanes: ld, st, ldmatrix, stmatrix, shfl and redux."""
+"""Instructions that access memory or other lanes: ld, st, ldmatrix, stmatrix, shfl and redux."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Read = Callable[["Lanes"], Array]
 
 
 class Form(NamedTuple):
-    """What a load or store touches: its memory, and how many elements of how many bits."""
+    """What a load or store accesses: its memory space, the number of elements and their bits."""
 
     space: str
     count: int
@@ -29,16 +29,16 @@ class Form(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Return those of an element."""
+        """Return the bits of an element."""
         return int(self.kind[1:])
 
     @property
     def width(self) -> int:
-        """Return the bytes of a thread."""
+        """Return the bytes that a thread accesses."""
         return self.count * self.bits // 8
 
 
-# What may be said of a load to the caches changes nothing here.
+# A load's hints to the caches have no effect here.
 _ACCESS = re.compile(
     r"(?:ld|st)\.(global|shared)(?:::cta)?(?:\.L1::(?:evict_first|evict_last|no_allocate))?"
     r"(?:\.v([248]))?\.([busf](?:8|16|32|64))"
@@ -49,14 +49,14 @@ _MATRIX = re.compile(
 
 
 def form_of(opcode: str) -> Form | None:
-    """Return the form of an access, None for what is none."""
+    """Return the form of an access, or None for another instruction."""
     if match := _ACCESS.fullmatch(opcode):
         return Form(match[1], int(match[2] or 1), match[3])
     return Form("shared", 8, "b16") if _MATRIX.fullmatch(opcode) else None
 
 
 def decode(machine: Machine, pc: int, i: Instruction) -> Step | None:
-    """Return what executes an instruction of this file, None for any other."""
+    """Return a function that executes an instruction of this file, or None for any other."""
     name = i.opcode.split(".")[0]
     if i.opcode.startswith("ld.param."):
         return _load_param(machine, i)
@@ -103,7 +103,7 @@ def _addresses(machine: Machine, i: Instruction, operand: Operand, space: str) -
 
 
 def _in_shared(machine: Machine, lanes: Lanes, at: Array, slots: Array, width: int) -> Array:
-    """Return the places of a block's shared addresses among those of all blocks."""
+    """Return where a block's shared addresses are in the memory of all blocks."""
     if ((at < 0) | (at + width > machine.shared_size)).any():
         raise Fault(f"{int(at.max())} is out of bounds of {machine.shared_size} shared bytes")
     return at + slots.astype(np.int64) * machine.shared_room
@@ -153,7 +153,7 @@ def _access(machine: Machine, pc: int, i: Instruction, form: Form) -> Step:
             return
         memory.log.append(Access(pc, False, thread, offsets, width))
         for write, value in zip(writers, memory.load(offsets, form.count, bits), strict=True):
-            if on is not None:  # lanes that are off keep what they had: the writer sees to that
+            if on is not None:  # inactive lanes keep their values: the writer takes care of that
                 whole = np.zeros(on.shape, raw)
                 whole[on] = value
                 value = whole
@@ -174,7 +174,7 @@ def _whole_warps(machine: Machine, lanes: Lanes, i: Instruction) -> None:
 def _matrix(machine: Machine, pc: int, i: Instruction, count: int, *, transposed: bool) -> Step:
     """Decode a move of 8 x 8 matrices of 2 bytes.
 
-    Lane 8 m + r says where row r of matrix m is; each lane has two elements of each matrix.
+    Lane 8 m + r has the address of row r of matrix m; each lane has two elements of each matrix.
     """
     writes = i.opcode.startswith("st")
     where, what = i.operands if writes else i.operands[::-1]

@@ -1,7 +1,7 @@
-"""Arithmetic as PTX defines it where numpy has none, or another: one rounding, flushed subnormals.
+"""PTX arithmetic that numpy lacks or defines differently: one rounding, flushed subnormals.
 
-Arrays and numpy's scalars alike. A NaN has numpy's bits and not PTX's, which only a comparison of
-bits would show.
+The functions take arrays and numpy's scalars. A NaN has numpy's bits and not PTX's, which only a
+comparison of bits would show.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _UP, _HALF, _ONE = np.uint32(16), np.uint32(0x7FFF), np.uint32(1)
 
 
 def flush(x: Array) -> Array:
-    """Make float32 subnormals zeros of their sign."""
+    """Replace float32 subnormals by zeros of the same sign."""
     return np.where(np.abs(x) < _SMALLEST, np.copysign(np.float32(0), x), x)
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
     """Return a b + c of float32, rounded once.
 
-    The product of two float32 is exact in float64. The sum is rounded there to odd: of its two
-    neighbours that whose last bit is 1 unless it is exact, so that the rounding to float32 sees on
-    which side of its own midpoints the true sum lies.
+    The product of two float32 is exact in float64. The sum is rounded to odd there: if it is not
+    exact, the neighbour whose last bit is 1 is taken. So the later rounding to float32 still knows
+    on which side of its midpoint the true sum lies.
     """
     product = np.multiply(a, b, dtype=np.float64)
     c = np.asarray(c, np.float64)
@@ -83,7 +83,7 @@ def to_float16(x: Array) -> Array:
 
 
 def shifted(a: Array, by: Array, *, left: bool) -> Array:
-    """Shift by any amount: beyond the width nothing is left but the sign."""
+    """Shift by any amount: beyond the width only the sign is left."""
     bits = a.dtype.itemsize * 8
     inside = np.minimum(by, np.uint32(bits - 1)).astype(a.dtype)
     if not left:
@@ -104,7 +104,7 @@ def field(a: Array, at: Array, length: Array) -> Array:
 
 
 def inserted(a: Array, b: Array, at: Array, length: Array) -> Array:
-    """Return b with some of its bits replaced by the low ones of a, as bfi.b32 does."""
+    """Return b with some of its bits replaced by the low bits of a, as bfi.b32 does."""
     at, length = at & np.uint32(255), np.minimum(length & np.uint32(255), np.uint32(32))
     mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)).astype(np.uint32)
     mask = shifted(mask, at, left=True)
@@ -125,7 +125,7 @@ def permuted(a: Array, b: Array, selector: Array) -> Array:
 
 
 def looked_up(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """Return any function of three bits, bit by bit, as lop3.b32 does."""
+    """Return any bitwise function of three operands, as lop3.b32 does."""
     found = np.uint32(0)
     for n in range(8):
         if int(table) >> n & 1:
@@ -139,7 +139,7 @@ def leading_zeros(a: Array) -> Array:
 
 
 def quotient(a: Array, b: Array) -> Array:
-    """Divide integers towards zero; by zero all bits are 1, as on the devices."""
+    """Divide integers, rounding towards zero; division by zero gives all ones, as on devices."""
     zero = b == 0
     whole = a // np.where(zero, b.dtype.type(1), b)
     if a.dtype.kind == "i":
@@ -148,7 +148,7 @@ def quotient(a: Array, b: Array) -> Array:
 
 
 def by_halves(function: Callable[..., Array]) -> Callable[..., Array]:
-    """Return a float32 function for pairs of float32 in an uint64."""
+    """Return the version of a float32 function for pairs of float32 in an uint64."""
 
     def paired(*values: Array) -> Array:
         halves = []

@@ -1,4 +1,4 @@
-"""What a launch executed: instructions of warps, bytes, sectors of 32 bytes, conflicts of banks."""
+"""Count what a launch executed: warp instructions, bytes, 32-byte sectors, bank conflicts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .program import Program
 from .races import WARP
 
 SECTOR, LINE = 32, 128  # bytes: what memory moves, and what a cache looks up
-BANKS, BANK = 32, 4  # shared memory: banks of so many bytes
+BANKS, BANK = 32, 4  # shared memory: the number of banks, and the bytes of each
 
-# The kinds of instruction that are told apart, each by the opcodes that it covers.
+# The kinds of instruction that are counted separately, with their opcodes.
 KINDS = {
     "ex2": r"(ex2|lg2|rcp|sqrt|rsqrt|tanh)\..*",
     "div": r"div\..*",
@@ -45,16 +45,16 @@ def kind_of(opcode: str) -> str:
 
 @dataclass
 class Counts:
-    """By the place of the instruction; of warps, an instruction of a warp being one.
+    """Counts for each instruction, by its position; a warp that executes it counts once.
 
     Attributes:
         executed: how often a warp executed it.
-        active: how often with a lane that its predicate lets through.
-        bytes: that those lanes asked for; lanes of a warp that ask for the same share it.
-        sectors: of global memory that held these bytes, each warp for itself.
-        fetched: the same, the warps that step together sharing theirs: what a cache leaves of it.
-        lines: of 128 bytes, each warp for itself.
-        conflicts: of shared memory, passes beyond those that the width needs.
+        active: how often with at least one lane for which the predicate is true.
+        bytes: requested by those lanes; bytes that several lanes of a warp request count once.
+        sectors: of global memory with these bytes, counted for each warp.
+        fetched: the same, counted once for warps that step together: what a cache does not serve.
+        lines: of 128 bytes, counted for each warp.
+        conflicts: passes over shared memory beyond those that the width needs.
         barriers: that a block waited at.
     """
 
@@ -70,7 +70,7 @@ class Counts:
     def access(
         self, pc: int, space: str, addresses: Array, active: Array, width: int, together: int
     ) -> None:
-        """Count one access: (lanes,) addresses and which of them take part, so many of a block."""
+        """Count one access by (lanes,) addresses and active lanes, `together` lanes per block."""
         at, on = addresses.reshape(-1, WARP), active.reshape(-1, WARP)
         self.active[pc] += int(on.any(axis=1).sum())
         self.bytes[pc] += _distinct(at, on) * width
@@ -83,7 +83,7 @@ class Counts:
             self.conflicts[pc] += _conflicts(at, on, width)
 
     def by_kind(self, program: Program) -> Counter[str]:
-        """Return the instructions of each kind."""
+        """Return the number of instructions of each kind."""
         found: Counter[str] = Counter()
         for pc, times in self.executed.items():
             opcode = program.code[pc].opcode
@@ -93,14 +93,14 @@ class Counts:
 
 
 def _distinct(values: Array, on: Array) -> int:
-    """Return how many different values the rows have where `on`, summed over the rows."""
+    """Return the number of distinct values in each row where `on`, summed over the rows."""
     values = np.sort(np.where(on, values, -1), axis=1)
     new = np.c_[np.ones(len(values), bool), values[:, 1:] != values[:, :-1]]
     return int((new & (values >= 0)).sum())
 
 
 def _conflicts(at: Array, on: Array, width: int) -> int:
-    """Return the passes beyond one for each 128 bytes, lanes of one word sharing theirs."""
+    """Return the passes beyond one per 128 bytes; lanes that access the same word share one."""
     per_pass = WARP if width <= BANK else LINE // width
     found = 0
     for start in range(0, WARP, per_pass):

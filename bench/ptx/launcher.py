@@ -1,4 +1,4 @@
-"""Triton's launches, executed here: compiled for a GPU that is absent, and run as PTX."""
+"""Execute Triton's launches without a GPU: compile them for one, and run the PTX on the CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _UNWRITTEN = ("Terms", "Norm", "Stash", "Grad")  # unless told otherwise by the 
 
 
 class DataRace(RuntimeError):
-    """What the memory holds depends on the order in which threads ran."""
+    """The contents of the memory depend on the order in which threads ran."""
 
 
 class Execution(NamedTuple):
@@ -42,19 +42,19 @@ class Execution(NamedTuple):
 
 @dataclass
 class Settings:
-    """How launches are executed, and what became of them.
+    """How launches are executed, and the record of the executions.
 
     Attributes:
         target: a GPU, by its name in `bench.compiled.compiling.TARGETS`.
         order: of the warps; see `machine`.
-        seed: of a random order.
-        noise: seed of the errors of approximate instructions, None for none.
+        seed: for a random order.
+        noise: seed for the errors of approximate instructions, None for no errors.
         counting: whether sectors and bank conflicts are counted.
-        edit: changes a program before it runs.
-        blocks_at_once: how many run in lockstep.
-        may_race: races that do not end the launch with an error; they are recorded all the same.
+        edit: a function that changes a program before it runs.
+        blocks_at_once: how many blocks run in lockstep.
+        may_race: races that do not end the launch with an error; they are still recorded.
         executions: one for each launch, if `keep`.
-        keep: whether they are kept.
+        keep: whether executions are kept.
     """
 
     target: str = "sm_90"
@@ -70,13 +70,13 @@ class Settings:
 
     @property
     def races(self) -> set[Race]:
-        """Return those of all launches."""
+        """Return the races of all launches."""
         return set[Race]().union(*(execution.machine.races for execution in self.executions))
 
 
 @contextlib.contextmanager
 def executing(settings: Settings | None = None) -> Iterator[Settings]:
-    """Execute every launch of a Triton kernel inside; kernels must not be interpreted."""
+    """Execute every Triton launch in the context here; Triton's interpreter must be off."""
     settings = settings or Settings()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ def executing(settings: Settings | None = None) -> Iterator[Settings]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(rows_triton, "CAPS_REGISTERS", True),  # as where torch is built for CUDA
+        mock.patch.object(rows_triton, "CAPS_REGISTERS", True),  # as with a torch built for CUDA
         mock.patch.object(backends, "_interpreting", lambda: True),  # the kernels run on a CPU
     ):
         yield settings
@@ -95,9 +95,9 @@ def execute(launch: Launch, grid: Any, settings: Settings) -> Execution:
     """Compile a launch and run it on its tensors, which are on the CPU.
 
     Raises:
-        DataRace: there is one that the settings do not let pass.
+        DataRace: there is a race that the settings do not allow.
         Fault: an access was wrong.
-        Unsupported: the program holds something unknown.
+        Unsupported: the program contains something unknown.
     """
     code = specialize(launch, TARGETS[settings.target])
     program, shared = compiled(code)
@@ -140,7 +140,7 @@ def execute(launch: Launch, grid: Any, settings: Settings) -> Execution:
 
 
 def _unwritten(code: Specialized, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the arguments whose memory holds nothing that the kernel may read."""
+    """Return the arguments whose memory has nothing yet that the kernel may read."""
     named = code.named
     if "HAS_NORM" not in named:
         return []
@@ -166,10 +166,10 @@ _programs: dict[str, tuple[Program, int]] = {}
 
 
 class View:
-    """The tensors of a launch as a GPU would see them, and nothing beside them.
+    """The tensors of a launch as a GPU would see them, and no other memory.
 
-    A tensor is a piece of memory, or several if its rows lie apart. Addresses are as those of the
-    tensors modulo 16 bytes, and a storage starts at a page, as a GPU's allocator has it.
+    A tensor is one piece of memory, or several if there are gaps between its rows. Addresses equal
+    those of the tensors modulo 16 bytes, and a storage starts at a page, as with a GPU's allocator.
     """
 
     def __init__(self, tensors: dict[str, Tensor], v_padded: int) -> None:
@@ -201,7 +201,7 @@ class View:
         self.memory = Memory("global", self._pieces)
 
     def forget(self, name: str) -> None:
-        """Let a tensor be newly allocated."""
+        """Treat a tensor as newly allocated."""
         for low, high in self._spans[name]:
             self.memory.forget(low, high - low)
 
@@ -212,7 +212,7 @@ class View:
 
 
 def _rows(x: Tensor, length: int) -> list[tuple[int, int]]:
-    """Return where the rows of a tensor are, in bytes from its first element."""
+    """Return where the rows of a tensor start, in bytes from its first element."""
     size = x.element_size()
     if not x.dim() or (x.is_contiguous() and length == x.shape[-1]):
         return [(0, x.numel() * size)]
@@ -224,7 +224,7 @@ def _rows(x: Tensor, length: int) -> list[tuple[int, int]]:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the same bytes in as few spans as can be."""
+    """Return the same bytes in as few spans as possible."""
     found: list[tuple[int, int]] = []
     for low, high in sorted(spans):
         if found and low <= found[-1][1]:

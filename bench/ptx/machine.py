@@ -1,8 +1,8 @@
-"""All threads of some blocks, step by step, and the order in which their warps take their turns.
+"""Run all threads of some blocks step by step, with their warps in a given order.
 
-In "lockstep" every warp executes an instruction before any goes on to the next; in the other orders
-each warp runs alone from barrier to barrier, the last one first ("reversed") or in a random order.
-Races are found whatever the order; the order decides which value stays.
+In "lockstep" every warp executes an instruction before any warp continues to the next; in the other
+orders each warp runs alone from barrier to barrier, the last one first ("reversed") or in a random
+order. Races are found in any order; the order only decides which value remains.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .races import WARP, Race, Watch
 Order = Literal["lockstep", "reversed", "random"]
 Step = Callable[[Lanes], None]
 Read = Callable[[Lanes], Array]
-_POISON = 0x7FC07FC07FC07FC0  # a NaN in every format: of registers that nobody has written
-_STEPS = 20_000_000  # of one group of warps between two barriers; more is a loop without an end
+_POISON = 0x7FC07FC07FC07FC0  # a NaN in every format, for registers that were never written
+_STEPS = 20_000_000  # of one group of warps between two barriers; more means an endless loop
 
 
 class Machine:
-    """A program with its arguments, its memory and what was seen of it."""
+    """A program with its arguments, its memory and what was observed while it ran."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class Machine:
 
         Args:
             program: a kernel.
-            arguments: of it, in order; addresses as numbers.
-            memory: the global one.
+            arguments: of the kernel, in order; addresses as numbers.
+            memory: the global memory.
             shared: bytes of shared memory of a block.
-            noise: errors of approximate instructions; none, without.
-            counting: whether sectors and conflicts are counted, which takes as long as the rest.
+            noise: errors of approximate instructions; without it there are none.
+            counting: whether sectors and conflicts are counted, which doubles the time.
         """
         self.program, self.memory, self.noise = program, memory, noise
         self.shared_size, self.shared_room = shared, -(-max(shared, 1) // 128) * 128
@@ -85,10 +85,10 @@ class Machine:
 
     @property
     def races(self) -> set[Race]:
-        """Return all that were found."""
+        """Return all races that were found."""
         return self._watch.found | self._shared_races
 
-    # what can be known of an instruction before it runs
+    # decoding, before the program runs
 
     def _decode(self, pc: int) -> Step | None:
         i = self.program.code[pc]
@@ -129,7 +129,7 @@ class Machine:
         return compute
 
     def slot(self, register: Register) -> int:
-        """Return the place of a register's value."""
+        """Return the index of a register's value."""
         if register.name not in self._slots:
             bits = self.program.width(register)
             self._slots[register.name] = len(self._empty)
@@ -138,7 +138,7 @@ class Machine:
         return self._slots[register.name]
 
     def reader(self, operand: Operand | None, kind: str, loose: bool = False) -> Read:
-        """Return what reads an operand as a type; `loose`, its register may be wider."""
+        """Return a function that reads an operand; if `loose`, its register may be wider."""
         bits = 1 if kind == "pred" else int(kind[1:])
         if isinstance(operand, Register):
             slot, width = self.slot(operand), self.program.width(operand)
@@ -184,7 +184,7 @@ class Machine:
     def writer(
         self, i: Instruction, register: Operand, kind: str, loose: bool = False
     ) -> Callable[[Lanes, Array], None]:
-        """Return what writes a value of a type to a register, where the predicate lets it."""
+        """Return a function that writes a value to a register where the predicate is true."""
         if not isinstance(register, Register):
             raise Unsupported(f"{i} writes to {register}")
         slot, width = self.slot(register), self.program.width(register)
@@ -212,7 +212,7 @@ class Machine:
         return write
 
     def taken(self, lanes: Lanes, i: Instruction) -> Array:
-        """Return the lanes that execute an instruction, None for all."""
+        """Return the lanes that execute an instruction, or None for all."""
         if i.predicate is None:
             return lanes.mask
         p = lanes.registers[self._slots[i.predicate]]
@@ -328,7 +328,7 @@ class Machine:
         raise Fault("a loop without an end")
 
     def _branch(self, lanes: Lanes, pc: int) -> int:
-        """Go on at the label, below, or at both: then the lanes are apart."""
+        """Continue at the label, at the next instruction, or, with diverged lanes, at both."""
         i = self.program.code[pc]
         (label,) = i.operands
         if not isinstance(label, Symbol):
@@ -347,13 +347,13 @@ class Machine:
         return pc
 
     def _is_end(self, i: Instruction) -> bool:
-        """Say whether it is the end of the program, and not a barrier."""
+        """Tell whether this is the end of the program and not a barrier."""
         if i.predicate is not None:
             raise Unsupported(f"{i} with a predicate")
         return i.opcode == "ret"
 
     def _check_barrier(self, i: Instruction) -> None:
-        """Refuse what is more than a barrier of the whole block."""
+        """Refuse any barrier other than that of the whole block."""
         names = ("bar.sync", "barrier.sync", "barrier.sync.aligned", "barrier.cta.sync")
         numbers = tuple(x.value for x in i.operands if isinstance(x, Number))
         whole = [(0,), (0, self.program.threads)]

@@ -1,4 +1,4 @@
-"""Memory in pieces, of which each access must lie in one, aligned, and read what was written."""
+"""Memory in pieces: each access must lie in one, be aligned, and read only what was written."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 from .arithmetic import UNSIGNED, Array
 
-_SLACK = 32  # bytes behind a piece, so that no two touch
+_SLACK = 32  # bytes after a piece, so that no two pieces touch
 
 
 class Fault(RuntimeError):
-    """What no device would do quietly: an access out of bounds, a barrier that some never reach."""
+    """An error in the program: an access out of bounds, a barrier that some threads never reach."""
 
 
 class Access(NamedTuple):
-    """What the threads of one instruction touched.
+    """The memory that the threads of one instruction accessed.
 
     Attributes:
-        pc: of the instruction.
+        pc: position of the instruction.
         writes: whether it stores.
-        threads: (n,) of the whole grid.
+        threads: (n,) their indices in the whole grid.
         offsets: (n,) into the memory's bytes.
-        width: bytes of each.
+        width: bytes per thread.
         values: (n, width) uint8, what a store wrote.
     """
 
@@ -37,7 +37,7 @@ class Access(NamedTuple):
 
 
 class Memory:
-    """A space of bytes, of which only some pieces are there, and the accesses since a barrier."""
+    """An address space of which only some pieces exist, and the accesses since the last barrier."""
 
     def __init__(self, name: str, pieces: dict[int, Array], *, written: bool = True) -> None:
         """Copy the pieces.
@@ -45,7 +45,7 @@ class Memory:
         Args:
             name: of the space, for messages.
             pieces: the first address and the bytes of each; they may not overlap.
-            written: whether they hold something that may be read.
+            written: whether their contents may be read.
         """
         self.name = name
         self.starts = sorted(pieces)
@@ -69,19 +69,19 @@ class Memory:
         self._tables = np.array(self.starts, np.int64), np.array(self.ends), np.array(self.at)
 
     def forget(self, start: int, size: int) -> None:
-        """Make a range as it is when newly allocated: to be written before it is read."""
+        """Treat a range as newly allocated: it must be written before it is read."""
         for at, begin, end in zip(self.at, self.starts, self.ends, strict=True):
             low, high = max(begin, start), min(end, start + size)
             if low < high:
                 self._written[at + low - begin : at + high - begin] = 0
 
     def piece(self, start: int) -> Array:
-        """Return the bytes of the piece that starts there."""
+        """Return the bytes of the piece that starts at an address."""
         n = self.starts.index(start)
         return self.bytes[self.at[n] : self.at[n] + self.ends[n] - start]
 
     def locate(self, addresses: Array, width: int) -> Array:
-        """Return where in `bytes` some accesses are.
+        """Return the offsets of accesses in `bytes`.
 
         Raises:
             Fault: one of them is misaligned, or not inside one piece.
@@ -118,7 +118,7 @@ class Memory:
         return [view[at + n] for n in range(count)]
 
     def store(self, offsets: Array, values: list[Array], bits: int) -> None:
-        """Write elements, each (n,); of threads at one address the last has its way."""
+        """Write elements, each (n,); of several threads at one address the last one wins."""
         at = offsets // (bits // 8)
         view, marks = self._views[bits], self._marks[bits]
         whole = int.from_bytes(b"\1" * (bits // 8))
@@ -128,6 +128,6 @@ class Memory:
 
 
 def bytes_of(values: list[Any]) -> Array:
-    """Return (n, width) uint8 of elements that are (n,) each."""
+    """Return elements of shape (n,) each as (n, width) uint8."""
     table = np.stack(values, axis=1)
     return table.view(np.uint8)

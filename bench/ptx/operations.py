@@ -1,4 +1,4 @@
-"""What each opcode of PTX computes; one that no form matches, modifiers and all, is an error."""
+"""What each PTX opcode computes; one whose modifiers match no known form is an error."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Operation(NamedTuple):
     Attributes:
         result: type of what it returns: pred, or b, u, s or f and the bits.
         sources: types of its operands.
-        function: from arrays of those types to one of `result`.
-        loose: sources and result may be in wider registers, as those of cvt.
-        error: the largest relative error that the PTX manual allows, 0 where it is rounded right;
-            else `function` returns float64, to be rounded when its error is made.
-        flushes: subnormals are zeros, where `function` does not see to it.
+        function: computes an array of type `result` from arrays of those types.
+        loose: sources and result may be in wider registers, as for cvt.
+        error: the largest relative error that the PTX manual allows, 0 if it is correctly rounded;
+            otherwise `function` returns float64, which is rounded when the error is added.
+        flushes: subnormals become zeros, unless `function` does that itself.
     """
 
     result: str
@@ -107,7 +107,7 @@ def operation(opcode: str, operands: int) -> Operation:
 
 
 def _of_three(found: Operation) -> Operation:
-    """Return a maximum of three, which sm_100 has."""
+    """Return the maximum of three operands, which sm_100 has."""
     of_two, kind = found.function, found.result
     return Operation(kind, (kind,) * 3, lambda a, b, c: of_two(of_two(a, b), c))
 
@@ -270,7 +270,7 @@ def _compare(name: str, logic: str | None, ftz: str | None, kind: str) -> Operat
 
 
 def _comparison(name: str, kind: str) -> Function:
-    """Return a comparison; of floats the plain ones are false of a NaN, those with a u true."""
+    """Return a comparison; with a NaN the plain ones are false, and those with a u are true."""
     if kind[0] != "f":
         allowed = {"b": ("eq", "ne"), "s": tuple(_COMPARE)}.get(kind[0])
         name = _UNSIGNED_COMPARE.get(name, name) if kind[0] == "u" else name

@@ -1,4 +1,4 @@
-"""A PTX module read into instructions. What is not understood is an error, and never skipped."""
+"""Parse a PTX module into instructions. Anything unknown is an error and never skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Unsupported(NotImplementedError):
-    """The program holds something that the executor does not know."""
+    """The program contains something that the executor does not know."""
 
 
 class Register(NamedTuple):
@@ -38,14 +38,14 @@ class Number(NamedTuple):
 
 
 class Address(NamedTuple):
-    """What stands in brackets."""
+    """An operand in brackets."""
 
     base: Register | Symbol
     offset: int
 
 
 class Vector(NamedTuple):
-    """What stands in braces; None is _, which takes no value."""
+    """An operand in braces; None is _, which takes no value."""
 
     parts: tuple[Register | Number | None, ...]
 
@@ -54,7 +54,7 @@ Operand = Register | Special | Symbol | Number | Address | Vector
 
 
 class Instruction(NamedTuple):
-    """One instruction and the line of Triton's source that it was made of."""
+    """One instruction and the line of Triton source that it was compiled from."""
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -75,7 +75,7 @@ class Program:
         params: name and type of each parameter, in order.
         threads: of a block.
         code: the instructions.
-        labels: where in `code` each label stands.
+        labels: the position of each label in `code`.
         bits: the width of the registers of each prefix, 1 for predicates.
     """
 
@@ -91,13 +91,13 @@ class Program:
         return self.bits[register.name.rstrip("0123456789")]
 
     def without(self, pc: int) -> Program:
-        """Return the program with one instruction taken out, the places of all others unchanged."""
+        """Return the program without one instruction; the others keep their positions."""
         code = list(self.code)
         code[pc] = Instruction("nop", (), line=code[pc].line)
         return replace(self, code=tuple(code))
 
 
-# Outside the kernel: the version, the shared memory, and constants that nothing may point to.
+# Outside the kernel are the version, the shared memory, and constants that nothing may point to.
 _OUTSIDE = re.compile(
     r"\.(version|target|address_size|file|section)\b|\.extern \.shared\b.*\bglobal_smem\[\];"
     r"|\.global \.align \d+ \.b8 [\w$]+\[\d+\]( = \{[^}]*\})?;"
@@ -111,10 +111,10 @@ _INSTRUCTION = re.compile(r"(?:@(!?)%(\w+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;", re.S
 
 
 def parse(text: str) -> Program:
-    """Read the one kernel of a PTX module."""
+    """Parse the one kernel of a PTX module."""
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
     text = "\n".join(line.split("//")[0].rstrip() for line in text.splitlines())
-    text = text.split("\n\t.section")[0]  # what follows is for debuggers
+    text = text.split("\n\t.section")[0]  # the rest is for debuggers
     headers = list(_HEADER.finditer(text))
     if len(headers) != 1:
         raise Unsupported(f"{len(headers)} kernels in a module")
@@ -147,7 +147,7 @@ def parse(text: str) -> Program:
 
 
 def _body(text: str) -> tuple[str, int]:
-    """Return what stands before the brace that ends the kernel, and where that is."""
+    """Return the text before the brace that ends the kernel, and the brace's position."""
     depth = 1
     for match in re.finditer(r"[{}]", text):
         depth += 1 if match[0] == "{" else -1

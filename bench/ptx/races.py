@@ -1,6 +1,7 @@
-"""Two threads at one address with no barrier between them, one of them writing; blocks have none.
+"""Find races: two threads at one address, one writing, with no barrier between the accesses.
 
-Not what an order of execution happened to show: what any order could.
+There are no barriers between blocks. A race is found in any order of execution, even if its effect
+does not show in this one.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Race(NamedTuple):
 
     Attributes:
         space: "global" or "shared".
-        scope: how near the threads are: "lanes" of a warp, "warps" of a block, or "blocks".
+        scope: what the threads share: "lanes" of a warp, "warps" of a block, or "blocks".
         first: one side.
-        second: the other; the same instruction may be both.
-        same: both write, and the same value: whoever comes last, the memory is the same.
+        second: the other side; it may be the same instruction.
+        same: both write the same value, so the memory does not depend on which is last.
     """
 
     space: str
@@ -48,7 +49,7 @@ class Race(NamedTuple):
 
 
 class _Touches(NamedTuple):
-    """The accesses of an interval, a unit of memory at a time."""
+    """The accesses of an interval, by unit of memory."""
 
     units: Array
     thread: Array
@@ -64,19 +65,19 @@ class Watch:
         """Start with nothing touched.
 
         Args:
-            memory: whose log is read.
-            unit: bytes that are judged together, no more than the narrowest access has.
-            threads: of a block.
+            memory: the memory whose log is read.
+            unit: bytes that are checked together, at most the width of the narrowest access.
+            threads: the number in a block.
             lines: of the source, by pc.
         """
         self.memory, self.unit, self.threads, self.lines = memory, unit, threads, lines
         self.found: set[Race] = set()
         size = len(memory.bytes) // unit
-        # of each unit the block, + 1, that read or wrote it; several readers are -1
+        # for each unit, 1 + the block that read or wrote it; -1 for several readers
         self._reader, self._writer = np.zeros(size, np.int32), np.zeros(size, np.int32)
 
     def end_interval(self, *, across_blocks: bool) -> None:
-        """Judge what was touched since the last call; every thread is at a barrier."""
+        """Check the accesses since the last call; every thread is at a barrier."""
         log, self.memory.log = self.memory.log, []
         if not log or not (across_blocks or any(access.writes for access in log)):
             return
@@ -127,7 +128,7 @@ class Watch:
             self._report(thread[on], pc[on], writes[on], bool(same[n]))
 
     def _report(self, thread: Array, pc: Array, writes: Array, same: bool) -> None:
-        """Add each pair of instructions of which two different threads touched this unit."""
+        """Add each pair of instructions with which two different threads accessed this unit."""
         sides = sorted({(int(p), bool(w)) for p, w in zip(pc, writes, strict=True)})
         for i, first in enumerate(sides):
             for second in sides[i:]:
@@ -153,7 +154,7 @@ class Watch:
         self.found.add(Race(self.memory.name, scope, a, b, same))
 
     def _judge_blocks(self, t: _Touches) -> None:
-        """Note which blocks have touched what, and what a block wrote and another touched."""
+        """Record which blocks accessed what, and what one block wrote and another accessed."""
         block = (t.thread // self.threads + 1).astype(np.int32)
         before = self._writer[t.units]
         reads = ~t.writes
@@ -172,7 +173,7 @@ class Watch:
                 self.found.add(self._between_blocks(pc, writes, what))
 
     def _between_blocks(self, pc: int, writes: bool, other_writes: bool) -> Race:
-        """Return a race with another block, of which only what it did is known."""
+        """Return a race with another block, of which only the kind of access is known."""
         mine = Touch(pc, self.lines[pc], "write" if writes else "read")
         other = Touch(-1, 0, "write" if other_writes else "read")
         return Race(self.memory.name, "blocks", mine, other, same=False)

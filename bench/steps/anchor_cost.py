@@ -1,4 +1,4 @@
-"""What the anchors add to a training step of a real model, and what a penalty on the rows adds."""
+"""What anchors, or a penalty on the rows, add to the time of a training step of a real model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN, NO_IDS = "own loss", "attached, no ids"
 ANCHORS, ROWS = "anchors alone (default)", "on the rows (paper)"
 NEW_ANCHORS = "anchors alone, all new"
 
-_TURNS = 33  # of 2 + 2 until each of 132 anchors has had its turn
+_TURNS = 33  # steps with 2 + 2 anchors until each of the 132 has been used
 
 PROTOCOL = (
     "The built-in model (SmolLM2-135M) with LoRA r = 8 on all linear layers but the head, rows of "
@@ -34,16 +34,16 @@ PROTOCOL = (
 def measure(
     rows: int = 8, tokens: int = 512, count: int = 7, dtype: torch.dtype = torch.bfloat16
 ) -> list[Row]:
-    """Time a step with the model's own loss, plain, with anchors and with the rows' penalty.
+    """Time a step with the model's own loss, plain, with anchors and with a penalty on the rows.
 
     Args:
-        rows: of the batch.
-        tokens: of each row.
+        rows: in the batch.
+        tokens: in each row.
         count: rounds.
         dtype: of the model.
 
     Returns:
-        A row for each, quartiles in ms and of the ratios to the plain step.
+        A row for each, with quartiles in ms and of the ratios to the plain step.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = {
@@ -88,7 +88,7 @@ def _step_of(who: str, rows: int, tokens: int, dtype: torch.dtype, device: str) 
     turns = itertools.count()
     if handle is not None and who == ANCHORS:
         with torch.no_grad():
-            for turn in range(_TURNS):  # the reference reads each
+            for turn in range(_TURNS):  # the reference reads each anchor
                 handle.step = turn
                 model(**{name: value[:1, -2:] for name, value in batch.items()}, use_cache=False)
 

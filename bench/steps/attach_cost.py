@@ -1,7 +1,7 @@
 """What attach() costs a training step of a real model: time against its own loss, peak memory.
 
-`python -m bench.steps.attach_cost '{"who": "attached", "tokens": 4096, ...}'` is the child that
-measures memory: a CPU process keeps what it freed.
+`python -m bench.steps.attach_cost '{"who": "attached", "tokens": 4096, ...}'` is the process that
+measures memory; it is a new one, because a CPU process keeps the memory that it freed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[Row]:
-    """Time a step with the model's own loss, attached, and the reference's pass by itself.
+    """Time a step with the model's own loss, a step when attached, and the reference's forward.
 
     Args:
         tokens: in the row that is timed.
@@ -56,8 +56,8 @@ def measure(
         device: where it runs.
 
     Returns:
-        A row for each, with quartiles in ms, `added` (None for the first and the last), and the
-        peak in bytes of the steps, on a CPU.
+        A row for each, with quartiles in ms, `added` (None for the first and the last), and, on a
+        CPU, the peak of the steps in bytes.
     """
     base = origin(device, PROTOCOL.format(count=count)) | {
         "tokens": tokens,
@@ -98,7 +98,7 @@ def _quartiles(name: str, values: tuple[float, float, float] | None) -> Row:
 
 
 def _step_of(who: str, tokens: int, ids: int, dtype: torch.dtype, device: str) -> Step:
-    """Make a model of its own for each: two that share weights would share their caches too."""
+    """Make a new model for each: models that share weights would also share their caches."""
     model = _model(dtype).to(device).train()
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
@@ -166,7 +166,7 @@ def _child(job: dict[str, Any]) -> int:
     dtype = getattr(torch, job["dtype"])
     _step_of(job["who"], 16, job["ids"], dtype, "cpu")()  # libraries allocate at first use
     step = _step_of(job["who"], job["tokens"], job["ids"], dtype, "cpu")
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must count again
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the warm-up freed would not count again
     peak = measure_peak(step)
     if peak is None:
         raise RuntimeError("/proc/self/clear_refs is missing: memory is measured on Linux only")

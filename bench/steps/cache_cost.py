@@ -1,4 +1,4 @@
-"""What a reference cache leaves of the penalty's cost: a training step of a real model."""
+"""How much of the penalty's cost in a training step of a real model a reference cache saves."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def measure(
     """Time a step without safety ids, with the cache, and with the live reference.
 
     Args:
-        rows: of the batch.
-        tokens: of each row.
+        rows: in the batch.
+        tokens: in each row.
         ids: K.
         count: rounds.
         dtype: of the model.
         device: where it runs.
 
     Returns:
-        A row for each, quartiles in ms and of the ratios to the step without ids.
+        A row for each, with quartiles in ms and of the ratios to the step without ids.
     """
     with tempfile.TemporaryDirectory() as folder:
         steps = {
@@ -74,7 +74,7 @@ def measure(
 def _step_of(
     who: str, rows: int, tokens: int, ids: int, dtype: torch.dtype, device: str, folder: Path
 ) -> Step:
-    """Return a training step; each has a model of its own, as its adapters move."""
+    """Return a training step; each has its own model, since its adapters change."""
     model = lora_model(dtype).to(device).train()
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.vocab_size
@@ -83,7 +83,7 @@ def _step_of(
     safety_tokens = SafetyTokens(ids=[] if who == NO_IDS else chosen)
     options: dict[str, Any] = {}
     if who in (CACHED, COLLATED):
-        cache_model(model, input_ids.tolist(), safety_tokens, folder)  # the second time kept
+        cache_model(model, input_ids.tolist(), safety_tokens, folder)  # the second call reuses it
         options["reference"] = CachedReference(folder)
     batch = {"input_ids": input_ids.to(device), "labels": input_ids.to(device)}
     if who == COLLATED:

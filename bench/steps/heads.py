@@ -1,4 +1,4 @@
-"""The heads that are measured: those of known models."""
+"""The heads that are measured, which are those of well-known models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class HeadShape(NamedTuple):
-    """A head, and what its model does to the raw logits u: z = softcap tanh(scale u / softcap)."""
+    """A head, and its model's transform of raw logits u: z = softcap tanh(scale u / softcap)."""
 
     vocab: int  # V
     width: int  # D

@@ -1,7 +1,7 @@
-"""Everyone who can make the loss: by hand, torch, TRL, Liger, CCE and ours.
+"""All ways to compute the loss: by hand, torch, TRL, Liger, CCE and ours.
 
-A provider makes cross-entropy plus penalty from `Inputs`. Libraries without such a penalty get it
-from `project`, as their user would add it.
+A provider computes cross-entropy plus penalty from `Inputs`. For libraries without such a penalty
+it is computed with `project`, as their users would add it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CAP_OF_ALL_OPTIONS = 30.0
 
 
 class Provider(NamedTuple):
-    """One way to make the loss."""
+    """One way to compute the loss."""
 
     name: str
     loss: Callable[[Inputs], Tensor]
@@ -35,19 +35,19 @@ class Provider(NamedTuple):
     needs: tuple[str, ...] = ()  # see `_missing_part`
     caps: bool = True  # can do a softcap and a logit scale
     caps_without_scale: bool = False  # where not `caps`: can do a softcap, but no scale
-    bytes_per_logit: int = 0  # of the (N, V) that it holds at its peak in bfloat16, about
-    truth: Callable[[Inputs], Tensor] | None = None  # None: by hand, with the penalty
-    warm_up_whole: bool = False  # compiles for the shape it sees
+    bytes_per_logit: int = 0  # that it holds at its peak for (N, V) in bfloat16, about
+    truth: Callable[[Inputs], Tensor] | None = None  # None: the loss by hand, with the penalty
+    warm_up_whole: bool = False  # compiles for the shape that it sees
 
 
 def by_hand(x: Inputs, weight: float = WEIGHT) -> Tensor:
-    """Compute the loss as one writes it: all logits at once."""
+    """Compute the loss in the obvious way, from all logits at once."""
     logits = full_logits(x.hidden, x.head, x.shape)
     return F.cross_entropy(logits, x.target) + weight * F.mse_loss(logits[:, x.ids], x.ref)
 
 
 def two_full_logits(x: Inputs) -> Tensor:
-    """Compute the loss from all logits of both models, as the method reads before any thought."""
+    """Compute the loss from all logits of both models, a literal reading of the method."""
     with torch.no_grad():
         ref = full_logits(x.ref_hidden, x.head, x.shape)
     logits = full_logits(x.hidden, x.head, x.shape)
@@ -72,7 +72,7 @@ def _separate_penalty(x: Inputs) -> Tensor:
 
 
 def _torch_linear(x: Inputs) -> Tensor:
-    options = torch.nn.LinearCrossEntropyOptions()  # without them it makes all logits
+    options = torch.nn.LinearCrossEntropyOptions()  # without options it computes all logits
     return F.linear_cross_entropy(x.hidden, x.head, x.target, options=options) + (
         _separate_penalty(x)
     )
@@ -144,7 +144,7 @@ def _ours_all_options(x: Inputs, backend: str) -> Tensor:
 
 
 def bare_products(x: Inputs) -> None:
-    """Multiply as every exact method must: logits, then the gradients they lead to."""
+    """Compute only the matrix products of every exact method: logits, then their gradients."""
     hidden, head = x.hidden.detach(), x.head.detach()
     logits = hidden @ head.t()
     logits @ head
@@ -163,7 +163,7 @@ _OURS_NEED: dict[str, tuple[str, ...]] = {
 
 
 def providers(*, all_options: bool = False) -> list[Provider]:
-    """Return every provider, whether or not it runs here; `all_options` adds ours with all on."""
+    """Return every provider, even if it cannot run here; `all_options` adds ours with all on."""
     found = [
         EAGER,
         Provider(
@@ -223,7 +223,7 @@ def providers(*, all_options: bool = False) -> list[Provider]:
 
 
 def missing(provider: Provider, x: Inputs) -> str | None:
-    """Say why the provider cannot do this here, or None."""
+    """Return why the provider cannot do this here, or None."""
     for part in provider.needs:
         if why := _missing_part(part, x.hidden):
             return why
@@ -243,7 +243,7 @@ def version_of(package: str) -> str:
 
 
 def _missing_part(part: str, like: Tensor) -> str | None:
-    """Say what is missing of "gpu", "backend X", "F.X" or a package to import; or None."""
+    """Return why "gpu", "backend X", "F.X" or a package to import is missing, or None."""
     if part == "gpu":
         interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
         if like.device.type == "cpu" or interpreted:

@@ -1,4 +1,4 @@
-"""Speed of the whole loss, head included: everyone in turn, against eager and the bare products."""
+"""Time of the whole loss, head included, for all providers, eager and the bare products."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROTOCOL = (
 
 
 class Job(NamedTuple):
-    """What is measured."""
+    """Sizes, dtype and device of a measurement."""
 
     shape: HeadShape
     tokens: int  # N
@@ -95,15 +95,15 @@ def measure(
 
 
 def penalty_pairs(job: Job, count: int = 31, *, only: Sequence[str] = ()) -> list[Row]:
-    """Measure what the penalty costs: ours with it against ours without, in interleaved pairs.
+    """Measure what the penalty costs, by timing our loss with and without it in interleaved pairs.
 
     Args:
         job: sizes, dtype and device.
         count: pairs.
-        only: names, or beginnings of names, of ours; all when empty.
+        only: names, or beginnings of names, of our providers; all when empty.
 
     Returns:
-        One row for each backend of ours: the median and quartiles of the pairs' ratios.
+        One row for each of our backends: the median and quartiles of the pairs' ratios.
     """
     inputs = _inputs(job)
     rows = []
@@ -143,7 +143,7 @@ def step_of(provider: Provider, inputs: Inputs) -> Step:
 
 
 def _base(job: Job, protocol: str, count: int) -> Row:
-    """Return what all rows of a job share."""
+    """Return the columns that all rows of a job share."""
     return origin(job.device, protocol) | {
         "N": job.tokens,
         "D": job.shape.width,
@@ -168,7 +168,7 @@ def _inputs(job: Job, log_probs: bool = False) -> Inputs:
 
 
 def _numbers(name: str, times: dict[str, list[float]]) -> Row:
-    """Return the times of one provider; None for each where it was not timed."""
+    """Return the times of one provider; each is None if it was not timed."""
     row: Row = dict.fromkeys(("median_ms", "low_ms", "high_ms"))
     mine = times.get(name)
     if mine:
@@ -181,7 +181,7 @@ def _numbers(name: str, times: dict[str, list[float]]) -> Row:
 
 
 def _peak(name: str, step: Step, job: Job) -> tuple[int | None, str]:
-    """Return the peak above the inputs, and why there is none."""
+    """Return the peak above the inputs, or None and the reason."""
     if job.device == "cuda":
         return measure_peak(step, job.device), ""
     try:
@@ -192,6 +192,6 @@ def _peak(name: str, step: Step, job: Job) -> tuple[int | None, str]:
 
 def _free_bytes(device: str) -> int | None:
     if device == "cuda":
-        torch.cuda.empty_cache()  # what another size left cached is free too
+        torch.cuda.empty_cache()  # memory that another size left in the cache is free too
         return torch.cuda.mem_get_info()[0]
     return available_bytes() or None  # 0 where the system does not say

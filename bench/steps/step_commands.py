@@ -84,7 +84,7 @@ def anchors(
 
 def plan(
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Of a row; may be repeated. Default: 256 to 2048.")
+        list[int] | None, typer.Option(help="In a row; may be repeated. Default: 256 to 2048.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
     others: Annotated[
@@ -94,7 +94,7 @@ def plan(
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Peaks that `str-kernels plan` predicts for the built-in model, beside measured ones."""
+    """Compare peaks that `str-kernels plan` predicts for the built-in model with measured ones."""
     from ..memory.plan import OTHERS_AT, TOKENS, measure
 
     with tables.progress("measuring") as (_, advanced):
@@ -130,31 +130,31 @@ def plan(
 def longcontext(
     tokens: Annotated[
         list[int] | None,
-        typer.Option(min=17, help="Of the row; may be repeated. Default: 2048 and 8192."),
+        typer.Option(min=17, help="In the row; may be repeated. Default: 2048 and 8192."),
     ] = None,
     ways: Annotated[
         list[str] | None, typer.Option("--way", help="Only these; may be repeated.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all ways in turn.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds over all ways.")] = 1,
     memory: Annotated[float, typer.Option(min=0.1, help="GB that a process may take.")] = 24.0,
     allocator: Annotated[
         str,
-        typer.Option(help="pages: as `finetune` sets it; default: what glibc does by itself."),
+        typer.Option(help="pages: as `finetune` sets it; default: glibc as it is."),
     ] = "pages",
     figure: Annotated[
         Path | None, typer.Option(help="A PNG of all saved rows with this allocator.")
     ] = None,
     parts: Annotated[
-        bool, typer.Option("--parts", help="What holds the memory of a step instead, computed.")
+        bool, typer.Option("--parts", help="Compute what holds the memory of a step instead.")
     ] = False,
     planned: Annotated[
-        bool, typer.Option("--planned", help="What 1B, 8B and 70B models would take, computed.")
+        bool, typer.Option("--planned", help="Compute the memory of 1B, 8B and 70B models.")
     ] = False,
     save: Save = False,
     results: Results = FOLDER,
     as_json: Json = False,
 ) -> None:
-    """Long rows: peak memory and time of a training step, each way in a process of its own."""
+    """Long rows: peak memory and time of a training step, each way in its own process."""
     from ..memory import longcontext as bench
     from ..memory import longcontext_plan
     from ..memory.memory_parts import parts_of
@@ -224,7 +224,7 @@ def show_parts(found: list[Row]) -> None:
 
 
 def show_planned(found: list[Row]) -> None:
-    """Print what larger models would take, and which card that fits."""
+    """Print the memory that larger models would need, and the smallest card that has it."""
     from ..memory.longcontext_plan import smallest_card
 
     ways = ("own", "naive", "ours")

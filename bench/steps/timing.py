@@ -1,4 +1,4 @@
-"""The clock: interleaved rounds, and what is read from them."""
+"""Timing in interleaved rounds, and the statistics of their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Step = Callable[[], object]
 
 
 def seconds(step: Step, device: str) -> float:
-    """Time one step, the device's work included."""
+    """Time one step, including the device's work."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -27,12 +27,12 @@ def rounds(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Run every step once per round, `count` times after one round to warm up.
 
-    The round's first step moves on by one each time: who runs first may find another state of the
-    caches, and of the clock, than who runs last.
+    Each round begins with the next step in the list, because the first of a round may find caches
+    and clock rates in a different state than the last.
 
     Returns:
-        Seconds by name, one entry per round; and one line of error of each step that failed, which
-        leaves the rounds.
+        Seconds by name, one entry per round; and for each step that failed, which is then left
+        out, one line of its error.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
@@ -42,7 +42,7 @@ def rounds(
         for name in names[turn:] + names[:turn]:
             try:
                 taken = seconds(steps[name], device)
-            except Exception as error:  # another's crash, out of memory above all, is a result
+            except Exception as error:  # a provider's crash, mostly out of memory, is a result
                 failed[name] = one_line(error)
                 times.pop(name)
                 continue
@@ -52,7 +52,7 @@ def rounds(
 
 
 def times_of_all(steps: Mapping[str, Step], count: int, device: str) -> dict[str, list[float]]:
-    """Do `rounds` of steps that all have to run; a RuntimeError names those that do not."""
+    """Do `rounds` of steps that must all run; a RuntimeError names those that failed."""
     times, failed = rounds(steps, count, device)
     if failed:
         raise RuntimeError(f"a step failed: {failed}")
@@ -68,7 +68,7 @@ def one_line(error: BaseException) -> str:
 def ratio_quartiles(
     mine: Sequence[float], other: Sequence[float] | None
 ) -> tuple[float, float, float] | None:
-    """Return the quartiles of the rounds' ratios; None where there is no other."""
+    """Return the quartiles of the rounds' ratios; None if there is no other."""
     if other is None:
         return None
     return quartiles([a / b for a, b in zip(mine, other, strict=True)])

@@ -1,8 +1,8 @@
-"""One LoRA run, in every trainer: the same losses, step by step.
+"""One LoRA run in every trainer, whose losses must be the same in each step.
 
 A plain loop, Accelerate, SafetyTrainer and SafetySFTTrainer get the same rows in the same order,
-the same initial adapters and the same schedule. What differs is how each counts labels over
-accumulated micro-steps, averages, logs, and reaches the attached model.
+the same initial adapters and the same schedule. They differ in how they count labels over
+accumulated micro-batches, average, log, and call the attached model.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ Log = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all trainers are given.
+    """The inputs of all trainers.
 
     Attributes:
-        make_model: a new PeftModel, always the same.
+        make_model: makes a new PeftModel, always the same.
         tokenizer: of the model.
-        examples: question and answer of each row, in order; one pass over them is made.
-        tokens: the ids to hold.
+        examples: question and answer of each row, in order; they are used once.
+        tokens: the safety tokens.
         penalty: kind and weight.
-        batch_size: rows of a micro-step.
-        accumulation: micro-steps of a step.
+        batch_size: rows of a micro-batch.
+        accumulation: micro-batches of a step.
         learning_rate: of the first step.
-        anchors: prompts at which the model is held in each step too.
+        anchors: prompts at which the penalty is taken in each step too.
     """
 
     make_model: Callable[[], Any]
@@ -68,7 +68,7 @@ class Setup:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of `attach`: with a penalty on the rows, whose shares are compared too."""
+        """The keywords of `attach`; a penalty on the rows, so that its shares are compared too."""
         return {"penalty": self.penalty, "anchors": self.anchors, "positions": "response"}
 
     @property
@@ -96,7 +96,7 @@ class Setup:
 
 
 def plain_loop(setup: Setup) -> Log:
-    """Train with nothing but torch; num_items_in_batch is what makes accumulation exact."""
+    """Train with torch alone; num_items_in_batch makes accumulation exact."""
     model = setup.make_model().train()
     optimizer, schedule = _optimizer(model, setup)
     log: Log = []
@@ -116,7 +116,7 @@ def plain_loop(setup: Setup) -> Log:
 
 
 def accelerate_loop(setup: Setup) -> Log:
-    """Train with Accelerate's accumulation; the loss is divided there, so it is multiplied here."""
+    """Train with Accelerate's accumulation, which divides the loss, so it is multiplied here."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(gradient_accumulation_steps=setup.accumulation, cpu=True)
@@ -198,7 +198,7 @@ TRAINERS: dict[str, Callable[[Setup], Log]] = {
 
 
 def measure(steps: int = 10, weight: float = 0.3) -> list[Row]:
-    """Run the built-in model through every trainer; a row for each step of each."""
+    """Train the built-in model in every trainer; return a row for each step of each."""
     from transformers import AutoTokenizer
 
     from str_kernels.integrations.demo.data import sums
@@ -223,12 +223,12 @@ def measure(steps: int = 10, weight: float = 0.3) -> list[Row]:
 
 
 def off(entry: dict[str, float], expected: dict[str, float]) -> float:
-    """Return the distance of two losses, of the second."""
+    """Return the difference of two losses, relative to the second."""
     return abs(entry["loss"] - expected["loss"]) / abs(expected["loss"])
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw loss and penalty over the steps, every trainer on top of the others; a PNG."""
+    """Draw loss and penalty over the steps, with the lines of all trainers overlaid, as a PNG."""
     farthest = max(float(row["off"]) for row in rows)
     figure = new_figure(
         3.5,
@@ -239,7 +239,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         figure.subplots(1, 2), ("loss", "safety/penalty"),
         ("loss (nats per token)", "penalty (squared logits)"), strict=True,
     ):  # fmt: skip
-        # from thick to thin, so that the one below is seen around the one above
+        # from thick to thin, so that a line is visible around the one drawn over it
         for place, trainer in enumerate(TRAINERS):
             mine = [row for row in rows if row["trainer"] == trainer]
             axes.plot(

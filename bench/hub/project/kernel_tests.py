@@ -1,4 +1,4 @@
-"""The kernel as the `kernels` library loads it, against plain PyTorch in float64."""
+"""Test the kernel as the `kernels` library loads it against plain PyTorch in float64."""
 
 from pathlib import Path
 
