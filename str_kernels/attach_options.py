@@ -47,7 +47,7 @@ def check_positions(positions: object) -> None:
 def read_positions(text: object) -> Positions:
     """Return what a flag or a YAML key says, where "3" is a number."""
     word = str(text)
-    return int(word) if word.isdigit() else word  # type: ignore[return-value] # to be checked
+    return int(word) if word.isdecimal() else word  # type: ignore[return-value] # to be checked
 
 
 def check_path(path: object) -> None:
