@@ -47,7 +47,7 @@ def check_positions(positions: object) -> None:
 def read_positions(text: object) -> Positions:
     """Read positions from a flag or a YAML key; "3" becomes 3."""
     word = str(text)
-    return int(word) if word.isdigit() else word  # type: ignore[return-value] # to be checked
+    return int(word) if word.isdecimal() else word  # type: ignore[return-value] # to be checked
 
 
 def check_path(path: object) -> None:

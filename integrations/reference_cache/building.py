@@ -11,7 +11,6 @@ from ...reference_cache import DATED, BuildReport, CachedReference, verify_cache
 from ...tokens import SafetyTokens
 from ..anchors import read_prompts
 from ..chat import encode_examples, read_examples, render, render_answer_starts
-from ..loading import adapter_folder, load_model
 from ..models import Positions, check_positions, chosen_penalty
 from .fingerprint import model_fingerprint
 from .reading import cache_model
@@ -139,6 +138,9 @@ def _has_date(tokenizer: Any, options: dict[str, Any] | None) -> bool:
 
 def _load_full(name: str, *, dtype: str, progress: Callable[[str], None] | None) -> tuple[Any, Any]:
     """Load a model, but refuse an adapter: a cache is of base weights, and checked against them."""
+    # here, since attach() imports this folder to read caches, and needs no transformers
+    from ..loading import adapter_folder, load_model
+
     if adapter_folder(name) is not None:
         raise ValueError(
             f"`model` must be a full model to be cached; got {name!r}, an adapter. Make one of it "

@@ -105,6 +105,16 @@ def test_the_commands_help_loads_nothing_heavy() -> None:
     assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
 
 
+def test_attach_imports_no_library_that_it_only_works_with() -> None:
+    libraries = set(HEAVY) - {"triton"}  # which torch.compile looks for
+    code = (
+        "import sys\nfrom str_kernels import AnchorPrompts, attach\n"
+        f"print(*sorted({libraries!r} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
+
+
 def test_every_file_that_is_no_code_is_shipped() -> None:
     """By pyproject.toml's package-data: a file without its line is missing from the wheel alone."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

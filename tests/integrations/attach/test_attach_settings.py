@@ -136,6 +136,7 @@ def test_the_template_s_options_reach_the_anchors() -> None:
             "`safety_anchor_penalty_weight` must be left out .* and `safety_weight` is given",
         ),
         ({"positions": "some"}, "`safety_positions` must be 'none' .*; got 'some'"),
+        ({"positions": "²"}, "`safety_positions` must be 'none' .*; got '²'"),  # a digit, no number
         ({"ref_every": 2}, "`safety_ref_every` and `safety_ref_tokens` must be left out"),
         ({"positions": "all", "ref_every": 0}, "`safety_ref_every` must be an int >= 1; got 0"),
         ({"path": "head"}, "`safety_path` must be one of linear, logits; got 'head'"),
