@@ -188,7 +188,8 @@ def plan_of_run(options: Any, ready: Any) -> dict[str, Any]:
         "labels": sum(label != IGNORE_INDEX for row in rows for label in row["labels"][1:]),
         "rows_cut": ready.train.cut,
         "rows_without_a_label": len(ready.train.dropped),
-        "steps": None,  # filled in by `dry_run`, which has the trainer's batches
+        "steps": None,  # these two are filled in by `dry_run`, which has the trainer's batches
+        "epochs": None,
         "rows_of_a_step": batch * training.gradient_accumulation_steps * training.world_size,
         "safety_tokens": len(ready.tokens),
         "held_on_rows": training.safety_positions,

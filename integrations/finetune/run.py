@@ -258,7 +258,10 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder:  # Trainer creates its output folder
         options.training.output_dir = folder
         trainer = _trainer(options, ready, RunGuard())
-        plan["steps"] = steps_of(options.training, len(trainer.get_train_dataloader()))
+        batches = len(trainer.get_train_dataloader())
+        plan["steps"] = steps_of(options.training, batches)
+        each = options.training.gradient_accumulation_steps
+        plan["epochs"] = round(plan["steps"] * each / batches, 1)
     return plan
 
 

@@ -200,7 +200,7 @@ def _load_weights(name: str, source: str, dtype: str, options: dict[str, Any]) -
             **options,
         )
     except Exception as error:  # tokenizers and safetensors raise their own classes
-        raise ValueError(f"{must}; got {name!r}: {reason_of(error, Path(source))}") from error
+        raise ValueError(f"{must}; got {name!r}: {_why(name, source, error)}") from error
     mismatched = {
         f"{key} ({tuple(stored)} in the file, {tuple(made)} by the config)"
         for key, stored, made in found["mismatched_keys"]
@@ -232,8 +232,18 @@ def _load_tokenizer(name: str, source: str) -> Any:
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(
             f"`model` must be 'builtin', a folder or a hub id with a tokenizer; got {name!r}: "
-            f"{reason_of(error, Path(source))}"
+            f"{_why(name, source, error)}"
         ) from error
+
+
+def _why(name: str, source: str, error: Exception) -> str:
+    """Say why a name gave no model; a mistyped folder was taken for a hub id."""
+    reason = reason_of(error, Path(source))
+    if Path(source).exists():
+        return reason
+    # a hub id is "name" or "owner/name", and the hub's rules for one explain nothing of a path
+    path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return "there is no such folder" if path else f"no folder here, nor on the hub: {reason}"
 
 
 def _choose_padding(

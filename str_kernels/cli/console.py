@@ -162,6 +162,9 @@ def progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[stage], completed=done)
 
         yield watch
+        for task in bars.tasks:
+            if task.total == 1:  # the last of them, which no other follows
+                bars.update(task.id, completed=1)
 
 
 def print_json(value: Any, *, ascii_only: bool = False) -> None:

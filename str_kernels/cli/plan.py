@@ -131,7 +131,10 @@ def _command(model: str, found: Any) -> str | None:
 def _show(model: str, found: Any, line: str | None) -> None:
     options = found.options
     trained = "all weights" if options.lora_rank is None else f"LoRA r = {options.lora_rank}"
-    between = Table("held", "GiB", title=f"{escape(model)}, {found.dtype}, {trained}")
+    console = Console()
+    # above the first table and not its title, which would be broken at that table's width
+    console.print(f"{escape(model)}, {found.dtype}, {trained}", soft_wrap=True, highlight=False)
+    between = Table("held", "GiB")
     parts = {
         "weights": found.weights,
         "weights of the reference": found.reference_weights,
@@ -154,7 +157,6 @@ def _show(model: str, found: Any, line: str | None) -> None:
             end = " (all)" if takes.longest == found.positions else ""
             cells.append(f"{takes.longest:,}{end}")
         table.add_row(_WAYS[way], *cells)
-    console = Console()
     console.print(between)
     console.print(table)
     console.print(

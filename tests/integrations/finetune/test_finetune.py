@@ -282,6 +282,7 @@ def test_a_dry_run_writes_nothing(given: dict[str, Any], tmp_path: Path) -> None
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["rows"], plan["steps"], plan["rows_of_a_step"]) == (8, 6, 3)
+    assert plan["epochs"] == 2
     assert ">>>what is 1 bye <end><<<" in plan["first_row"] and plan["memory_gib"] is not None
     assert sorted(tmp_path.rglob("*")) == before
     shown = CliRunner().invoke(app, ["finetune", *arguments, *output])

@@ -155,6 +155,20 @@ def test_other_damage_is_one_line(model, file, content):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("name", ["./modle", "../modle", "{}/modle", "runs/of/modle"])
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_mistyped_folder_is_named_as_one(tmp_path, name, load):
+    name = name.format(tmp_path)
+    with pytest.raises(ValueError, match="got .*modle': there is no such folder$"):
+        load(name)
+
+
+def test_a_name_that_may_be_a_hub_id_is_looked_for_in_both_places(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="got 'runs/modle': no folder here, nor on the hub: "):
+        load_model("runs/modle")
+
+
 @pytest.mark.parametrize("own_tokenizer", [False, True])
 def test_an_adapter_is_a_model_and_goes_on(adapter, own_tokenizer):
     folder, expected = adapter
