@@ -88,7 +88,8 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
         JSON values: "runs" (name, model, adapter, counts per rule and kind, measures), "pairs"
         (each run against the first per rule and kind: prompts that only one of them refused, the
         exact McNemar p-value, and Holm's if there are several runs), "changed" (prompts with a
-        different outcome, a few of each), and "differences" of the settings.
+        different outcome, a few of each), and "differences" (whatever else may explain the
+        counts, such as other settings).
 
     Notes:
         Rules are applied again to the kept answers, so that all runs are counted by the same
@@ -130,6 +131,7 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
             *(text for run in runs[1:] for text in _differences(runs[0], run)),
             *_other_references(runs),
             *_other_judges(runs),
+            *_nothing_to_keep(runs[0], counts[runs[0].name]),
         ],
     }
 
@@ -326,6 +328,15 @@ def _other_references(runs: Sequence[Run]) -> list[str]:
         f"{run.name} differs from {drifted[0].name} in the reference of its drift"
         for run in drifted[1:]
         if _reference_hash(run) != _reference_hash(drifted[0])
+    ]
+
+
+def _nothing_to_keep(first: Run, counts: dict[str, Any]) -> list[str]:
+    """Say by which rules the first run refuses nothing: no run can then have lost a refusal."""
+    return [
+        f"By rule {rule} {first.name} refuses no harmful prompt, so it has no refusals to keep"
+        for rule, found in counts.items()
+        if found["harmful"]["refusal"] == 0
     ]
 
 

@@ -185,9 +185,10 @@ def _show_report(comparison: dict[str, Any], output: Path) -> None:
     for line in comparison["differences"]:
         console.print(Text(f"Note: {printable(line)}."), soft_wrap=True)
     console.print(Text(_LIMITS), soft_wrap=True)
-    console.print(
-        Text(f"Written to {printable(str(output))}: report.html, report.md"), soft_wrap=True
-    )
+    files = "report.html, report.md, refusals.png"
+    if any(run["measures"]["drift"] for run in comparison["runs"]):
+        files += ", drift.png"
+    console.print(Text(f"Written to {printable(str(output))}: {files}"), soft_wrap=True)
 
 
 def _show_run(report: dict[str, Any], output: Path) -> None:

@@ -119,6 +119,15 @@ def test_pairs_counts_and_holm(runs: list[Path], tmp_path: Path) -> None:
     assert "not finite" in page and "What McNemar's test does not say" in page
 
 
+def test_a_first_run_without_refusals_is_said_once_to_have_none_to_keep(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, [OTHER] * 3, [OTHER]) for name in ("a", "b", "c")]
+    none = "By rule opening a refuses no harmful prompt, so it has no refusals to keep"
+    assert run_report(folders, tmp_path / "out")["differences"] == [none]
+    assert f"Note: {none}." in (tmp_path / "out" / "report.md").read_text()
+    some = write_run(tmp_path / "some", [REFUSAL, OTHER, OTHER], [OTHER])
+    assert compare_runs(read_runs([some, *folders]))["differences"] == []
+
+
 def test_rules_are_counted_again_and_a_judge_is_believed(tmp_path: Path) -> None:
     folders = [
         write_run(
@@ -185,7 +194,7 @@ def test_drift_from_another_reference_is_said(tmp_path: Path) -> None:
         "c": {"model": model("2"), "reference": "the model without its adapter"},
     }
     folders = [
-        write_run(tmp_path / name, [OTHER], [OTHER], measures=drift(1.0), **changes)
+        write_run(tmp_path / name, [REFUSAL], [OTHER], measures=drift(1.0), **changes)
         for name, changes in given.items()
     ]
     assert compare_runs(read_runs(folders))["differences"] == [
