@@ -159,7 +159,7 @@ def test_other_damage_is_one_line(model, file, content):
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_mistyped_folder_is_named_as_one(tmp_path, name, load):
     name = name.format(tmp_path)
-    with pytest.raises(ValueError, match="got .*modle': there is no such folder$"):
+    with pytest.raises(ValueError, match=r"got .*modle': there is no such folder$"):
         load(name)
 
 
