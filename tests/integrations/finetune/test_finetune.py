@@ -287,6 +287,7 @@ def test_a_dry_run_writes_nothing(given: dict[str, Any], tmp_path: Path) -> None
     assert sorted(tmp_path.rglob("*")) == before
     shown = CliRunner().invoke(app, ["finetune", *arguments, *output])
     assert shown.exit_code == 0 and "Plan, nothing was trained" in shown.output
+    assert "1/1" in shown.stderr and "0/1" not in shown.stderr  # the last stage is done too
 
 
 def test_qlora_trains_with_and_without_evaluation(tmp_path: Path, data: Path, asked: Path) -> None:
