@@ -21,7 +21,7 @@ class ChildFailed(RuntimeError):
 
     def __init__(self, what: str, done: subprocess.CompletedProcess[str]) -> None:
         code = done.returncode
-        self.signal = signal.Signals(-code).name if code < 0 else None
+        self.signal = {one.value: one.name for one in signal.Signals}.get(-code)
         self.why = (done.stderr.strip().splitlines() or [f"exit code {code}"])[-1]
         super().__init__(f"measuring {what} failed: {self.why}")
 

@@ -87,30 +87,18 @@ def test_the_tests_that_the_security_page_names_are_there() -> None:
     } == (set())
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, str_kernels\n"
-        f"print(*sorted({{*{HEAVY!r}, 'typer', 'str_kernels.integrations'}} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
-
-
-def test_the_commands_help_loads_nothing_heavy() -> None:
-    code = (
-        "import sys\nfrom str_kernels.cli import app\n"
-        f"print(*sorted({{*{HEAVY!r}}} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
-
-
-def test_attach_imports_no_library_that_it_only_works_with() -> None:
-    libraries = set(HEAVY) - {"triton"}  # which torch.compile looks for
-    code = (
-        "import sys\nfrom str_kernels import AnchorPrompts, attach\n"
-        f"print(*sorted({libraries!r} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import str_kernels", {*HEAVY, "typer", "str_kernels.integrations"}),
+        ("from str_kernels.cli import app", {*HEAVY}),
+        # torch.compile looks for triton
+        ("from str_kernels import AnchorPrompts, attach", {*HEAVY} - {"triton"}),
+    ],
+    ids=["package", "help", "attach"],
+)
+def test_an_import_loads_nothing_heavy(code: str, absent: set[str]) -> None:
+    code += f"\nimport sys\nprint(*sorted({absent!r} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (run.stdout.strip(), run.returncode) == ("", 0), run.stderr
 

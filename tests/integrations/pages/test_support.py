@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -58,6 +59,18 @@ def test_the_guide_counts_as_the_table_does() -> None:
         counts = (exact, logits, len(group) - exact - logits - absent, absent)
         line = next(line for line in guide.splitlines() if line.startswith(f"| {len(group)} "))
         assert tuple(int(cell) for cell in line.split("|")[2:6]) == counts
+
+
+def test_the_readme_counts_as_the_table_does() -> None:
+    readme = (support.ROOT / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in readme.splitlines() if line.startswith("| models |"))
+    rows = support._read(support.MODELS)
+    exact, logits = (sum(row[path] == "exact" for row in rows) for path in ("linear", "logits"))
+    absent = sum(row["linear"] == "not buildable" for row in rows)
+    wanted = (len(rows), exact, logits, len(rows) - exact - logits - absent, absent)
+    version = rows[0]["transformers"].rpartition(".")[0]
+    said = re.sub(rf"transformers {re.escape(version)}\b", "", line)
+    assert tuple(map(int, re.findall(r"\b\d+\b", said))) == wanted
 
 
 def test_cells_do_not_break_the_table() -> None:
